@@ -1,0 +1,51 @@
+# What to type. `make help` lists it.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install repro test lint flow serve ui lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+install: .venv/installed  ## install everything, pinned and with hashes, into .venv
+
+.venv/installed: requirements.txt requirements-uv.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; assert (3, 11) <= v < (3, 14), "Python 3.11 to 3.13 is needed, this is %d.%d: make PYTHON=python3.12 ..." % v[:2]'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.txt
+	$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r requirements.txt
+	touch $@
+
+repro: .venv/installed  ## run the whole pipeline: images in, a registered student out
+	@echo "The default takes 5 to 10 minutes on two CPU cores the first time; stages that are up to date take none."
+	dvc repro
+	python -m pipeline.register --if-missing
+	@echo "Done. The report: data/evaluate/report.html. The registry: make ui. The figures: $(BIN)/dvc metrics show"
+
+test: .venv/installed  ## run the tests
+	python -m pytest
+
+lint: .venv/installed  ## check the code's style
+	ruff check . && ruff format --check .
+
+flow: .venv/installed  ## run the pipeline as a Prefect flow, here and now
+	python -m pipeline.flow
+
+serve: .venv/installed  ## start Prefect's server and the deployment ssld/local, on this machine alone
+	python -m pipeline.flow serve
+
+ui: .venv/installed  ## open the model registry's pages on http://127.0.0.1:5000
+	python -m pipeline.core.tracking
+	mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
+
+lock: .venv/installed  ## make requirements*.txt anew from requirements*.in
+	for name in requirements requirements-uv; do \
+	  $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
+	    --python-version 3.11 $$name.in -o $$name.txt || exit 1; done
+
+clean:  ## remove checkpoints, finished workspaces and other scratch; results, models and .venv stay
+	rm -rf .scratch
