@@ -1,0 +1,108 @@
+"""The networks: PaddleClas' and the residual papers', under their names, beside all of timm's.
+
+    models.build("ResNet50_vd", num_classes=10)     a network with random weights
+    models.names()                                  what this project adds to timm
+    models.canonical("ResNet50_vd")                 what timm calls it: "resnet50d"
+
+`python -m models` prints the table of networks, `python -m models.import_paddle` reads PaddleClas' weights.
+"""
+
+import difflib
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.networks import BY_NAME, TABLE, Network
+
+VB = ("ResNet18", "ResNet34", "ResNet50", "ResNet101", "ResNet152")
+
+__all__ = ["BY_NAME", "TABLE", "Network", "build", "canonical", "macs", "names"]
+
+
+def names() -> tuple[str, ...]:
+    """Name the networks of this project's table."""
+    return tuple(BY_NAME)
+
+
+def canonical(name: str) -> str:
+    """Give the name by which timm builds a network.
+
+    Args:
+        name: PaddleClas' name or timm's, with or without timm's tag for pretrained weights ("resnet50d.gluon_in1k");
+            PaddleClas' ResNets of "vb" form go by that ending too.
+
+    Raises:
+        ValueError: no such network, or no such weights; the nearest names are given.
+    """
+    base, dot, tag = _spelt(name).partition(".")
+    network = BY_NAME.get(base)
+    if network is None and base not in timm.list_models():  # which leaves timm's outdated names out: some mislead
+        raise ValueError(f"{name!r}: no such network; the nearest are {', '.join(_nearest(base))}")
+    if network is not None:
+        base = network.same_as if isinstance(network.same_as, str) else network.name
+    if not dot:
+        return base
+    architecture = base.partition(".")[0]
+    try:
+        get_pretrained_cfg(f"{architecture}.{tag}")
+    except RuntimeError:
+        known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "none"
+        raise ValueError(f"{name!r}: timm has no such weights of it; those that it has: {known}") from None
+    return f"{architecture}.{tag}"
+
+
+def build(name: str, num_classes: int = 1000, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Build a network.
+
+    Args:
+        name: PaddleClas' name or timm's.
+        num_classes: logits that it gives.
+        pretrained: take timm's weights, which for most of PaddleClas' names are not PaddleClas' own; the classifier
+            is random where its number of classes is another.
+        kwargs: for timm's network, such as `drop_path_rate` or `layers`.
+
+    Raises:
+        ValueError: no such network; or pretrained weights that do not exist or cannot be had.
+    """
+    canonical(name)
+    try:
+        return timm.create_model(_spelt(name), pretrained=pretrained, num_classes=num_classes, **kwargs)
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name}: its pretrained weights cannot be had (no network?): {reason}") from None
+
+
+def macs(network: nn.Module, resolution: int) -> int:
+    """Count the multiply-adds of convolutions and linear layers for one square image; nothing is computed."""
+    state = {key: value.to("meta") for key, value in (*network.named_parameters(), *network.named_buffers())}
+    training = network.training
+    network.eval()
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            functional_call(network, state, (torch.empty(1, 3, resolution, resolution, device="meta"),))
+    finally:
+        network.train(training)
+    return counter.get_total_flops() // 2
+
+
+def _spelt(name: str) -> str:
+    """Give PaddleClas' spelling of a ResNet that is called by its form, "vb", too."""
+    base, dot, tag = name.partition(".")
+    plain = base.removesuffix("_vb")
+    return plain + dot + tag if plain in VB else name
+
+
+def _nearest(name: str, n: int = 3) -> list[str]:
+    by_lower: dict[str, list[str]] = {}
+    for known in (*names(), *timm.list_models()):  # this project's first, where only the case tells two apart
+        by_lower.setdefault(known.lower(), []).append(known)
+    matches = difflib.get_close_matches(name.lower(), by_lower, n, cutoff=0.4)
+    found = dict.fromkeys(known for match in matches for known in by_lower[match])
+    return list(found)[:n] or [*names()[:n], "and others (models.names(), timm.list_models())"]
