@@ -1,0 +1,12 @@
+"""The stages of the distillation pipeline, one file each, and the Prefect flow that runs them (`pipeline.flow`)."""
+
+import os
+
+# None of the tools underneath reports usage unless the user asks for it.
+for _name, _value in {
+    "DVC_NO_ANALYTICS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+}.items():
+    os.environ.setdefault(_name, _value)

@@ -1,0 +1,1 @@
+"""What several stages need. Nothing in here imports a stage."""

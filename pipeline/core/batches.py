@@ -1,0 +1,141 @@
+"""Batches of views, in an order that is a pure function of (seed, epoch), shared out among processes and workers."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.core import views
+from pipeline.core.dataset import ImageSet
+from pipeline.core.views import ViewSpec
+
+RowsAndReplicas = tuple[np.ndarray, np.ndarray]  # (B,) int64 each
+EVERY_REPLICA = 0  # "as many replicas as there are epochs": each epoch sees views of its own
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Views of B samples."""
+
+    rows: np.ndarray  # (B,) int64: the samples, as rows of the image set
+    replicas: np.ndarray  # (B,) int64: which of their views
+    pixels: Tensor  # (B, 3, R, R) uint8
+    partner_rows: np.ndarray  # (B,) int64: the samples mixed in; a sample's own row where there is none
+    shares: Tensor  # (B,) float32: how much of each view is the sample's own
+
+    def to(self, device: torch.device) -> "Batch":
+        """Move the tensors to a device."""
+        move = [tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.shares)]
+        return Batch(self.rows, self.replicas, move[0], self.partner_rows, move[1])
+
+
+class Views(Dataset):
+    """Renders batches: give it (rows, replicas), get a `Batch`.
+
+    Args:
+        images: the image set.
+        spec: what views may look like; None: the clean test view.
+        resolution, crop: of the test view, where spec is None.
+    """
+
+    def __init__(self, images: ImageSet, spec: ViewSpec | None, resolution: int = 0, crop: float = 1.0):
+        self.images, self.spec, self.resolution, self.crop = images, spec, resolution, crop
+        self.partners = np.sort(images.ids[images.rows("labelled")])
+
+    def __getitem__(self, batch: RowsAndReplicas) -> Batch:
+        rows, replicas = batch
+        rendered = [self._render(int(row), int(replica)) for row, replica in zip(rows, replicas, strict=True)]
+        pixels, partner_rows, shares = zip(*rendered, strict=True)
+        return Batch(rows, replicas, torch.from_numpy(np.stack(pixels)), np.array(partner_rows), torch.tensor(shares))
+
+    def partner_ids(self, rows: np.ndarray, replicas: np.ndarray) -> np.ndarray:
+        """The ids (N,) uint64 of the samples mixed into views, a sample's own where none is; nothing is rendered."""
+        assert self.spec is not None
+        ids = self.images.ids[rows]
+        for at, (sample_id, replica) in enumerate(zip(ids.tolist(), replicas.tolist(), strict=True)):
+            partner = views.draw(self.spec, sample_id, replica, self.partners).partner
+            if partner is not None:
+                ids[at] = partner
+        return ids
+
+    def _render(self, row: int, replica: int) -> tuple[np.ndarray, int, float]:
+        image = self.images.image(row)
+        if self.spec is None:
+            return views.render_test(image, self.resolution, self.crop), row, 1.0
+        view = views.draw(self.spec, int(self.images.ids[row]), replica, self.partners)
+        if view.partner is None:
+            return views.render(self.spec, view, image, None), row, 1.0
+        other = int(self.images.row_of(np.array([view.partner], np.uint64))[0])
+        of_partner = views.draw(self.spec, view.partner, replica, self.partners)
+        return views.render(self.spec, view, image, (of_partner, self.images.image(other))), other, view.share
+
+
+class TrainingOrder:
+    """Which views make up each batch of a training run, from a given step on.
+
+    The order is drawn over the samples sorted by id, so it does not depend on where a file was found; the last
+    images of an epoch that do not fill a batch wait for the next epoch.
+
+    Args:
+        images: the image set.
+        rows: (N,) the samples to train on.
+        batch_size: images a step, all processes together.
+        seed: of the order.
+        replicas: an epoch shows replica (epoch mod replicas); EVERY_REPLICA: replica = epoch.
+        rank, world: this process takes every world-th image of each batch.
+
+    Raises:
+        ValueError: there are no samples, or a batch cannot be shared out evenly.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        rows: np.ndarray,
+        batch_size: int,
+        seed: int,
+        replicas: int,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        if len(rows) == 0:
+            raise ValueError("there is no image to train on: see data/prepare/summary.json for what was found")
+        self.rows = rows[np.argsort(images.ids[rows])]
+        self.batch_size = min(batch_size, len(rows))
+        if self.batch_size % world:
+            raise ValueError(f"a batch of {self.batch_size} images cannot be shared out evenly to {world} processes")
+        self.seed, self.replicas, self.rank, self.world = seed, replicas, rank, world
+        self.steps_per_epoch = len(rows) // self.batch_size
+
+    def batches(self, first_step: int, steps: int) -> Iterator[RowsAndReplicas]:
+        """Give (rows, replicas) of this process for the steps from `first_step` up to `steps`."""
+        order, order_epoch = self.rows, -1
+        for step in range(first_step, steps):
+            epoch, at = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order = self.rows[np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.rows))]
+                order_epoch = epoch
+            rows = order[at * self.batch_size : (at + 1) * self.batch_size][self.rank :: self.world]
+            yield rows, np.full(len(rows), epoch % self.replicas if self.replicas else epoch)
+
+
+def load(dataset: Views, batches: Iterable[RowsAndReplicas], workers: int, device: torch.device) -> DataLoader:
+    """Render batches, in worker processes where there are any, a few ahead."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=batches,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=device.type == "cuda",
+        multiprocessing_context="forkserver" if workers else None,
+    )
+
+
+def in_order(rows: np.ndarray, batch_size: int) -> list[RowsAndReplicas]:
+    """Cut rows into batches of replica 0, the last one smaller."""
+    parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    return [(part, np.zeros(len(part), np.int64)) for part in parts]

@@ -1,0 +1,47 @@
+"""Where a process computes, and beside how many others."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where this process runs, and beside how many."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+
+def join(device: str) -> Processes:
+    """Take a device and, under torchrun, join the other processes.
+
+    Raises:
+        ValueError: CUDA was asked for and is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("machine.device is cuda, but torch sees no CUDA device; set it to auto or cpu")
+    if "RANK" not in os.environ:
+        return Processes(torch.device(device))
+    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if device == "cuda":
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return Processes(torch.device(device), rank, world)
+
+
+def wait_for_all(processes: Processes) -> None:
+    """Wait until every process has come here."""
+    if processes.world > 1:
+        dist.barrier()

@@ -1,0 +1,104 @@
+"""Teaching: the teacher's answers about a batch of views, from the cache or from the teacher itself, as a loss."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.core import losses, networks, training
+from pipeline.core.batches import Batch, Views
+from pipeline.core.dataset import ImageSet
+from pipeline.core.devices import Processes
+from pipeline.core.engine import Loss
+from pipeline.core.networks import Classifier
+from pipeline.core.params import Distill, Params
+from pipeline.core.softlabels import SoftLabels, dense, make_keys
+from pipeline.core.teaching import answer, description, open_labels
+from pipeline.core.views import ViewSpec
+
+Teacher = Callable[[Batch, float], Tensor]  # (batch, temperature) -> probabilities (B, C) on the batch's device
+
+
+def cached(labels: SoftLabels, images: ImageSet) -> Teacher:
+    """The teacher as its stored answers."""
+
+    def teach(batch: Batch, temperature: float) -> Tensor:
+        keys = make_keys(images.ids[batch.rows], batch.replicas, images.ids[batch.partner_rows])
+        found = dense(labels.read(keys), labels.description.num_classes, temperature)
+        return found.to(batch.pixels.device)
+
+    return teach
+
+
+def online(classifier: Classifier, precision: str) -> Teacher:
+    """The teacher itself, asked at every step."""
+
+    def teach(batch: Batch, temperature: float) -> Tensor:
+        return torch.softmax(answer(classifier, batch.pixels, precision) / temperature, dim=1)
+
+    return teach
+
+
+def distillation_loss(kind: str, temperature: float, teacher: Teacher) -> Loss:
+    """Make a loss against the teacher's answers.
+
+    Args:
+        kind: a name in `losses.DISTILLATION`.
+        temperature: divides the logits of both.
+    """
+    divergence = losses.DISTILLATION[kind]
+
+    def loss(network: nn.Module, batch: Batch) -> Tensor:
+        return divergence(network(batch.pixels).float() / temperature, teacher(batch, temperature))
+
+    return loss
+
+
+def open_teacher(params: Params, images: ImageSet, asked_online: bool, device: torch.device) -> tuple[Teacher, str]:
+    """Give the teacher, and a digest that names its answers.
+
+    Raises:
+        ValueError: the cache is not there, not whole, or of another teacher or other views.
+    """
+    folder = Path("data/teacher")
+    if asked_online:
+        classifier, card = networks.load(folder, device)
+        return online(classifier, params.teacher.precision), description(params, card).fingerprint
+    labels = open_labels(params, networks.read_card(folder))
+    return cached(labels, images), labels.description.fingerprint
+
+
+def train(
+    name: str,
+    recipe: Distill,
+    classifier: Classifier,
+    rows: np.ndarray,
+    params: Params,
+    images: ImageSet,
+    processes: Processes,
+) -> None:
+    """Train a student on soft labels and write data/<name>: what distill and finetune do, on different images."""
+    spec = ViewSpec.of(params.seed, params.views)
+    teacher, answers = open_teacher(params, images, recipe.online, processes.device)
+    task = training.Task(
+        name=name,
+        recipe=recipe,
+        classifier=classifier,
+        part=classifier.network,
+        rows=rows,
+        views=Views(images, spec),
+        loss=distillation_loss(recipe.loss, recipe.temperature, teacher),
+        resolution=spec.resolution,
+        card={"model": params.student.model},
+        identities={
+            "data": images.digest,
+            "images": hashlib.sha256(np.sort(images.ids[rows]).tobytes()).hexdigest(),
+            "soft labels": answers,
+            "start": networks.digest(classifier),
+        },
+        replicas=params.cache.replicas,
+    )
+    training.train(task, params, images, processes)

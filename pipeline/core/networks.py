@@ -1,0 +1,191 @@
+"""Networks as files: weights as safetensors, and a card that says what they are.
+
+A folder holds `weights.safetensors` (the timm network's state dict) and `network.json` (model, classes, resolution,
+normalisation, parameters, the weights' digest, and whatever else the stage that made it has to say).
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import models
+from pipeline.core import atomic
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Classifier(nn.Module):
+    """A timm network that takes pixels as they are, and normalises them itself.
+
+    Args:
+        network: a timm classifier.
+        mean, std: of each colour channel, for pixels scaled to 0..1.
+    """
+
+    def __init__(self, network: nn.Module, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD):
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Scale pixels (B, 3, H, W), 0 to 255 of any type, to what the network was trained on."""
+        return (pixels.to(self.mean.dtype) - self.mean) / self.std
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Give logits (B, C) for pixels (B, 3, H, W), 0 to 255."""
+        return self.network(self.normalise(pixels))
+
+    def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Give logits (B, C) and the features (B, D) that the classifier sees."""
+        features = self.network.forward_head(self.network.forward_features(self.normalise(pixels)), pre_logits=True)
+        return self.network.get_classifier()(features), features
+
+
+def build(name: str, num_classes: int, seed: int) -> Classifier:
+    """Build a network with random weights that depend on the seed alone.
+
+    Raises:
+        ValueError: the name is not known; the nearest ones are named.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Classifier(models.build(name, num_classes=num_classes))
+
+
+def build_student(name: str, init: str | None, num_classes: int, seed: int) -> Classifier:
+    """Build a student with random weights, or with those of a file.
+
+    Raises:
+        ValueError: the name is not known, or the file does not fit.
+    """
+    classifier = build(name, num_classes, seed)
+    if init:
+        load_weights(classifier.network, Path(init))
+    return classifier
+
+
+def digest(classifier: Classifier) -> str:
+    """SHA-256 over a network's weights as they are now, in hex."""
+    total = hashlib.sha256()
+    for key, value in sorted(classifier.network.state_dict().items()):
+        total.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def save(folder: Path, classifier: Classifier, card: dict[str, Any]) -> None:
+    """Write a network's weights and its card to `folder`.
+
+    Args:
+        folder: made if it is not there.
+        classifier: on any device.
+        card: at least `model` (the name for `models.build`), `classes` (names) and `resolution` (pixels a side).
+    """
+    folder = Path(folder)
+    state = {key: value.detach().cpu().contiguous() for key, value in classifier.network.state_dict().items()}
+    with atomic.replacing(folder / "weights.safetensors") as beside:
+        save_file(state, beside)
+    atomic.write_json(
+        folder / "network.json",
+        {
+            "model": card["model"],
+            "num_classes": len(card["classes"]),
+            "mean": [round(value / 255, 6) for value in classifier.mean.flatten().tolist()],
+            "std": [round(value / 255, 6) for value in classifier.std.flatten().tolist()],
+            "parameters": sum(p.numel() for p in classifier.parameters()),
+            "digest": file_digest(folder / "weights.safetensors"),
+            **card,
+        },
+    )
+
+
+def load(folder: Path, device: str | torch.device = "cpu") -> tuple[Classifier, dict[str, Any]]:
+    """Read a network that `save` wrote, in eval mode, with its card.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the weights are not those the card speaks of.
+    """
+    folder, card = Path(folder), read_card(Path(folder))
+    weights = folder / "weights.safetensors"
+    if file_digest(weights) != card["digest"]:
+        raise ValueError(f"{weights}: not the weights that network.json speaks of; run `dvc checkout {folder}`")
+    classifier = Classifier(models.build(card["model"], num_classes=card["num_classes"]), card["mean"], card["std"])
+    load_weights(classifier.network, weights)
+    return classifier.eval().to(device), card
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """Read what `network.json` says of the network in a folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return json.loads((folder / "network.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no network here; run `dvc repro {folder.name}`, or `dvc pull`") from None
+
+
+def load_weights(network: nn.Module, file: Path) -> None:
+    """Load a state dict from a .safetensors file, or from a PyTorch file that holds nothing but tensors.
+
+    Raises:
+        ValueError: the file is missing, unreadable, unsafe, or of another network; it says what to do.
+    """
+    file = Path(file)
+    try:
+        if file.suffix == ".safetensors":
+            state = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file}: cannot be read as weights: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # torch.load raises pickle's many errors: whatever it is, the file is refused
+        raise ValueError(
+            f"{file}: holds more than tensors, or is no PyTorch file ({type(error).__name__}); nothing of it was run. "
+            "Save the state dict alone, best as .safetensors"
+        ) from None
+    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{file}: not a state dict of tensors")
+    _check_fits(network, state, file)
+    network.load_state_dict(state)
+
+
+def _check_fits(network: nn.Module, state: dict[str, Tensor], file: Path) -> None:
+    own = network.state_dict()
+    head = network.get_classifier() if hasattr(network, "get_classifier") else None
+    for key in sorted(own.keys() ^ state.keys()):
+        which = "lacks" if key in own else "has a surplus"
+        raise ValueError(f"{file}: of another network: it {which} {key}; set the model's name to what the file holds")
+    for key, value in own.items():
+        if value.shape == state[key].shape:
+            continue
+        if isinstance(head, nn.Linear) and (value is head.weight or value.shape[:1] == (head.out_features,)):
+            raise ValueError(
+                f"{file}: made for {state[key].shape[0]} classes, but the data has {value.shape[0]}: take a file made "
+                "for these classes, or fit a teacher here (teacher.source: fit)"
+            )
+        raise ValueError(f"{file}: of another network: {key} is {tuple(state[key].shape)}, not {tuple(value.shape)}")
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hex.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    try:
+        with Path(file).open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file; run `dvc checkout`, or the stage that makes it") from None

@@ -1,0 +1,254 @@
+"""The settings: `params.yaml` as typed, checked sections. A wrong key or value is one line that names it."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Range = tuple[Positive, Positive]
+
+
+class Section(BaseModel):
+    """A part of params.yaml: every key must be there, none else may be, and nothing changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Machine(Section):
+    device: Literal["auto", "cpu", "cuda"]
+    processes: Count | Literal["auto"]
+    workers: CountOrZero
+    checkpoint_seconds: NotNegative
+
+
+class Digits(Section):
+    train_per_class: Count
+    val_per_class: Count
+    test_per_class: Count
+    near_copies: CountOrZero
+    no_class: CountOrZero
+
+
+class Prepare(Section):
+    labelled_root: str
+    train: str
+    val: str | None
+    test: str | None
+    val_share: Share
+    test_share: Share
+    unlabelled_root: str
+    unlabelled: str | None
+    images_per_class: Count | None
+    labels_per_class: Count | None
+    max_pixels: Count
+    max_refused_share: Share
+    shard_mb: Count
+
+
+class Views(Section):
+    resolution: Count
+    crop_scale: Range
+    crop_ratio: Range
+    flip: Share
+    randaugment_ops: CountOrZero
+    randaugment_magnitude: Annotated[float, Field(ge=0, le=10)]
+    mix_probability: Share
+    mixup_alpha: NotNegative
+    cutmix_alpha: NotNegative
+    test_crop: Annotated[float, Field(gt=0, le=1)]
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> "Views":
+        if not self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError("crop_scale must be [least, most] with most not above 1")
+        if self.crop_ratio[0] > self.crop_ratio[1]:
+            raise ValueError("crop_ratio must be [least, most]")
+        return self
+
+
+class Recipe(Section):
+    """How a network is trained: what every training stage has."""
+
+    epochs: Count
+    batch_size: Annotated[int, Field(ge=2)]
+    optimizer: Literal["sgd", "adamw"]
+    lr: Positive
+    warmup_epochs: NotNegative
+    weight_decay: NotNegative
+    ema_decay: Annotated[float, Field(ge=0, lt=1)]
+    precision: Literal["float32", "bfloat16"]
+
+
+class Teacher(Recipe):
+    model: str
+    source: Literal["fit", "timm", "checkpoint"]
+    checkpoint: str | None
+    fit_on: Literal["withheld", "labelled"]
+    label_smoothing: Share
+
+    @model_validator(mode="after")
+    def _checkpoint_is_named(self) -> "Teacher":
+        if self.source == "checkpoint" and not self.checkpoint:
+            raise ValueError("source checkpoint needs teacher.checkpoint, the path of a file")
+        return self
+
+
+class Score(Section):
+    batch_size: Count
+
+
+class Mine(Section):
+    per_class: Count
+    min_score: Share
+    copy_similarity: Annotated[float, Field(gt=0, le=1)]
+
+
+class Cache(Section):
+    replicas: Count
+    top_k: Count
+    batch_size: Count
+    shard_views: Count
+
+
+class Student(Section):
+    model: str
+    init: str | None
+
+
+class Baseline(Recipe):
+    label_smoothing: Share
+
+
+class Distill(Recipe):
+    loss: Literal["ssld", "kl"]
+    temperature: Positive
+    online: bool
+
+
+class Fixres(Recipe):
+    resolution: Count
+    label_smoothing: Share
+
+
+class Evaluate(Section):
+    batch_size: Count
+    bins: Count
+    speed_seconds: Positive
+
+
+class Register(Section):
+    name: str
+    margin: float
+
+
+class Params(Section):
+    """All of params.yaml, a section an attribute."""
+
+    seed: CountOrZero
+    machine: Machine
+    digits: Digits
+    prepare: Prepare
+    views: Views
+    teacher: Teacher
+    score: Score
+    mine: Mine
+    cache: Cache
+    student: Student
+    baseline: Baseline
+    distill: Distill
+    finetune: Distill
+    fixres: Fixres
+    evaluate: Evaluate
+    register_: Register = Field(alias="register")
+
+
+def load(path: Path = Path("params.yaml")) -> Params:
+    """Read and check a params file.
+
+    Raises:
+        ValueError: the file is missing or not YAML, or a key or a value is wrong: one line that names it.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; run from the project's root, or name one with --params") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    return check(data, str(path))
+
+
+def check(data: Any, where: str = "params.yaml") -> Params:
+    """Turn the content of a params file into typed sections.
+
+    Raises:
+        ValueError: one line with the first wrong key or value, and the nearest right key.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: expected sections with keys, found {type(data).__name__}")
+    try:
+        return Params.model_validate(data)
+    except ValidationError as error:
+        # A misspelt key is reported twice, as unknown and as missing: the unknown one says what to mend.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        raise ValueError(f"{where}: {_explain(first)}") from None
+
+
+def with_changes(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a params file's content with some keys changed.
+
+    Args:
+        data: the content of params.yaml.
+        changes: key to value; a key is dotted ("distill.epochs"), or a section's name with a dict of its keys.
+
+    Raises:
+        ValueError: a key that `data` does not have; the nearest one is named.
+    """
+    changed = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        if not name and isinstance(value, dict) and isinstance(changed.get(section), dict):
+            changed = with_changes(changed, {f"{section}.{inner}": new for inner, new in value.items()})
+        elif name and isinstance(changed.get(section), dict) and name in changed[section]:
+            changed[section][name] = value
+        elif not name and section in changed and not isinstance(changed[section], dict):
+            changed[section] = value
+        else:
+            raise ValueError(f"{key}: unknown key{_nearest(key, _known_keys(data))}")
+    return changed
+
+
+def _known_keys(data: dict[str, Any]) -> list[str]:
+    inner = [f"{section}.{name}" for section, value in data.items() if isinstance(value, dict) for name in value]
+    return inner + list(data)
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+
+
+def _explain(error: dict[str, Any]) -> str:
+    place = [str(part) for part in error["loc"]]
+    key = ".".join(place) or "params"
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(key, _keys_beside(place))}"
+    if error["type"] == "missing":
+        return f"{key}: missing; every key must be there"
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    value = error["input"]
+    return f"{key}: {message}" + ("" if isinstance(value, dict) else f", not {value!r}")
+
+
+def _keys_beside(place: list[str]) -> list[str]:
+    """The right keys at the place of a wrong one, dotted."""
+    sections = {field.alias or name: field.annotation for name, field in Params.model_fields.items()}
+    if len(place) == 1:
+        return list(sections)
+    return [f"{place[0]}.{name}" for name in sections[place[0]].model_fields]

@@ -1,0 +1,69 @@
+"""Progress of long work: done, rate and time left; one line that is rewritten on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from typing import Self
+
+SECONDS_BETWEEN_LINES = {True: 0.2, False: 5.0}  # on a terminal, elsewhere
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as a person says them: 9 s, 2 min 05 s, 3 h 20 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+class Progress:
+    """Counts work done and says so on standard error.
+
+    Args:
+        total: units of work in all.
+        unit: what is counted, in the plural ("images").
+        what: the work, as the line's first words ("prepare: train").
+        done: units that an earlier run did already; they do not count for the rate.
+        quiet: say nothing (the other processes of a distributed run).
+    """
+
+    def __init__(self, total: int, unit: str, what: str, done: int = 0, quiet: bool = False):
+        self.total, self.unit, self.what, self.done, self.quiet = total, unit, what, done, quiet
+        self.before = done
+        self.started = self.last_line = time.monotonic()
+        self.note = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exception: type | None, *rest: object) -> None:
+        self._say(ended=True)
+
+    def update(self, count: int = 1, note: str = "") -> None:
+        """Add `count` units of finished work; `note` stands at the line's end until the next one."""
+        self.done += count
+        self.note = note or self.note
+        if time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES[sys.stderr.isatty()]:
+            self._say()
+
+    def line(self, seconds: float) -> str:
+        """Write the line for the work done in `seconds` seconds."""
+        rate = (self.done - self.before) / max(seconds, 1e-9)
+        share = f"{100 * self.done / self.total:.0f} %" if self.total else "100 %"
+        words = [f"{self.what}: {self.done:,}/{self.total:,} {self.unit} ({share})"]
+        if self.done > self.before:
+            words.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
+            left = (self.total - self.done) / rate
+            words.append(f"{duration(left)} left" if left > 0 else f"took {duration(seconds)}")
+        return ", ".join(words + ([self.note] if self.note else []))
+
+    def _say(self, ended: bool = False) -> None:
+        if self.quiet:
+            return
+        self.last_line = time.monotonic()
+        line = self.line(self.last_line - self.started)
+        if sys.stderr.isatty():
+            print(f"\r{line}\033[K", end="\n" if ended else "", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)

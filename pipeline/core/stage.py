@@ -1,0 +1,119 @@
+"""The door of every stage: arguments, settings, signals, and errors as one line.
+
+A stage file ends with `if __name__ == "__main__": stage.main(run, __doc__)`, where `run` takes the settings.
+"""
+
+import argparse
+import fcntl
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from pipeline.core import params as settings
+from pipeline.core.params import Params
+
+SCRATCH = Path(".scratch")  # checkpoints and locks: what a stage needs to go on after it was killed
+
+
+def main(run: Callable[[Params], None], doc: str | None, distributed: bool = False) -> None:
+    """Run a stage as a program.
+
+    Args:
+        run: the stage.
+        doc: the stage file's docstring, for --help.
+        distributed: the stage can be shared out to `machine.processes` processes by torchrun.
+    """
+    name = Path(sys.argv[0]).stem
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pipeline.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="settings file (default: params.yaml)")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, _stop)
+    _die_with_dvc()
+    try:
+        params = settings.load(arguments.params)
+        if distributed:
+            _relaunch_with_torchrun(params, name)
+        run(params)
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        _exit(130)
+    except (ValueError, OSError) as error:
+        if os.environ.get("SSLD_TRACEBACK"):
+            raise
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        _exit(1)
+
+
+@contextmanager
+def only_writer(name: str) -> Iterator[Path]:
+    """Be the only process that works on a stage's output in this workspace; give its scratch folder.
+
+    Raises:
+        ValueError: another process is at it; its process number is named.
+    """
+    folder = SCRATCH / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+") as lock:
+        for attempt in range(6):  # a run that has just been killed needs a moment to be gone
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == 5:
+                    lock.seek(0)
+                    raise ValueError(
+                        f"process {lock.read().strip() or '?'} is already writing data/{name}; wait for it, or stop it"
+                    ) from None
+                time.sleep(1)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield folder
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _exit(code: int) -> None:
+    """Leave at once: worker processes and library threads have nothing left to say."""
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _die_with_dvc() -> None:
+    """End this process when the DVC that started it has ended: a killed `dvc repro` leaves its stage running."""
+    if "DVC_STAGE" not in os.environ:
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)  # a clean stop if the main thread is listening
+        time.sleep(3)
+        os._exit(143)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _relaunch_with_torchrun(params: Params, name: str) -> None:
+    """Become `torchrun --nproc-per-node N` of the same stage, unless torchrun started this process or N is 1."""
+    if "RANK" in os.environ:
+        return
+    count = params.machine.processes
+    if count == "auto":
+        import torch  # it takes a second to load, and only `auto` has to ask it
+
+        count = max(1, torch.cuda.device_count())
+    if count > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        os.execv(sys.executable, [*launcher, "-m", f"pipeline.{name}", *sys.argv[1:]])

@@ -1,0 +1,49 @@
+"""What the teacher is asked, and how: shared by the stages that store its answers and those that learn from them."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.core.dataset import ImageSet
+from pipeline.core.networks import Classifier
+from pipeline.core.params import Params
+from pipeline.core.softlabels import Description, SoftLabels, read_description
+from pipeline.core.views import ViewSpec
+
+
+def description(params: Params, card: dict) -> Description:
+    """Say what soft labels depend on: the teacher (its network's card), the views, and what is stored of an answer."""
+    teacher = {key: card[key] for key in ("model", "digest", "mean", "std", "num_classes")}
+    return Description(
+        teacher={**teacher, "precision": params.teacher.precision},
+        views=ViewSpec.of(params.seed, params.views).description(),
+        num_classes=card["num_classes"],
+        top_k=min(params.cache.top_k, card["num_classes"]),
+    )
+
+
+def answer(classifier: Classifier, pixels: Tensor, precision: str) -> Tensor:
+    """Give the teacher's logits (B, C) float32 for pixels (B, 3, R, R), as cache, score and online mode all do."""
+    with torch.inference_mode(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        return classifier(pixels).float()
+
+
+def open_labels(params: Params, card: dict, folder: Path = Path("data/cache")) -> SoftLabels:
+    """Open the cache, if it holds what this teacher says about these views.
+
+    Raises:
+        ValueError: it holds something else; what differs is named.
+    """
+    wanted, found = description(params, card), read_description(folder)
+    if wanted != found:
+        raise ValueError(
+            f"{folder}: soft labels of something else ({found.difference(wanted)} differ); run `dvc repro cache`"
+        )
+    return SoftLabels(folder, wanted)
+
+
+def training_rows(images: ImageSet, mined: np.ndarray) -> np.ndarray:
+    """Give the rows of the labelled and the mined samples; mined: (M,) uint64 ids."""
+    return np.concatenate([images.rows("labelled"), images.row_of(mined)])

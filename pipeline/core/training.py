@@ -1,0 +1,164 @@
+"""What every training stage does around the one loop: open, resume, validate, track, and write the network.
+
+A training stage writes to data/<stage>: the network (`weights.safetensors`, `network.json`) and `history.csv`, an
+epoch a line. Until then it keeps its checkpoint under .scratch/<stage>, in a folder named after all that went in.
+"""
+
+import csv
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.core import atomic, engine, losses, networks, stage, tracking
+from pipeline.core.batches import EVERY_REPLICA, Batch, TrainingOrder, Views, in_order, load
+from pipeline.core.dataset import ImageSet
+from pipeline.core.devices import Processes
+from pipeline.core.engine import Loss
+from pipeline.core.networks import Classifier
+from pipeline.core.params import Params, Recipe
+
+DATA = Path("data")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What distinguishes one training stage from another.
+
+    Args:
+        name: the stage's.
+        recipe: epochs, optimizer, schedule.
+        classifier: with the weights to start from.
+        part: the part of it that is trained.
+        rows: (N,) the samples to train on.
+        views: what they look like.
+        loss: (network, batch) -> mean loss.
+        resolution: of the network's test view, pixels a side.
+        card: what the network's card says besides; at least `model`.
+        identities: names and digests of all that went in, besides the recipe.
+        replicas: stored views a sample; EVERY_REPLICA: a new one each epoch.
+    """
+
+    name: str
+    recipe: Recipe
+    classifier: Classifier
+    part: nn.Module
+    rows: np.ndarray
+    views: Views
+    loss: Loss
+    resolution: int
+    card: dict[str, Any]
+    identities: dict[str, str]
+    replicas: int = EVERY_REPLICA
+
+
+def train(task: Task, params: Params, images: ImageSet, processes: Processes) -> None:
+    """Train a stage's network, from its checkpoint where there is one, and write data/<stage>."""
+    if not processes.first():
+        _run(task, params, images, processes, stage.SCRATCH / task.name, lambda epoch, figures: None)
+        return
+    with stage.only_writer(task.name) as scratch:
+        settings = {"seed": params.seed, **task.recipe.model_dump(), **task.identities}
+        folder = _own_scratch(scratch, settings)
+        described = {f"{task.name}.{key}": value for key, value in task.recipe.model_dump().items()}
+        described |= {"seed": params.seed, "model": task.card["model"], "images": len(task.rows)}
+        with tracking.run(task.name, described, task.identities, folder / "mlflow-run") as tracked:
+            run = _run(task, params, images, processes, folder, tracked.log)
+        with atomic.replacing_folder(DATA / task.name) as out:
+            card = {"classes": list(images.classes), "resolution": task.resolution, **task.card}
+            networks.save(out, task.classifier, {**card, "identities": task.identities})
+            _write_history(out / "history.csv", run.history)
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def labelled_loss(images: ImageSet, labels: np.ndarray, smoothing: float) -> Loss:
+    """Cross-entropy with smoothed hard labels, those of mixed views in proportion.
+
+    Args:
+        labels: (rows of the image set,) int: the class of each, -1 where there is none.
+    """
+    targets = torch.from_numpy(labels.astype(np.int64))
+
+    def loss(network: nn.Module, batch: Batch) -> torch.Tensor:
+        own, other = targets[batch.rows], targets[batch.partner_rows]
+        shares = batch.shares.cpu()
+        wanted = losses.hard_targets(own, other, shares, len(images.classes), smoothing)
+        return losses.cross_entropy(network(batch.pixels), wanted.to(batch.pixels.device))
+
+    return loss
+
+
+def validator(params: Params, images: ImageSet, resolution: int, device: torch.device) -> Callable[[Classifier], dict]:
+    """Make the function that gives top-1 and NLL on the validation split's clean views."""
+    rows = images.rows("val")
+    views = Views(images, None, resolution, params.views.test_crop)
+
+    @torch.inference_mode()
+    def validate(classifier: Classifier) -> dict[str, float]:
+        if not len(rows):
+            return {}
+        classifier.eval()
+        right, surprise = 0, 0.0
+        for batch in load(views, in_order(rows, 256), 0, device):
+            logits = classifier(batch.pixels.to(device)).float().cpu()
+            labels = torch.from_numpy(images.labels[batch.rows].astype(np.int64))
+            right += int((logits.argmax(1) == labels).sum())
+            surprise += F.cross_entropy(logits, labels, reduction="sum").item()
+        return {"val_top1": right / len(rows), "val_nll": surprise / len(rows)}
+
+    return validate
+
+
+def _run(
+    task: Task,
+    params: Params,
+    images: ImageSet,
+    processes: Processes,
+    folder: Path,
+    on_epoch: Callable[[int, dict[str, float]], None],
+) -> engine.Run:
+    order = TrainingOrder(
+        images, task.rows, task.recipe.batch_size, params.seed, task.replicas, processes.rank, processes.world
+    )
+    run = engine.Run(
+        what=task.name,
+        classifier=task.classifier,
+        part=task.part,
+        views=task.views,
+        order=order,
+        loss=task.loss,
+        recipe=task.recipe,
+        processes=processes,
+        validate=validator(params, images, task.resolution, processes.device),
+        scratch=folder,
+        checkpoint_seconds=params.machine.checkpoint_seconds,
+        workers=params.machine.workers,
+        on_epoch=on_epoch,
+    )
+    run.train()
+    return run
+
+
+def _own_scratch(scratch: Path, settings: dict[str, Any]) -> Path:
+    """Give the folder of this very run, and remove those of runs with other settings."""
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    for other in scratch.iterdir():
+        if other.is_dir() and other.name != name:
+            shutil.rmtree(other)
+    (scratch / name).mkdir(exist_ok=True)
+    return scratch / name
+
+
+def _write_history(path: Path, history: engine.History) -> None:
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, fieldnames=list(history[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(history)

@@ -1,0 +1,217 @@
+"""Views: what augmentation makes of an image, as a pure function of (seed, sample id, replica).
+
+Nothing comes from global random state, a worker, a rank or an order of visits: teacher and student call the same
+functions and get the same pixels, mixed images included. "Knowledge distillation: a good teacher is patient and
+consistent" (Beyer et al., arXiv:2106.05237) shows why that matters: soft labels only teach what they were asked about.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from scipy.special import betaincinv
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from pipeline.core.params import Views as Section
+
+VERSION = 1  # of the functions below: a change that changes pixels must raise it, so that stored labels are refused
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewSpec:
+    """What views may look like; params.yaml's `views` section explains the fields.
+
+    Two specifications with one digest give the same pixels for the same (sample, replica).
+    """
+
+    seed: int
+    resolution: int
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip: float
+    randaugment_ops: int
+    randaugment_magnitude: float
+    mix_probability: float
+    mixup_alpha: float
+    cutmix_alpha: float
+
+    @classmethod
+    def of(cls, seed: int, section: Section) -> "ViewSpec":
+        """Take what params.yaml says of views; `test_crop` is no matter of augmentation."""
+        return cls(seed=seed, **section.model_dump(exclude={"test_crop"}))
+
+    def description(self) -> dict[str, object]:
+        """Everything that the pixels depend on besides the images, as JSON would hold it."""
+        return json.loads(json.dumps({"version": VERSION, **dataclasses.asdict(self)}))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the description, in hex."""
+        return hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode()).hexdigest()
+
+
+class View(NamedTuple):
+    """One view of one sample, before any pixel is touched."""
+
+    crops: tuple[tuple[float, float, float, float], ...]  # tries: share of the area, width/height, left, top (0..1)
+    flip: bool
+    operations: tuple[tuple[str, float], ...]  # RandAugment: name and signed strength, -1..1
+    partner: int | None  # id of the labelled sample that is mixed in
+    mixing: str  # "mixup", "cutmix", or "" where there is no partner
+    share: float  # how much of the view is the sample's own, 0..1
+    box: tuple[int, int, int, int]  # cutmix: left, top, right, bottom of the partner's part, pixels
+
+
+def draw(spec: ViewSpec, sample_id: int, replica: int, partners: np.ndarray) -> View:
+    """Draw the view (seed, sample id, replica).
+
+    Args:
+        spec: what views may look like.
+        sample_id: the sample's content hash.
+        replica: which of the sample's views, from 0.
+        partners: (L,) uint64, ascending: the ids of the labelled samples, from which the mixing partner is taken.
+            They, and not all samples, so that a growing pool changes no view that was there before.
+    """
+    uniform = _uniforms(spec.seed, sample_id, replica)
+    crops = tuple(_crop_try(spec, uniform) for _ in range(10))
+    flip = next(uniform) < spec.flip
+    mixed, which, level, place, centre_x, centre_y = (next(uniform) for _ in range(6))
+    operations = tuple(_operation(next(uniform), next(uniform)) for _ in range(spec.randaugment_ops))
+    kinds = [kind for kind, alpha in (("mixup", spec.mixup_alpha), ("cutmix", spec.cutmix_alpha)) if alpha > 0]
+    partner = _partner(sample_id, place, partners) if kinds and mixed < spec.mix_probability else None
+    if partner is None:
+        return View(crops, flip, operations, None, "", 1.0, (0, 0, 0, 0))
+    mixing = kinds[int(which * len(kinds))]
+    alpha = spec.mixup_alpha if mixing == "mixup" else spec.cutmix_alpha
+    share = float(betaincinv(alpha, alpha, level))  # Beta(alpha, alpha) by inversion: one uniform, one value
+    box = (0, 0, 0, 0)
+    if mixing == "cutmix":
+        box = _cutmix_box(spec.resolution, share, centre_x, centre_y)
+        share = 1 - (box[2] - box[0]) * (box[3] - box[1]) / spec.resolution**2
+    return View(crops, flip, operations, partner, mixing, share, box)
+
+
+def render(spec: ViewSpec, view: View, image: Image.Image, partner: tuple[View, Image.Image] | None) -> np.ndarray:
+    """Make the pixels (3, R, R) uint8 of a view.
+
+    Args:
+        spec: what views may look like.
+        view: as drawn for the image.
+        image: the decoded sample, RGB.
+        partner: the partner's own view of the same replica (its mixing is not followed) and its decoded image.
+    """
+    pixels = _render_alone(spec, view, image)
+    if not view.mixing:
+        return pixels
+    assert partner is not None
+    other = _render_alone(spec, *partner)
+    if view.mixing == "cutmix":  # Yun et al., arXiv:1905.04899, section 3
+        left, top, right, bottom = view.box
+        pixels = pixels.copy()
+        pixels[:, top:bottom, left:right] = other[:, top:bottom, left:right]
+        return pixels
+    # mixup, Zhang et al., arXiv:1710.09412, equation in section 2; rounded, so that a view is bytes like any image
+    mixed = view.share * pixels.astype(np.float32) + (1 - view.share) * other.astype(np.float32)
+    return np.rint(mixed).astype(np.uint8)
+
+
+def render_test(image: Image.Image, resolution: int, crop: float) -> np.ndarray:
+    """Make the clean test view (3, R, R) uint8: the centre square that keeps `crop` of the shorter side, resized."""
+    side = min(image.size) * crop
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    resized = image.resize((resolution, resolution), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+    return np.asarray(resized).transpose(2, 0, 1)
+
+
+def _uniforms(seed: int, sample_id: int, replica: int) -> Iterator[float]:
+    """Endless numbers in [0, 1): BLAKE2b of (seed, sample, replica, block), the same on every machine and version."""
+    key = b"".join(number.to_bytes(8, "big") for number in (seed, sample_id, replica))
+    block = 0
+    while True:
+        digest = hashlib.blake2b(block.to_bytes(4, "big"), key=key).digest()
+        for start in range(0, 64, 8):
+            yield (int.from_bytes(digest[start : start + 8], "big") >> 11) * 2.0**-53
+        block += 1
+
+
+def _crop_try(spec: ViewSpec, uniform: Iterator[float]) -> tuple[float, float, float, float]:
+    area, ratio, left, top = (next(uniform) for _ in range(4))
+    low, high = spec.crop_scale
+    log_low, log_high = math.log(spec.crop_ratio[0]), math.log(spec.crop_ratio[1])
+    return low + area * (high - low), math.exp(log_low + ratio * (log_high - log_low)), left, top
+
+
+def _crop_box(view: View, width: int, height: int) -> tuple[float, float, float, float]:
+    """The first try that fits the image, as torchvision's RandomResizedCrop; else the largest centre crop in ratio."""
+    for area, ratio, left, top in view.crops:
+        wide, high = math.sqrt(width * height * area * ratio), math.sqrt(width * height * area / ratio)
+        if wide <= width and high <= height:
+            x, y = left * (width - wide), top * (height - high)
+            return x, y, x + wide, y + high
+    ratio = min(max(width / height, min(try_[1] for try_ in view.crops)), max(try_[1] for try_ in view.crops))
+    wide, high = min(width, height * ratio), min(height, width / ratio)
+    x, y = (width - wide) / 2, (height - high) / 2
+    return x, y, x + wide, y + high
+
+
+def _partner(sample_id: int, place: float, partners: np.ndarray) -> int | None:
+    """The first partner at or after a random place on the ring of ids: another's coming or going rarely matters."""
+    if len(partners) == 0 or (len(partners) == 1 and int(partners[0]) == sample_id):
+        return None
+    at = int(np.searchsorted(partners, np.uint64(int(place * 2.0**53) << 11))) % len(partners)
+    if int(partners[at]) == sample_id:
+        at = (at + 1) % len(partners)
+    return int(partners[at])
+
+
+def _cutmix_box(side: int, share: float, centre_x: float, centre_y: float) -> tuple[int, int, int, int]:
+    half = math.sqrt(1 - share) * side / 2
+    x, y = centre_x * side, centre_y * side
+    left, top, right, bottom = (round(min(max(edge, 0), side)) for edge in (x - half, y - half, x + half, y + half))
+    return left, top, right, bottom
+
+
+def _render_alone(spec: ViewSpec, view: View, image: Image.Image) -> np.ndarray:
+    box = _crop_box(view, image.width, image.height)
+    image = image.resize((spec.resolution, spec.resolution), Image.Resampling.BICUBIC, box)
+    if view.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for name, strength in view.operations:
+        image = OPERATIONS[name](image, strength * spec.randaugment_magnitude / 10)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def _operation(which: float, strength: float) -> tuple[str, float]:
+    """RandAugment (Cubuk et al., arXiv:1909.13719): any operation, at the set strength, either way."""
+    return tuple(OPERATIONS)[int(which * len(OPERATIONS))], 1.0 if strength < 0.5 else -1.0
+
+
+def _affine(image: Image.Image, angle: float = 0, right: float = 0, down: float = 0, shear=(0.0, 0.0)) -> Image.Image:
+    return functional.affine(
+        image, angle, [round(right), round(down)], 1.0, list(shear), InterpolationMode.BILINEAR, fill=0, center=None
+    )
+
+
+# Each takes an image and a strength in -1..1; the ranges are those of torchvision's RandAugment.
+OPERATIONS = {
+    "identity": lambda image, s: image,
+    "shear_x": lambda image, s: _affine(image, shear=(math.degrees(math.atan(0.3 * s)), 0.0)),
+    "shear_y": lambda image, s: _affine(image, shear=(0.0, math.degrees(math.atan(0.3 * s)))),
+    "translate_x": lambda image, s: _affine(image, right=150 / 331 * image.width * s),
+    "translate_y": lambda image, s: _affine(image, down=150 / 331 * image.height * s),
+    "rotate": lambda image, s: _affine(image, angle=30 * s),
+    "brightness": lambda image, s: functional.adjust_brightness(image, 1 + 0.9 * s),
+    "color": lambda image, s: functional.adjust_saturation(image, 1 + 0.9 * s),
+    "contrast": lambda image, s: functional.adjust_contrast(image, 1 + 0.9 * s),
+    "sharpness": lambda image, s: functional.adjust_sharpness(image, 1 + 0.9 * s),
+    "posterize": lambda image, s: functional.posterize(image, 8 - round(4 * abs(s))),
+    "solarize": lambda image, s: functional.solarize(image, 255 * (1 - abs(s))),
+    "autocontrast": lambda image, s: functional.autocontrast(image),
+    "equalize": lambda image, s: functional.equalize(image),
+}

@@ -1,0 +1,94 @@
+"""Settings: what is wrong is one line that names the key and the nearest right one."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.core import params
+
+FILE = Path(__file__).parent.parent / "params.yaml"
+
+
+@pytest.fixture
+def data():
+    return yaml.safe_load(FILE.read_text())
+
+
+def test_the_projects_own_file_is_right():
+    assert params.load(FILE).views.crop_scale[1] <= 1
+
+
+def test_every_key_has_a_comment():
+    lines = [line for line in FILE.read_text().splitlines() if line.startswith("  ") and ":" in line.split("#")[0]]
+    explained = {line.split(":")[0].strip() for line in lines if "#" in line}
+    assert {line.split(":")[0].strip() for line in lines} == explained
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distill.epoch": 2}, "distill.epoch: unknown key; did you mean distill.epochs?"),
+        ({"distil": {"epochs": 2}}, "distil: unknown key; did you mean distill?"),
+        ({"distill": {"epoch": 2}}, "distill.epoch: unknown key; did you mean distill.epochs?"),
+        ({"sed": 1}, "sed: unknown key; did you mean seed?"),
+    ],
+)
+def test_a_change_of_an_unknown_key_names_the_nearest(data, changes, message):
+    with pytest.raises(ValueError) as error:
+        params.with_changes(data, changes)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("change", [{"seed": 5}, {"distill.epochs": 3}, {"distill": {"epochs": 3, "lr": 0.5}}])
+def test_a_change_is_made_and_the_original_stays(data, change):
+    changed = params.with_changes(data, change)
+    assert changed != data
+    assert data == yaml.safe_load(FILE.read_text())
+    params.check(changed)
+
+
+def test_a_misspelt_key_in_the_file_is_one_line(data, tmp_path):
+    data["teacher"]["epoch"] = data["teacher"].pop("epochs")
+    file = tmp_path / "p.yaml"
+    file.write_text(yaml.safe_dump(data))
+    with pytest.raises(ValueError) as error:
+        params.load(file)
+    assert str(error.value) == f"{file}: teacher.epoch: unknown key; did you mean teacher.epochs?"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("teacher.source", "hub", "'fit', 'timm' or 'checkpoint'"),
+        ("teacher.lr", 0, "greater than 0"),
+        ("distill.epochs", "many", "integer"),
+        ("views.crop_scale", [0.9, 0.5], "crop_scale"),
+        ("views.flip", 1.5, "less than or equal to 1"),
+        ("mine", None, "mine"),
+    ],
+)
+def test_a_wrong_value_names_its_key(data, key, value, words):
+    section, _, name = key.partition(".")
+    if name:
+        data[section][name] = value
+    else:
+        data[section] = value
+    with pytest.raises(ValueError, match=section) as error:
+        params.check(data)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[1, 2", "just words", "", "- a\n- b"])
+def test_a_file_that_is_no_mapping_is_one_line(tmp_path, content):
+    file = tmp_path / "p.yaml"
+    file.write_text(content)
+    with pytest.raises(ValueError) as error:
+        params.load(file)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_says_where_to_run(tmp_path):
+    with pytest.raises(ValueError, match="no such file; run from the project's root"):
+        params.load(tmp_path / "params.yaml")

@@ -1,0 +1,219 @@
+"""The training loop: order, schedule, resuming to the same bytes, stopping where the loss is not finite."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from images import prepared, tiny
+from torch import nn
+
+from pipeline.core import engine, networks
+from pipeline.core.batches import TrainingOrder, Views
+from pipeline.core.devices import Processes
+from pipeline.core.engine import learning_rate
+from pipeline.core.training import labelled_loss
+from pipeline.core.views import ViewSpec
+
+CPU = Processes(torch.device("cpu"))
+
+
+class Fourteen:
+    """An image set as far as an order needs one: ids that are not in the order of the rows."""
+
+    ids = np.random.default_rng(0).permutation(14).astype(np.uint64) * 1000
+
+
+def rows_of(order, first, last):
+    return [rows.tolist() for rows, _ in order.batches(first, last)]
+
+
+def test_an_epoch_shows_no_image_twice_and_each_epoch_is_another_order():
+    order = TrainingOrder(Fourteen, np.arange(14), batch_size=4, seed=0, replicas=0)
+    assert order.steps_per_epoch == 3
+    first, second = rows_of(order, 0, 3), rows_of(order, 3, 6)
+    assert len(set(sum(first, []))) == 12
+    assert first != second
+
+
+def test_the_order_does_not_depend_on_where_it_starts_nor_on_the_rows_order():
+    order = TrainingOrder(Fourteen, np.arange(14), batch_size=4, seed=0, replicas=0)
+    assert rows_of(order, 0, 9)[4:] == rows_of(order, 4, 9)
+    backwards = TrainingOrder(Fourteen, np.arange(14)[::-1].copy(), batch_size=4, seed=0, replicas=0)
+    assert rows_of(order, 0, 9) == rows_of(backwards, 0, 9)
+    assert rows_of(order, 0, 9) != rows_of(TrainingOrder(Fourteen, np.arange(14), 4, seed=1, replicas=0), 0, 9)
+
+
+def test_processes_share_out_each_batch():
+    whole = rows_of(TrainingOrder(Fourteen, np.arange(14), 4, 0, 0), 0, 6)
+    shares = [rows_of(TrainingOrder(Fourteen, np.arange(14), 4, 0, 0, rank, 2), 0, 6) for rank in range(2)]
+    assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in whole]
+    with pytest.raises(ValueError, match="shared out evenly to 3"):
+        TrainingOrder(Fourteen, np.arange(14), 4, 0, 0, 0, 3)
+
+
+def test_replicas_go_round():
+    order = TrainingOrder(Fourteen, np.arange(14), 14, 0, replicas=3)
+    assert [int(replicas[0]) for _, replicas in order.batches(0, 7)] == [0, 1, 2, 0, 1, 2, 0]
+    fresh = TrainingOrder(Fourteen, np.arange(14), 14, 0, replicas=0)
+    assert [int(replicas[0]) for _, replicas in fresh.batches(0, 4)] == [0, 1, 2, 3]
+
+
+def test_no_image_is_an_error():
+    with pytest.raises(ValueError, match="no image to train on"):
+        TrainingOrder(Fourteen, np.arange(0), 4, 0, 0)
+
+
+def test_the_schedule_warms_up_and_ends_near_zero():
+    rates = [learning_rate(step, 100, 10, 0.5) for step in range(100)]
+    assert rates[:11] == sorted(rates[:11])
+    assert max(rates) == pytest.approx(0.5, rel=0.01)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.001
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        yield prepared(tmp_path_factory.mktemp("shapes"), patch)
+
+
+def run(images, scratch, loss=None, part=None, **changes):
+    params = tiny(**{f"baseline.{key}": value for key, value in changes.items()})
+    classifier = networks.build("ResNet18_vd", len(images.classes), seed=0)
+    return engine.Run(
+        what="test",
+        classifier=classifier,
+        part=part(classifier) if part else classifier.network,
+        views=Views(images, ViewSpec.of(0, params.views)),
+        order=TrainingOrder(images, images.rows("labelled"), params.baseline.batch_size, 0, 0),
+        loss=loss or labelled_loss(images, images.labels, 0.1),
+        recipe=params.baseline,
+        processes=CPU,
+        validate=lambda classifier: {"val_top1": 0.0},
+        scratch=scratch,
+        checkpoint_seconds=0.0,  # a checkpoint at every step
+        workers=0,
+    )
+
+
+class Killed(Exception):
+    """Stands for kill -9: nothing after it runs."""
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_killed_run_ends_in_the_same_bytes(images, tmp_path, ema, optimizer):
+    settings = {"ema_decay": ema, "optimizer": optimizer, "epochs": 3}
+    (tmp_path / "whole").mkdir()
+    whole = run(images, tmp_path / "whole", **settings)
+    whole.train()
+    (tmp_path / "killed").mkdir()
+    for steps in (1, 3):  # of 6 in all: in the middle of an epoch, twice
+        killed = run(images, tmp_path / "killed", **settings)
+        counted = killed.loss
+
+        def dying(network, batch, counted=counted, killed=killed, steps=steps):
+            if killed.step >= steps:
+                raise Killed
+            return counted(network, batch)
+
+        killed.loss = dying
+        with pytest.raises(Killed):
+            killed.train()
+    resumed = run(images, tmp_path / "killed", **settings)
+    resumed.train()
+    assert resumed.history == whole.history
+    for (name, a), b in zip(whole.classifier.state_dict().items(), resumed.classifier.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_only_the_part_is_trained(images, tmp_path):
+    before = networks.build("ResNet18_vd", len(images.classes), seed=0).state_dict()
+    trained = run(images, tmp_path, part=lambda classifier: classifier.network.get_classifier(), epochs=1)
+    trained.train()
+    changed = {name for name, value in trained.classifier.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"network.fc.weight", "network.fc.bias"}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(images, tmp_path):
+    real = labelled_loss(images, images.labels, 0.1)
+    steps = iter(range(100))
+
+    def loss(network: nn.Module, batch):
+        return real(network, batch) * (float("nan") if next(steps) == 3 else 1.0)
+
+    with pytest.raises(ValueError, match="not finite at step 3 of 4"):
+        run(images, tmp_path, loss).train()
+
+
+def test_workers_render_the_same_batches(images):
+    views = Views(images, ViewSpec.of(0, tiny().views))
+    batch = next(TrainingOrder(images, images.rows("labelled"), 8, 0, 0).batches(0, 1))
+    from pipeline.core.batches import load
+
+    here = next(iter(load(views, [batch], 0, torch.device("cpu"))))
+    there = next(iter(load(views, [batch], 1, torch.device("cpu"))))
+    for field in dataclasses.fields(here):
+        a, b = getattr(here, field.name), getattr(there, field.name)
+        assert np.array_equal(np.asarray(a), np.asarray(b)), field.name
+
+
+def test_partners_are_labelled_and_named(images):
+    views = Views(images, ViewSpec.of(0, tiny(**{"views.mix_probability": 1.0}).views))
+    rows = images.rows("unlabelled")
+    batch = views[rows, np.zeros(len(rows), np.int64)]
+    assert (images.splits[batch.partner_rows] == "labelled").all()
+    assert np.array_equal(views.partner_ids(rows, batch.replicas), images.ids[batch.partner_rows])
+
+
+def test_weights_come_from_the_seed_alone():
+    torch.manual_seed(1)
+    first = networks.build("ResNet18_vd", 4, seed=3)
+    torch.manual_seed(2)
+    assert networks.digest(first) == networks.digest(networks.build("ResNet18_vd", 4, seed=3))
+    assert networks.digest(first) != networks.digest(networks.build("ResNet18_vd", 4, seed=4))
+
+
+def test_a_network_is_what_was_saved(tmp_path):
+    classifier = networks.build("ResNet18_vd", 4, seed=3)
+    networks.save(tmp_path / "n", classifier, {"model": "ResNet18_vd", "classes": list("abcd"), "resolution": 16})
+    loaded, card = networks.load(tmp_path / "n")
+    assert networks.digest(loaded) == networks.digest(classifier)
+    assert card["num_classes"] == 4
+    weights = tmp_path / "n" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="not the weights that"):
+        networks.load(tmp_path / "n")
+
+
+def test_weights_that_do_not_fit_say_what_to_do(tmp_path):
+    classifier = networks.build("ResNet18_vd", 4, seed=3)
+    networks.save(tmp_path, classifier, {"model": "ResNet18_vd", "classes": list("abcd"), "resolution": 16})
+    file = tmp_path / "weights.safetensors"
+    with pytest.raises(ValueError, match=r"made for 4 classes, but the data has 6.*teacher.source: fit"):
+        networks.load_weights(networks.build("ResNet18_vd", 6, 0).network, file)
+    with pytest.raises(ValueError, match="of another network"):
+        networks.load_weights(networks.build("ResNet34_vd", 4, 0).network, file)
+    with pytest.raises(ValueError, match="no such file"):
+        networks.load_weights(classifier.network, Path("nowhere.pth"))
+    file.write_bytes(b"junk")
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        networks.load_weights(classifier.network, file)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def test_a_pickle_that_is_more_than_tensors_is_refused(tmp_path, capsys):
+    classifier = networks.build("ResNet18_vd", 4, seed=3)
+    file = tmp_path / "weights.pth"
+    torch.save({"state_dict": classifier.network.state_dict(), "evil": Evil()}, file)
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        networks.load_weights(classifier.network, file)
+    assert "this ran" not in capsys.readouterr().out
+    torch.save({"state_dict": classifier.network.state_dict()}, file)
+    networks.load_weights(networks.build("ResNet18_vd", 4, seed=5).network, file)

@@ -1,0 +1,150 @@
+"""Views are pure functions of (seed, sample id, replica), and look as the specification says."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from pipeline.core import views
+from pipeline.core.views import ViewSpec
+
+SPEC = ViewSpec(
+    seed=7,
+    resolution=24,
+    crop_scale=(0.3, 1.0),
+    crop_ratio=(0.75, 1.3333),
+    flip=0.5,
+    randaugment_ops=2,
+    randaugment_magnitude=9,
+    mix_probability=0.5,
+    mixup_alpha=0.4,
+    cutmix_alpha=1.0,
+)
+PARTNERS = np.sort(np.random.default_rng(0).integers(0, 2**63, 40).astype(np.uint64))
+
+
+def photo(seed=0, size=(60, 44)):
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+def pixels(spec, sample, replica):
+    view = views.draw(spec, sample, replica, PARTNERS)
+    partner = None
+    if view.partner is not None:
+        partner = views.draw(spec, view.partner, replica, PARTNERS), photo(view.partner % 1000)
+    return views.render(spec, view, photo(sample), partner)
+
+
+def test_the_same_arguments_give_the_same_pixels_whatever_happened_before():
+    first = [pixels(SPEC, sample, replica) for sample in range(30) for replica in range(2)]
+    np.random.seed(1)
+    torch.manual_seed(1)
+    again = [pixels(SPEC, sample, replica) for sample in reversed(range(30)) for replica in (1, 0)][::-1]
+    for a, b in zip(first, again, strict=True):
+        assert a.shape == (3, 24, 24)
+        assert a.dtype == np.uint8
+        assert np.array_equal(a, b)
+
+
+def test_another_process_draws_the_same_views():
+    program = (
+        "import sys; sys.path.insert(0, 'tests'); from test_views import *; "
+        "print([views.draw(SPEC, s, r, PARTNERS) for s in range(20) for r in range(3)])"
+    )
+    here = [views.draw(SPEC, s, r, PARTNERS) for s in range(20) for r in range(3)]
+    there = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert there.strip() == str(here)
+
+
+@pytest.mark.parametrize("field", ["seed", "resolution", "flip", "mixup_alpha"])
+def test_every_field_is_in_the_digest(field):
+    other = dataclasses.replace(SPEC, **{field: getattr(SPEC, field) + 1})
+    assert other.digest != SPEC.digest
+    assert dataclasses.replace(SPEC).digest == SPEC.digest
+
+
+def test_seed_sample_and_replica_each_matter():
+    base = views.draw(SPEC, 5, 0, PARTNERS)
+    assert base != views.draw(SPEC, 6, 0, PARTNERS)
+    assert base != views.draw(SPEC, 5, 1, PARTNERS)
+    assert base != views.draw(dataclasses.replace(SPEC, seed=8), 5, 0, PARTNERS)
+
+
+def test_draws_have_the_specified_frequencies():
+    drawn = [views.draw(SPEC, sample, 0, PARTNERS) for sample in range(4000)]
+    assert np.mean([v.flip for v in drawn]) == pytest.approx(0.5, abs=0.03)
+    assert np.mean([v.mixing != "" for v in drawn]) == pytest.approx(0.5, abs=0.03)
+    assert np.mean([v.mixing == "cutmix" for v in drawn]) == pytest.approx(0.25, abs=0.03)
+    areas = [v.crops[0][0] for v in drawn]
+    assert min(areas) >= 0.3
+    assert max(areas) <= 1.0
+    assert np.mean(areas) == pytest.approx(0.65, abs=0.02)
+    counts = np.unique([name for v in drawn for name, _ in v.operations], return_counts=True)[1]
+    assert len(counts) == len(views.OPERATIONS)
+    assert counts.min() > 0.8 * 8000 / len(views.OPERATIONS)
+    mixup = [v.share for v in drawn if v.mixing == "mixup"]
+    assert np.var(mixup) == pytest.approx(1 / (4 * (2 * 0.4 + 1)), rel=0.1)  # of Beta(0.4, 0.4)
+
+
+def test_partners_come_from_the_list_and_are_never_the_sample_itself():
+    seen = {views.draw(SPEC, int(sample), replica, PARTNERS).partner for sample in PARTNERS for replica in range(50)}
+    assert seen - {None} <= set(PARTNERS.tolist())
+    assert len(seen) > 0.8 * len(PARTNERS)
+    for sample in PARTNERS.tolist():
+        assert all(views.draw(SPEC, sample, replica, PARTNERS).partner != sample for replica in range(50))
+    assert all(views.draw(SPEC, s, 0, np.zeros(0, np.uint64)).partner is None for s in range(50))
+    alone = PARTNERS[:1]
+    assert all(views.draw(SPEC, int(alone[0]), r, alone).partner is None for r in range(50))
+
+
+def test_one_partner_more_changes_few_views():
+    fewer = np.delete(PARTNERS, 17)
+    changed = [views.draw(SPEC, s, 0, PARTNERS) != views.draw(SPEC, s, 0, fewer) for s in range(2000)]
+    assert 0 < np.mean(changed) < 0.1
+
+
+def test_a_mixed_view_is_made_of_the_two_views_alone():
+    unmixed = dataclasses.replace(SPEC, mix_probability=0.0)
+    kinds = set()
+    for sample in range(60):
+        view = views.draw(SPEC, sample, 3, PARTNERS)
+        if view.partner is None:
+            continue
+        own = views.render(unmixed, view._replace(mixing=""), photo(sample), None).astype(float)
+        other_view = views.draw(SPEC, view.partner, 3, PARTNERS)._replace(mixing="")
+        other = views.render(unmixed, other_view, photo(view.partner % 1000), None).astype(float)
+        mixed = pixels(SPEC, sample, 3)
+        kinds.add(view.mixing)
+        if view.mixing == "mixup":
+            assert np.abs(mixed - (view.share * own + (1 - view.share) * other)).max() <= 0.5 + 1e-3
+        else:
+            left, top, right, bottom = view.box
+            inside = np.zeros((24, 24), bool)
+            inside[top:bottom, left:right] = True
+            assert np.array_equal(mixed, np.where(inside, other, own))
+            assert view.share == pytest.approx(1 - inside.mean())
+    assert kinds == {"mixup", "cutmix"}
+
+
+def test_crops_lie_in_the_image_whatever_its_shape():
+    for size in [(10, 500), (500, 10), (1, 1), (33, 32)]:
+        for sample in range(50):
+            view = views.draw(SPEC, sample, 0, PARTNERS)
+            left, top, right, bottom = views._crop_box(view, *size)
+            assert -1e-6 <= left < right <= size[0] + 1e-6
+            assert -1e-6 <= top < bottom <= size[1] + 1e-6
+
+
+def test_the_test_view_is_torchvisions_centre_crop():
+    image = photo(4, (80, 64))
+    crop = v2.functional.center_crop(image, [56, 56])  # 0.875 of the shorter side
+    expected = np.asarray(crop.resize((28, 28), Image.Resampling.BICUBIC)).transpose(2, 0, 1).astype(int)
+    found = views.render_test(image, 28, 0.875).astype(int)
+    # Only at the border can the two differ: there the resampling sees beyond the crop.
+    assert np.abs(found - expected)[:, 2:-2, 2:-2].max() <= 1
