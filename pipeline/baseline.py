@@ -1,0 +1,36 @@
+"""The baseline: the student trained on the labelled images alone, what distillation is compared with.
+
+Reads data/prepare. Writes data/baseline: weights.safetensors, network.json, history.csv.
+Run: python -m pipeline.baseline
+"""
+
+from pathlib import Path
+
+from pipeline.core import devices, networks, stage, training
+from pipeline.core.batches import Views
+from pipeline.core.dataset import ImageSet
+from pipeline.core.params import Params
+from pipeline.core.views import ViewSpec
+
+
+def run(params: Params) -> None:
+    images = ImageSet.open(Path("data/prepare"))
+    spec = ViewSpec.of(params.seed, params.views)
+    classifier = networks.build_student(params.student.model, params.student.init, len(images.classes), params.seed)
+    task = training.Task(
+        name="baseline",
+        recipe=params.baseline,
+        classifier=classifier,
+        part=classifier.network,
+        rows=images.rows("labelled"),
+        views=Views(images, spec),
+        loss=training.labelled_loss(images, images.labels, params.baseline.label_smoothing),
+        resolution=params.views.resolution,
+        card={"model": params.student.model},
+        identities={"data": images.digest, "views": spec.digest, "start": networks.digest(classifier)},
+    )
+    training.train(task, params, images, devices.join(params.machine.device))
+
+
+if __name__ == "__main__":
+    stage.main(run, __doc__, distributed=True)

@@ -1,0 +1,23 @@
+"""Distillation: the student learns the teacher's soft labels on labelled and mined images, and no hard label.
+
+Reads data/prepare, data/mine, data/cache and data/teacher. Writes data/distill: weights.safetensors, network.json,
+history.csv. Run: python -m pipeline.distill
+"""
+
+from pathlib import Path
+
+from pipeline.core import devices, distillation, mined, networks, stage, teaching
+from pipeline.core.dataset import ImageSet
+from pipeline.core.params import Params
+
+
+def run(params: Params) -> None:
+    images = ImageSet.open(Path("data/prepare"))
+    classifier = networks.build_student(params.student.model, params.student.init, len(images.classes), params.seed)
+    rows = teaching.training_rows(images, mined.read(Path("data/mine")))
+    processes = devices.join(params.machine.device)
+    distillation.train("distill", params.distill, classifier, rows, params, images, processes)
+
+
+if __name__ == "__main__":
+    stage.main(run, __doc__, distributed=True)

@@ -1,0 +1,39 @@
+"""Larger resolution: the classifier alone is tuned on labelled images, larger, and seen as at test time.
+
+After Touvron et al., "Fixing the train-test resolution discrepancy", arXiv:1906.06423. Reads data/prepare and
+data/finetune. Writes data/fixres: weights.safetensors, network.json, history.csv. Run: python -m pipeline.fixres
+"""
+
+from pathlib import Path
+
+from pipeline.core import devices, networks, stage, training
+from pipeline.core.batches import Views
+from pipeline.core.dataset import ImageSet
+from pipeline.core.params import Params
+
+
+def run(params: Params) -> None:
+    images = ImageSet.open(Path("data/prepare"))
+    classifier, card = networks.load(Path("data/finetune"))
+    resolution = params.fixres.resolution
+    task = training.Task(
+        name="fixres",
+        recipe=params.fixres,
+        classifier=classifier,
+        part=classifier.network.get_classifier(),
+        rows=images.rows("labelled"),
+        views=Views(images, None, resolution, params.views.test_crop),
+        loss=training.labelled_loss(images, images.labels, params.fixres.label_smoothing),
+        resolution=resolution,
+        card={"model": card["model"]},
+        identities={
+            "data": images.digest,
+            "start": card["digest"],
+            "test view": f"{resolution} {params.views.test_crop}",
+        },
+    )
+    training.train(task, params, images, devices.join(params.machine.device))
+
+
+if __name__ == "__main__":
+    stage.main(run, __doc__, distributed=True)

@@ -1,0 +1,91 @@
+"""Scores: the teacher's answer on one clean view of each pool image, and of the test images that mining guards.
+
+Reads data/prepare and data/teacher. Writes data/score: ids.npy (N,) uint64, logits.npy (N, C) float32 and
+embeddings.npy (N, D) float16, row by row the same images. Run: python -m pipeline.score
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.core import atomic, devices, networks, stage
+from pipeline.core.batches import Views, in_order, load
+from pipeline.core.dataset import ImageSet
+from pipeline.core.devices import Processes
+from pipeline.core.networks import Classifier
+from pipeline.core.params import Params
+from pipeline.core.progress import Progress
+
+PART_IMAGES = 4096  # images scored between two files: what a killed run loses at most
+COLUMNS = ("ids", "logits", "embeddings")
+
+
+def run(params: Params) -> None:
+    images = ImageSet.open(Path("data/prepare"))
+    processes = devices.join(params.machine.device)
+    classifier, card = networks.load(Path("data/teacher"), processes.device)
+    rows = images.rows("unlabelled", "val", "test")
+    key = hashlib.sha256(f"{images.digest} {card['digest']} {params.views}".encode()).hexdigest()[:16]
+    if not processes.first():
+        score_parts(classifier, images, rows, params, stage.SCRATCH / "score" / key, processes)
+        return
+    with stage.only_writer("score") as scratch:
+        for other in scratch.iterdir():
+            if other.is_dir() and other.name != key:
+                shutil.rmtree(other)
+        score_parts(classifier, images, rows, params, scratch / key, processes)
+        with atomic.replacing_folder(Path("data/score")) as folder:
+            join_parts(scratch / key, len(rows), folder)
+        shutil.rmtree(scratch / key)
+    print(f"score: {len(rows):,} images")
+
+
+@torch.inference_mode()
+def score_parts(
+    classifier: Classifier, images: ImageSet, rows: np.ndarray, params: Params, folder: Path, processes: Processes
+) -> None:
+    """Score the parts that are not there yet, every world-th in each process; each part is one .npz file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    views = Views(images, None, params.views.resolution, params.views.test_crop)
+    parts = [rows[start : start + PART_IMAGES] for start in range(0, len(rows), PART_IMAGES)]
+    missing = [(n, part) for n, part in enumerate(parts) if not _file(folder, n).exists()]
+    mine = missing[processes.rank :: processes.world]
+    with Progress(sum(len(part) for _, part in mine), "images", "score", quiet=not processes.first()) as progress:
+        for number, part in mine:
+            answers = []
+            for batch in load(views, in_order(part, params.score.batch_size), params.machine.workers, processes.device):
+                pixels = batch.pixels.to(processes.device)
+                with torch.autocast(pixels.device.type, torch.bfloat16, enabled=params.teacher.precision == "bfloat16"):
+                    answers.append([tensor.float().cpu().numpy() for tensor in classifier.embed(pixels)])
+                progress.update(len(batch.rows))
+            logits, embeddings = (np.concatenate(column) for column in zip(*answers, strict=True))
+            with atomic.replacing(_file(folder, number)) as beside, beside.open("wb") as file:
+                np.savez(file, ids=images.ids[part], logits=logits, embeddings=embeddings.astype(np.float16))
+    devices.wait_for_all(processes)
+
+
+def join_parts(parts: Path, count: int, folder: Path) -> None:
+    """Write the parts one after another into one file a column, without holding them all in memory."""
+    for column in COLUMNS:
+        whole, at = None, 0
+        for file in sorted(parts.glob("part-*.npz")):
+            with np.load(file) as part:
+                values = part[column]
+            if whole is None:
+                shape = (count, *values.shape[1:])
+                whole = np.lib.format.open_memmap(folder / f"{column}.npy", "w+", values.dtype, shape)
+            whole[at : at + len(values)] = values
+            at += len(values)
+        assert at == count
+        whole.flush()
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:06d}.npz"
+
+
+if __name__ == "__main__":
+    stage.main(run, __doc__, distributed=True)
