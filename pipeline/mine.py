@@ -23,7 +23,7 @@ SCORE = Path("data/score")
 def run(params: Params) -> None:
     images = ImageSet.open(Path("data/prepare"))
     pool, logits = scores(images, SCORE)
-    similarity, nearest = find_copies(images, pool, params.mine.copy_similarity)
+    similarity, nearest = find_copies(images, pool)
     copied = similarity >= params.mine.copy_similarity
     classes, best = logits.argmax(1), probabilities(logits).max(1)
     taken = best_of_each_class(classes, best, images.ids[pool], ~copied, params.mine.per_class, params.mine.min_score)
@@ -58,7 +58,7 @@ def scores(images: ImageSet, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return rows[in_pool], np.asarray(logits[in_pool])
 
 
-def find_copies(images: ImageSet, pool: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+def find_copies(images: ImageSet, pool: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Give for each pool image its similarity (N,) to the nearest validation or test image, and that one's row (N,)."""
     guarded = images.rows("val", "test")
     with Progress(len(pool) + len(guarded), "images", "mine: thumbnails") as progress:
@@ -71,7 +71,7 @@ def find_copies(images: ImageSet, pool: np.ndarray, threshold: float) -> tuple[n
                 progress.update(len(part))
             return np.concatenate(parts) if parts else copies.thumbnails([])
 
-        similarity, which = copies.nearest(thumbs(pool), thumbs(guarded), threshold)
+        similarity, which = copies.nearest(thumbs(pool), thumbs(guarded))
     return similarity, np.where(which >= 0, guarded[which] if len(guarded) else -1, -1)
 
 
