@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import yaml
 from PIL import Image, ImageDraw
 
 from pipeline import prepare
@@ -47,12 +48,9 @@ def write_folder(folder: Path, train: int, val: int, test: int, unlabelled: int)
             first += count
 
 
-def tiny(**changes: object) -> params.Params:
-    """The project's settings with networks, epochs and images shrunken; `changes` as params.with_changes takes them."""
-    import yaml
-
-    data = yaml.safe_load((ROOT / "params.yaml").read_text())
-    small = {
+def small_settings() -> dict[str, object]:
+    """What to change in params.yaml for a run on the shapes that takes seconds."""
+    return {
         "machine.device": "cpu",
         "prepare.labelled_root": "photos",
         "prepare.unlabelled_root": "photos",
@@ -77,7 +75,12 @@ def tiny(**changes: object) -> params.Params:
         "fixres.resolution": 20,
         "evaluate.speed_seconds": 0.05,
     }
-    return params.check(params.with_changes(data, {**small, **changes}))
+
+
+def tiny(**changes: object) -> params.Params:
+    """The project's settings with networks, epochs and images shrunken; `changes` as params.with_changes takes them."""
+    data = yaml.safe_load((ROOT / "params.yaml").read_text())
+    return params.check(params.with_changes(data, {**small_settings(), **changes}))
 
 
 def prepared(folder: Path, monkeypatch) -> ImageSet:

@@ -18,7 +18,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f".{path.name}.part")  # always this name: what a killed run left is written over
     try:
         yield beside
         flush(beside)
@@ -37,13 +37,13 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
-    shutil.rmtree(beside, ignore_errors=True)
+    beside, old = (path.with_name(f".{path.name}.{end}") for end in ("part", "old"))
+    for left in (beside, old):  # by a killed run
+        shutil.rmtree(left, ignore_errors=True)
     beside.mkdir()
     try:
         yield beside
-        for file in beside.rglob("*"):
-            flush(file)
+        _flush_all(beside)
         if path.exists():
             os.replace(path, old)
         os.replace(beside, path)
@@ -67,6 +67,15 @@ def write_text(path: Path, content: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that a person can read and that is the same bytes for the same content."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _flush_all(folder: Path) -> None:
+    files = list(folder.rglob("*"))
+    if len(files) > 100:  # one by one, thousands of small files take seconds
+        os.sync()
+    else:
+        for file in files:
+            flush(file)
 
 
 def flush(path: Path) -> None:

@@ -1,0 +1,185 @@
+"""Encoded image bytes to upright 8-bit RGB pixels; bytes that cannot be trusted are refused with a reason.
+
+Read: nothing but the bytes given. Only formats that hold pixels are opened (no EPS, PDF or WMF: they run programs).
+"""
+
+import contextlib
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")  # JPEG includes MPO
+# How those formats (and HEIC, which cannot be read here) begin: offset, bytes. A file that begins like an image but
+# cannot be opened is a damaged image; any other is not an image.
+BEGINNINGS = (
+    (0, b"\xff\xd8\xff"),
+    (0, b"\x89PNG\r\n\x1a\n"),
+    (0, b"GIF87a"),
+    (0, b"GIF89a"),
+    (8, b"WEBP"),
+    (0, b"II*\0"),
+    (0, b"MM\0*"),
+    (4, b"ftyp"),
+    (4, b"jP  \r\n"),
+)
+SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".ppm", ".pgm"}
+
+# PIL's own limit is one number for the whole process; `max_pixels` below is checked before anything is decoded.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class Unreadable(ValueError):
+    """Bytes that are no usable image.
+
+    Attributes:
+        reason: one of a few fixed phrases, to count by.
+        detail: what exactly was found; may be empty.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason, detail)  # both, so that it survives pickling
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+def decode(encoded: bytes, max_pixels: int | None = None) -> Image.Image:
+    """Decode the first frame of an image as upright RGB.
+
+    EXIF orientation is applied; grey, 16-bit, palette and CMYK images are converted; transparent parts become white.
+
+    Args:
+        encoded: a file's content.
+        max_pixels: an image with more pixels is refused before it is decoded; None: no limit.
+
+    Raises:
+        Unreadable: the bytes are no whole image, or one that is too large.
+    """
+    return decode_first(encoded, max_pixels)[0]
+
+
+def decode_first(encoded: bytes, max_pixels: int | None = None) -> tuple[Image.Image, int]:
+    """Decode as `decode` does, and count the frames (1 for a still image)."""
+    if not encoded:
+        raise Unreadable("zero bytes")
+    check_whole(encoded)
+    try:
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise Unreadable("too many pixels", f"{image.width} x {image.height}")
+        image.load()
+        rgb = to_rgb(_upright(image))
+        return rgb, getattr(image, "n_frames", 1)
+    except Unreadable:
+        raise
+    except UnidentifiedImageError:
+        raise _not_opened(encoded) from None
+    except Exception as error:  # PIL's decoders let all kinds of exceptions out on damaged bytes
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise Unreadable("truncated" if "truncated" in message.lower() else "unreadable", message) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert pixels of any mode to 8-bit RGB, over white where they are transparent.
+
+    Raises:
+        Unreadable: pixels whose range is not known (32-bit and floating-point ones).
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _from_16_bits(image).convert("RGB")
+    if image.has_transparency_data:
+        coloured = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), coloured).convert("RGB")
+    return image.convert("RGB")
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """Encode losslessly; the bytes, and so a sample's id, do not depend on the machine.
+
+    Nothing is compressed, because what a compressor writes depends on its version and on the processor.
+    """
+    out = io.BytesIO()
+    image.save(out, "PNG", compress_level=0)
+    return out.getvalue()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    with contextlib.suppress(Exception):  # metadata that cannot be read says nothing about the pixels
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)  # (H, W)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise Unreadable("unreadable", f"pixels of 32 bits have no known range (PIL's mode {image.mode})")
+    grey = np.round(values / 257).astype(np.uint8)  # 65535 / 257 = 255
+    if isinstance(image.info.get("transparency"), int):
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
+
+
+def _not_opened(encoded: bytes) -> Unreadable:
+    if encoded[4:8] == b"ftyp" and encoded[8:12] in (b"heic", b"heix", b"mif1", b"hevc"):
+        return Unreadable("unreadable", "HEIC images are not supported; convert them to JPEG or PNG")
+    if any(encoded[at : at + len(start)] == start for at, start in BEGINNINGS):
+        return Unreadable("unreadable", "begins like an image, but its header is damaged")
+    return Unreadable("not an image")
+
+
+def check_whole(encoded: bytes) -> None:
+    """Find the damage that PIL decodes without a word.
+
+    A JPEG file whose tail was lost and filled with zeros, a PNG file with a wrong checksum or without an end.
+
+    Raises:
+        Unreadable: the end is missing, or a checksum is wrong.
+    """
+    if encoded.startswith(b"\xff\xd8\xff"):
+        _check_jpeg(encoded)
+    elif encoded.startswith(b"\x89PNG\r\n\x1a\n"):
+        _check_png(encoded)
+    elif encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP" and len(encoded) >= 12:
+        missing = struct.unpack("<I", encoded[4:8])[0] + 8 - len(encoded)
+        if missing > 0:
+            raise Unreadable("truncated", f"{missing} bytes are missing")
+
+
+def _check_jpeg(encoded: bytes) -> None:
+    """Walk from segment to segment to the first scan, then look for the end-of-image marker after it.
+
+    Searching the whole file would be wrong: thumbnails in its header have scans and ends of their own.
+    """
+    at = 2
+    while at + 4 <= len(encoded) and encoded[at] == 0xFF:
+        marker = encoded[at + 1]
+        if marker == 0xFF:  # padding
+            at += 1
+        elif marker == 0xDA:  # start of scan; inside it FF is always followed by 00 or by a restart marker
+            if encoded.find(b"\xff\xd9", at) < 0:
+                raise Unreadable("truncated", "no end-of-image marker")
+            return
+        else:
+            at += 2 + struct.unpack(">H", encoded[at + 2 : at + 4])[0]
+    if at + 4 > len(encoded):
+        raise Unreadable("truncated", "ends within its header")
+    # Anything else is no segment: PIL decides.
+
+
+def _check_png(encoded: bytes) -> None:
+    """Check the checksums of the chunks that hold pixels, and that the last chunk is there."""
+    at = 8
+    while at + 12 <= len(encoded):
+        length, kind = struct.unpack(">I4s", encoded[at : at + 8])
+        end = at + 12 + length
+        needed = kind[:1].isupper() and end <= len(encoded)  # an upper-case letter: the image depends on this chunk
+        if needed and zlib.crc32(encoded[at + 4 : end - 4]) != struct.unpack(">I", encoded[end - 4 : end])[0]:
+            raise Unreadable("unreadable", f"wrong checksum in PNG chunk {kind.decode('latin-1')}")
+        if kind == b"IEND":
+            return
+        at = end
+    raise Unreadable("truncated", "no end chunk")

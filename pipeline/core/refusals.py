@@ -1,0 +1,64 @@
+"""What was left out of a data set, and why: counted, compared with a limit, and written as a list."""
+
+import csv
+import io
+from collections import Counter
+from dataclasses import dataclass
+
+FURTHER_FRAMES = "further frames"  # the one reason for which the file itself is kept
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A file that was left out, or of which something was.
+
+    Attributes:
+        source: train, val, test or unlabelled.
+        file: its name in that source.
+        reason: one of a few fixed phrases.
+        detail: what exactly was found.
+    """
+
+    source: str
+    file: str
+    reason: str
+    detail: str = ""
+
+
+def reasons(refusals: list[Refusal], source: str) -> Counter[str]:
+    """Count why files of a source were left out."""
+    return Counter(each.reason for each in refusals if each.source == source and each.reason != FURTHER_FRAMES)
+
+
+def in_words(counts: Counter[str]) -> str:
+    """Write counts as "truncated 3, duplicate 1"."""
+    return ", ".join(f"{reason} {count:,}" for reason, count in counts.most_common()) or "none"
+
+
+def check_share(files: dict[str, int], refusals: list[Refusal], most: float) -> None:
+    """Stop where too large a share of a source was refused.
+
+    Args:
+        files: how many files of each source were looked at.
+        refusals: all refusals.
+        most: the largest share allowed.
+
+    Raises:
+        ValueError: a source, its share, and how often each reason was given.
+    """
+    for source, count in files.items():
+        counts = reasons(refusals, source)
+        if counts.total() > most * count:
+            raise ValueError(
+                f"prepare.{source}: {counts.total():,} of {count:,} files were refused ({in_words(counts)}), a larger "
+                f"share than prepare.max_refused_share allows ({most}): mend the images, or raise it"
+            )
+
+
+def as_csv(refusals: list[Refusal]) -> str:
+    """Write the list of refusals, sorted by file and source."""
+    out = io.StringIO()
+    rows = csv.writer(out, lineterminator="\n")
+    rows.writerow(("file", "source", "reason", "detail"))
+    rows.writerows(sorted((each.file, each.source, each.reason, each.detail) for each in refusals))
+    return out.getvalue()

@@ -1,0 +1,230 @@
+"""Where images come from: folders, archives, lists and torchvision's data sets, as one list of named files.
+
+Read: what `prepare`'s settings name. In a labelled source, the folder just below it is the class's name; in a list
+(.csv with the columns file and label, paths relative to the list), the label is.
+"""
+
+import csv
+import io
+import os
+import posixpath
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from pipeline.core import archives
+from pipeline.core.archives import Entry, Tree
+
+TORCHVISION = "torchvision:"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file that may be an image.
+
+    Attributes:
+        name: its path below the source's root, the same whether that is a folder or an archive of it.
+        class_name: the class it stands under; "": none, though it should have one; None: it is unlabelled.
+        size: in bytes.
+        read: gives its bytes, or raises images.Unreadable.
+    """
+
+    name: str
+    class_name: str | None
+    size: int
+    read: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class Source:
+    """All files of one source.
+
+    Attributes:
+        role: train, val, test or unlabelled; prepare's setting of that name names the source.
+        place: where it is, for messages.
+        files: in the order in which they are fastest to read.
+        classes: names of classes, those without a file too.
+    """
+
+    role: str
+    place: str
+    files: list[SourceFile]
+    classes: set[str]
+
+
+def open_source(role: str, root: str, inner: str, opened: dict[Path, Tree]) -> Source:
+    """List the files of a source.
+
+    Args:
+        role: train, val, test or unlabelled; the last has no classes.
+        root: a folder or an archive.
+        inner: a path in it: a folder, an archive, a .csv list; or torchvision:NAME.
+        opened: archives that are open already, as several sources may lie in one; those opened here are added.
+
+    Raises:
+        ValueError: there is no such thing, or it is damaged.
+    """
+    base = Path(root).expanduser()
+    if inner.startswith(TORCHVISION):
+        from pipeline.core import torchvision_sets  # importing torchvision takes seconds
+
+        place = f"{inner} in {base}"
+        files, classes = torchvision_sets.files(inner.removeprefix(TORCHVISION), base, role)
+    else:
+        path, inside = _locate(base, inner)
+        place = f"{path}: {inside}" if inside else str(path)
+        files, classes = _files(path, inside, base, f"prepare.{role}: {place}", opened)
+    if role == "unlabelled":
+        files, classes = [replace(file, class_name=None) for file in files], set()
+    return Source(role, place, files, classes)
+
+
+def class_names(sources: list[Source]) -> list[str]:
+    """Give the classes of train in the order of their labels.
+
+    Raises:
+        ValueError: there are none, one has no file, or val or test has others.
+    """
+    train = next(source for source in sources if source.role == "train")
+    where = f"prepare.train: {train.place}"
+    classes = sorted(train.classes)
+    if len(classes) < 2:
+        raise ValueError(
+            f"{where}: found {len(classes)} classes ({', '.join(classes) or 'none'}), at least 2 are needed: a folder "
+            "each, or a label each in a list; if the classes lie one folder further down, name that folder"
+        )
+    if empty := sorted(train.classes - {file.class_name for file in train.files}):
+        raise ValueError(f"{where}: class {names(empty)} has no file; add images or remove the folder")
+    for source in sources:
+        others = {file.class_name for file in source.files if file.class_name} - train.classes
+        if others:
+            raise ValueError(
+                f"prepare.{source.role}: {source.place}: class {names(sorted(others))} is not in train "
+                f"({names(classes)}); classes of the same name are the same class"
+            )
+    return classes
+
+
+def _locate(base: Path, inner: str) -> tuple[Path, str]:
+    """Split a path into what is on the disk and what is inside an archive there."""
+    whole = Path(os.path.normpath(base / inner))
+    for part in (*reversed(whole.parents), whole):
+        if archives.is_archive(part) and part.is_file():
+            inside = whole.relative_to(part).as_posix()
+            return part, "" if inside == "." else inside
+    return whole, ""
+
+
+def _files(
+    path: Path, inside: str, base: Path, where: str, opened: dict[Path, Tree]
+) -> tuple[list[SourceFile], set[str]]:
+    if path.is_dir():
+        return _by_folder(archives.open_folder(path), "", _below(path, base))
+    if not path.is_file():
+        raise ValueError(f"{where}: no such folder, archive or list{_beside(path)}")
+    if archives.is_archive(path):
+        if path not in opened:
+            opened[path] = archives.open_archive(path)
+        tree, above = opened[path], _below(path, base)
+        entries = {entry.name: entry for entry in tree.entries} if inside.lower().endswith(".csv") else {}
+        if inside in entries:
+            rows = _rows(entries[inside].read(), where)
+            return _by_list(rows, partial(_in_archive, entries, posixpath.dirname(inside)), above)
+        if inside and inside not in tree.folders:
+            top = {name.split("/")[0] for name in (*tree.folders, *(entry.name for entry in tree.entries))}
+            raise ValueError(f"{where}: no such folder or list in the archive{_some(top)}")
+        return _by_folder(tree, inside, above)
+    if path.suffix.lower() == ".csv":
+        return _by_list(_rows(path.read_bytes(), where), partial(_on_disk, path.parent, base), "")
+    raise ValueError(f"{where}: not a folder, an archive ({', '.join(archives.OPENERS)}) or a list (.csv)")
+
+
+def _by_folder(tree: Tree, inside: str, above: str) -> tuple[list[SourceFile], set[str]]:
+    """Take the files below a folder of a tree; the next folder's name is the class."""
+    start = f"{inside}/" if inside else ""
+    files = []
+    for entry in tree.entries:
+        if entry.name.startswith(start):
+            first, slash, _ = entry.name[len(start) :].partition("/")
+            name = _text(posixpath.join(above, entry.name))
+            files.append(SourceFile(name, class_name(first) if slash else "", entry.size, entry.read))
+    below = {name[len(start) :] for name in tree.folders if name.startswith(start)}
+    return files, {class_name(name) for name in below if name and "/" not in name}
+
+
+def _by_list(
+    rows: list[tuple[str, str]], find: Callable[[str], Entry], above: str
+) -> tuple[list[SourceFile], set[str]]:
+    """Take the files that a list names."""
+    files = []
+    for name, label in rows:
+        entry = find(name)
+        files.append(
+            SourceFile(
+                _text(posixpath.join(above, entry.name)),
+                class_name(label) if label else None,
+                entry.size,
+                entry.read,
+            )
+        )
+    return files, {file.class_name for file in files if file.class_name}
+
+
+def _rows(content: bytes, where: str) -> list[tuple[str, str]]:
+    """Read a list: (file, label) of each row; the label may be empty."""
+    try:
+        rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig")), skipinitialspace=True)
+        columns = rows.fieldnames or []
+        if "file" not in columns:
+            raise ValueError(f"its first line must name the columns file and label, not {', '.join(columns) or 'none'}")
+        found = [((row["file"] or "").strip(), (row.get("label") or "").strip()) for row in rows]
+    except (UnicodeDecodeError, csv.Error, ValueError) as error:
+        raise ValueError(f"{where}: not a list of images: {error}") from None
+    if not all(name for name, _ in found):
+        number = [name for name, _ in found].index("") + 1
+        raise ValueError(f"{where}: row {number} below the heading names no file")
+    return found
+
+
+def _on_disk(folder: Path, base: Path, name: str) -> Entry:
+    path = os.path.normpath(folder / name)
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    return Entry(Path(os.path.relpath(path, base)).as_posix(), size, partial(archives.read_file, path))
+
+
+def _in_archive(entries: dict[str, Entry], folder: str, name: str) -> Entry:
+    name = archives.plain(posixpath.join(folder, name))
+    return entries.get(name) or Entry(name, 0, partial(archives.refuse, "unreadable", "not in the archive"))
+
+
+def _below(path: Path, base: Path) -> str:
+    """Give a path as seen from the root; "" for the root itself."""
+    below = Path(os.path.relpath(path, base)).as_posix()
+    return "" if below == "." else below
+
+
+def _text(name: str) -> str:
+    """Make a name that is not valid UTF-8 printable and storable."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def class_name(name: str) -> str:
+    """Write a class's name in one way: macOS and Linux spell accented letters differently."""
+    return unicodedata.normalize("NFC", _text(name))
+
+
+def names(found: list[str]) -> str:
+    """Write names for a message, the first few of them."""
+    return ", ".join(f"'{name}'" for name in found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+
+
+def _beside(path: Path) -> str:
+    """Say what there is where a path was looked for."""
+    return _some({item.name for item in path.parent.iterdir()}) if path.parent.is_dir() else ""
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(name for name in names if not archives.hidden(name))
+    return f"; there are {', '.join(shown[:10])}{' …' if len(shown) > 10 else ''}" if shown else ""

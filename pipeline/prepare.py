@@ -1,0 +1,278 @@
+"""Stage prepare: anyone's images to a few large shards and a manifest; what cannot be used is listed, never replaced.
+
+Read: the folders, archives, lists or torchvision sets that section `prepare` of params.yaml names.
+Write: data/prepare/: images-NNNNN.tar (the images as they were encoded), manifest.parquet (id, label, split, size and
+source of each), classes.json, refused.csv (every file left out, and why) and summary.json. The same images give the
+same bytes, whatever the order of the files. Where the stage stops because of what it refused, the list is in
+.scratch/prepare/refused.csv.
+Run: python -m pipeline.prepare [--params FILE]
+"""
+
+import hashlib
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.core import atomic, choose, dataset, shards, stage
+from pipeline.core.archives import Tree
+from pipeline.core.choose import Found, Picture, Pictures
+from pipeline.core.images import Unreadable, decode_first
+from pipeline.core.params import Params
+from pipeline.core.progress import Progress
+from pipeline.core.reading import in_threads
+from pipeline.core.refusals import FURTHER_FRAMES, Refusal, as_csv, check_share, in_words, reasons
+from pipeline.core.shards import Sample
+from pipeline.core.sources import Source, SourceFile, class_names, names, open_source
+
+OUT = Path("data/prepare")
+
+
+def run(params: Params) -> None:
+    """Prepare what the settings name. Raises ValueError where the images cannot be used as they are."""
+    settings, refusals = params.prepare, []
+    warnings.filterwarnings("ignore", module="PIL")  # damaged metadata says nothing about the pixels
+    with stage.only_writer("prepare") as scratch:
+        listed = scratch / "refused.csv"
+        listed.unlink(missing_ok=True)
+        try:
+            sources = open_sources(settings.model_dump())
+            with atomic.replacing_folder(OUT) as folder:
+                summary = prepare(
+                    sources,
+                    folder,
+                    seed=params.seed,
+                    images_per_class=settings.images_per_class,
+                    labels_per_class=settings.labels_per_class,
+                    val_share=settings.val_share if settings.val is None else 0.0,
+                    test_share=settings.test_share if settings.test is None else 0.0,
+                    max_pixels=settings.max_pixels,
+                    max_refused_share=settings.max_refused_share,
+                    shard_bytes=settings.shard_mb * 1_000_000,
+                    refusals=refusals,
+                )
+        except ValueError as error:
+            if not refusals:
+                raise
+            atomic.write_text(listed, as_csv(refusals))
+            raise ValueError(f"{error}; {listed} names every file refused and why") from None
+    counts = ", ".join(f"{split['images']:,} {name}" for name, split in summary["splits"].items())
+    refused = ", ".join(f"{count:,} {reason}" for reason, count in summary["refused"].items())
+    print(f"prepare: {summary['images']:,} images of {summary['classes']:,} classes: {counts}; refused: {refused or 0}")
+
+
+def open_sources(settings: dict[str, Any]) -> list[Source]:
+    """List the files of every source that section `prepare` of the settings names."""
+    opened: dict[Path, Tree] = {}
+    found = []
+    for role in ("train", "val", "test", "unlabelled"):
+        root = settings["unlabelled_root" if role == "unlabelled" else "labelled_root"]
+        if settings[role] is not None:
+            source = open_source(role, root, settings[role], opened)
+            print(f"prepare: {role}: {len(source.files):,} files in {source.place}", file=sys.stderr, flush=True)
+            found.append(source)
+    return found
+
+
+def prepare(
+    sources: list[Source],
+    folder: Path,
+    *,
+    seed: int,
+    images_per_class: int | None,
+    labels_per_class: int | None,
+    val_share: float,
+    test_share: float,
+    max_pixels: int,
+    max_refused_share: float,
+    shard_bytes: int,
+    refusals: list[Refusal],
+) -> dict[str, Any]:
+    """Write the data set of some sources into an empty folder; return its summary.
+
+    Args:
+        sources: train, and where there are any val, test and unlabelled.
+        folder: where to write.
+        seed: of every choice.
+        images_per_class: at most so many of train; None: all.
+        labels_per_class: keep so many labels; the others' images join the pool; None: all.
+        val_share, test_share: shares of train to hold out.
+        max_pixels: an image with more is refused.
+        max_refused_share: stop when a larger share of the files of one source is refused.
+        shard_bytes: most bytes of a shard.
+        refusals: every refusal is added to it, also where this ends in an error.
+
+    Raises:
+        ValueError: too much was refused, a class has no image, or the sources' classes do not fit together.
+    """
+    classes = class_names(sources)
+    pictures: Pictures = {}
+    found, unread = read_all(sources, max_pixels, images_per_class is not None, pictures)
+    refusals += unread
+    parts, refused = choose.select(
+        found,
+        pictures,
+        partial(add_pictures, pictures, max_pixels),
+        seed=seed,
+        images_per_class=images_per_class,
+        labels_per_class=labels_per_class,
+        val_share=val_share,
+        test_share=test_share,
+    )
+    refusals += refused
+    looked_at = [each.source for each in unread] + [each.role for each in found if each.sha256 in pictures]
+    files = {source.role: looked_at.count(source.role) for source in sources}
+    check_share(files, refusals, max_refused_share)
+    check_parts(parts, classes, refusals)
+
+    refusals += further_frames(parts, pictures)
+    samples = to_samples(parts, pictures, classes)
+    manifest = shards.write(folder, samples, classes, shard_bytes, partial(contents, found))
+    atomic.write_text(folder / "refused.csv", as_csv(refusals))
+    summary = summarise(samples, classes, files, refusals, dataset.digest(manifest, tuple(classes)))
+    atomic.write_json(folder / "summary.json", summary)
+    return summary
+
+
+def read_all(
+    sources: list[Source], max_pixels: int, lazy: bool, pictures: Pictures
+) -> tuple[list[Found], list[Refusal]]:
+    """Hash every file and decode its image; add what was seen to `pictures`.
+
+    Args:
+        lazy: leave the labelled images of train to be decoded when they are wanted.
+    """
+    found, refusals = [], []
+
+    def look(decode_labelled: bool, file: SourceFile, encoded: bytes) -> tuple[str, int, Picture | Unreadable | None]:
+        picture = _picture(encoded, max_pixels) if decode_labelled or not file.class_name else None
+        return hashlib.sha256(encoded).hexdigest(), len(encoded), picture
+
+    for source in sources:
+        work = partial(look, source.role != "train" or not lazy)
+        results = in_threads(source.files, work, _most_bytes(max_pixels), f"prepare: read {source.role}")
+        for file, result in zip(source.files, results, strict=True):
+            if isinstance(result, Unreadable):
+                refusals.append(Refusal(source.role, file.name, result.reason, result.detail))
+                continue
+            sha256, length, picture = result
+            found.append(Found(source.role, file, sha256, length))
+            if picture is not None:
+                pictures[sha256] = picture
+    return found, refusals
+
+
+def add_pictures(pictures: Pictures, max_pixels: int, found: list[Found]) -> None:
+    """Decode the contents that were not decoded yet."""
+    missing = [each for each in found if each.sha256 not in pictures]
+    files = [each.file for each in missing]
+    if files:
+        work = lambda file, encoded: _picture(encoded, max_pixels)  # noqa: E731
+        results = in_threads(files, work, _most_bytes(max_pixels), "prepare: decode")
+        for each, picture in zip(missing, results, strict=True):
+            pictures[each.sha256] = picture
+
+
+def _picture(encoded: bytes, max_pixels: int) -> Picture | Unreadable:
+    try:
+        image, frames = decode_first(encoded, max_pixels)
+    except Unreadable as error:
+        return Unreadable(error.reason, error.detail)  # without the frames it passed through: they hold the content
+    return Picture(image.width, image.height, frames)
+
+
+def _most_bytes(max_pixels: int) -> int:
+    """No encoding needs more than 8 bytes a pixel (16-bit RGBA); leave room for metadata."""
+    return 8 * max_pixels + 10_000_000
+
+
+def check_parts(parts: dict[str, list[Found]], classes: list[str], refusals: list[Refusal]) -> None:
+    """Make sure that there is something to learn and to test. Raises ValueError where there is not."""
+    missing = set(classes) - {each.file.class_name for part in ("labelled", "withheld") for each in parts[part]}
+    if missing:
+        refused = in_words(reasons(refusals, "train"))
+        raise ValueError(
+            f"prepare.train: class {names(sorted(missing))} is left without an image "
+            f"(refused in train: {refused}); add images, or take the class out"
+        )
+    for part in ("val", "test"):
+        if not parts[part]:
+            raise ValueError(
+                f"prepare.{part}: no image is left for it; name a source with images in prepare.{part}, or with null "
+                f"give prepare.{part}_share something to take: a class of fewer than 3 images gives none"
+            )
+
+
+def further_frames(parts: dict[str, list[Found]], pictures: Pictures) -> list[Refusal]:
+    """List the images of which only the first frame is used."""
+    return [
+        choose.refuse(each, FURTHER_FRAMES, f"the first of {pictures[each.sha256].frames} is used")
+        for part in parts.values()
+        for each in part
+        if pictures[each.sha256].frames > 1
+    ]
+
+
+def to_samples(parts: dict[str, list[Found]], pictures: Pictures, classes: list[str]) -> list[Sample]:
+    """Give every chosen image its split and label.
+
+    Raises:
+        ValueError: two images have one id, though their bytes differ.
+    """
+    label_of = {name: label for label, name in enumerate(classes)}
+    samples: dict[int, Sample] = {}
+    for part, chosen in parts.items():
+        for each in chosen:
+            picture, name = pictures[each.sha256], each.file.class_name
+            split = "unlabelled" if part == "withheld" else part
+            label = -1 if split == "unlabelled" else label_of[name]
+            withheld = label_of[name] if part == "withheld" else -1
+            sample = Sample(
+                each.sha256, each.length, picture.width, picture.height, split, label, withheld, each.file.name
+            )
+            if other := samples.get(sample.id):
+                raise ValueError(f"{sample.source} and {other.source} have one id, {sample.id:016x}; remove one")
+            samples[sample.id] = sample
+    return list(samples.values())
+
+
+def contents(found: list[Found], samples: list[Sample]) -> Iterator[tuple[Sample, bytes]]:
+    """Read the chosen images once more, in the order of their sources."""
+    wanted = {sample.sha256: sample for sample in samples}
+    with Progress(len(wanted), "images", "prepare: write") as progress:
+        for each in found:
+            if sample := wanted.pop(each.sha256, None):
+                yield sample, each.file.read()
+                progress.update()
+
+
+def summarise(
+    samples: list[Sample], classes: list[str], files: dict[str, int], refusals: list[Refusal], digest: str
+) -> dict[str, Any]:
+    """Count the images of each split and class, and the refusals by reason."""
+    splits: dict[str, Any] = {}
+    for split in dataset.SPLITS:
+        labels = Counter(max(s.label, s.withheld) for s in samples if s.split == split)
+        splits[split] = {
+            "images": labels.total(),
+            "without_label": labels.pop(-1, 0),  # neither known to the student nor withheld
+            "classes": {name: labels[label] for label, name in enumerate(classes) if labels[label]},
+        }
+    return {
+        "images": len(samples),
+        "bytes": sum(sample.length for sample in samples),
+        "classes": len(classes),
+        "digest": digest,
+        "splits": splits,
+        "files": {
+            role: {"looked_at": count, "refused": reasons(refusals, role).total()} for role, count in files.items()
+        },
+        "refused": dict(sorted(Counter(each.reason for each in refusals).items())),
+    }
+
+
+if __name__ == "__main__":
+    stage.main(run, __doc__)

@@ -1,0 +1,65 @@
+"""Small images of every kind, good and bad, made on the spot for tests."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+
+
+def pixels(seed: int, height: int = 20, width: int = 30) -> np.ndarray:
+    """Random colours (H, W, 3)."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def picture(seed: int, height: int = 20, width: int = 30) -> Image.Image:
+    """An image of random colours."""
+    return Image.fromarray(pixels(seed, height, width))
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    """Encode with PIL."""
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def png(seed: int) -> bytes:
+    """A good file."""
+    return encode(picture(seed), "PNG")
+
+
+def several(kind: str, seed: int, count: int = 3) -> bytes:
+    """A file of several frames or pages."""
+    frames = [picture(seed + at) for at in range(count)]
+    return encode(frames[0], kind, save_all=True, append_images=frames[1:])
+
+
+def rotated_jpeg(seed: int) -> bytes:
+    """A JPEG file that its EXIF data turns by a quarter, as phones write them."""
+    exif = Image.Exif()
+    exif[0x112] = 6
+    return encode(picture(seed), "JPEG", exif=exif)
+
+
+def zero_filled(content: bytes) -> bytes:
+    """A file whose second half was lost: its place was reserved on the disk, and never written."""
+    half = len(content) // 2
+    return content[:half] + bytes(len(content) - half)
+
+
+def with_flipped_bit(content: bytes, at: int) -> bytes:
+    """The same with one bit wrong."""
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """A chunk of a PNG file."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png_bomb(side: int = 60_000) -> bytes:
+    """A PNG file of some hundred bytes that says it holds 3,600 million pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")

@@ -1,0 +1,42 @@
+"""Files that are whole or not there."""
+
+import pytest
+
+from pipeline.core import atomic
+
+
+def test_a_file_appears_when_the_block_ends_well(tmp_path):
+    path = tmp_path / "sub" / "file.json"
+    with atomic.replacing(path) as beside:
+        beside.write_text("new")
+        assert not path.exists()
+    assert path.read_text() == "new"
+    assert [file.name for file in path.parent.iterdir()] == ["file.json"]
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic.replacing(path) as beside:
+        beside.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("count", [3, 150])
+def test_a_folder_takes_the_place_of_the_old_one_whole(tmp_path, count):
+    path = tmp_path / "out"
+    path.mkdir()
+    (path / "old").write_text("old")
+    with pytest.raises(RuntimeError), atomic.replacing_folder(path) as beside:
+        (beside / "half").write_text("half")
+        raise RuntimeError
+    assert [file.name for file in path.iterdir()] == ["old"]
+    (tmp_path / ".out.part").mkdir()  # as a killed run leaves it
+    (tmp_path / ".out.part" / "rest").write_text("rest")
+    with atomic.replacing_folder(path) as beside:
+        for number in range(count):
+            (beside / f"{number}").write_text("new")
+    assert len(list(path.iterdir())) == count
+    assert list(tmp_path.iterdir()) == [path]

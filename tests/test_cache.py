@@ -1,0 +1,139 @@
+"""The cache stage: only what is missing is asked; what does not belong is set aside; cached equals online."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from images import prepared, tiny, write_folder
+
+from pipeline import cache, mine, prepare, score, teacher
+from pipeline.core import distillation, networks, teaching
+from pipeline.core.batches import Views
+from pipeline.core.dataset import ImageSet
+from pipeline.core.softlabels import SoftLabels
+from pipeline.core.views import ViewSpec
+
+# The teacher sees the labelled images alone, so it stays the same when the pool grows; all of the pool is mined.
+SETTINGS = {"teacher.fit_on": "labelled", "teacher.epochs": 1, "mine.per_class": 1000, "views.mix_probability": 0.5}
+
+
+def go(*stages, **changes):
+    params = tiny(**{**SETTINGS, **changes})
+    for stage in stages:
+        stage.run(params)
+    return params
+
+
+def shards():
+    return {file.name: file.read_bytes() for file in sorted(Path("data/cache").glob("*.sl"))}
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """A folder in which everything up to the cache has run."""
+    folder = tmp_path_factory.mktemp("cached")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        prepared(folder, patch)
+        go(teacher, score, mine, cache)
+    return folder
+
+
+@pytest.fixture
+def here(cached, tmp_path, monkeypatch):
+    """A copy of that folder, to work in."""
+    shutil.copytree(cached, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return tmp_path / "copy"
+
+
+def stored_views():
+    return json.loads(Path("data/cache/cache.json").read_text())["stored_views"]
+
+
+def test_every_view_is_there_once(here):
+    images = ImageSet.open(Path("data/prepare"))
+    assert stored_views() == 2 * (len(images.rows("labelled")) + len(images.rows("unlabelled")))
+    labels = SoftLabels(Path("data/cache"), teaching.description(tiny(**SETTINGS), networks.read_card(Path("data/teacher"))))
+    assert len(labels) == stored_views()
+
+
+def test_again_nothing_is_asked(here, capsys):
+    before = shards()
+    go(cache)
+    assert "0 views to ask" in capsys.readouterr().out
+    assert shards() == before
+
+
+def test_a_grown_pool_costs_its_own_views(here, capsys):
+    before, weights, views = shards(), networks.read_card(Path("data/teacher"))["digest"], stored_views()
+    write_folder(Path("more"), train=0, val=0, test=0, unlabelled=40)
+    for file in Path("more/unlabelled").glob("*003?.png"):
+        shutil.copy(file, "photos/unlabelled")
+    go(prepare, teacher, score, mine)
+    assert networks.read_card(Path("data/teacher"))["digest"] == weights
+    capsys.readouterr()
+    go(cache)
+    assert stored_views() > views + 40
+    assert f"{stored_views() - views} views to ask" in capsys.readouterr().out
+    assert before.items() < shards().items()
+
+
+def test_a_shrunken_pool_costs_nothing(here, capsys):
+    before = shards()
+    for file in list(Path("photos/unlabelled").glob("*.png"))[:5]:
+        file.unlink()
+    go(prepare, teacher, score, mine)
+    capsys.readouterr()
+    go(cache)
+    assert "0 views to ask" in capsys.readouterr().out
+    assert shards() == before
+
+
+def test_more_replicas_cost_only_the_new_ones(here, capsys):
+    before, views = shards(), stored_views()
+    go(cache, **{"cache.replicas": 3})
+    assert f"{views // 2} views to ask" in capsys.readouterr().out
+    assert before.items() < shards().items()
+
+
+def test_a_lost_shard_alone_is_computed_again(here, capsys):
+    before = shards()
+    Path("data/cache", sorted(before)[1]).unlink()
+    go(cache)
+    assert "16 views to ask" in capsys.readouterr().out
+    assert shards() == before
+
+
+def test_other_views_set_the_labels_aside_and_find_them_again(here, capsys):
+    before = shards()
+    go(cache, **{"views.flip": 0.5})
+    assert not before.keys() <= shards().keys() or shards() != before
+    go(cache)
+    assert "0 views to ask" in capsys.readouterr().out.splitlines()[-1]
+    assert shards() == before
+
+
+def test_labels_of_other_views_are_refused_by_name(here):
+    params = tiny(**{**SETTINGS, "views.flip": 0.5})
+    with pytest.raises(ValueError, match=r"views\.flip differ.*dvc repro cache"):
+        teaching.open_labels(params, networks.read_card(Path("data/teacher")))
+
+
+def test_cached_and_online_differ_by_rounding_alone(here):
+    params = tiny(**SETTINGS)
+    images = ImageSet.open(Path("data/prepare"))
+    views = Views(images, ViewSpec.of(params.seed, params.views))
+    rows = images.rows("labelled", "unlabelled")
+    batch = views[rows, np.ones(len(rows), np.int64)]
+    cpu = torch.device("cpu")
+    stored, name = distillation.open_teacher(params, images, asked_online=False, device=cpu)
+    asked, same_name = distillation.open_teacher(params, images, asked_online=True, device=cpu)
+    assert name == same_name
+    for temperature in (1.0, 3.0):
+        a, b = stored(batch, temperature), asked(batch, temperature)
+        assert torch.allclose(a, b, rtol=0.01, atol=1e-5)

@@ -1,0 +1,196 @@
+"""The prepared images as other stages read them, and what a damaged copy says."""
+
+import hashlib
+import pickle
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from made_images import pixels, png
+from prepare_kit import SPLITS, prepared, with_splits, write
+
+from pipeline.core import dataset
+from pipeline.core.dataset import ImageSet, rank, sample_id
+from pipeline.core.shards import layout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A data set in several small shards."""
+    place = tmp_path_factory.mktemp("set")
+    root = write(place / "in", with_splits())
+    prepared(place / "out", root, **SPLITS, labels_per_class=5, shard_mb=0.02)
+    return place / "out"
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A copy to damage."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def test_ids_are_the_hash_of_the_bytes(folder):
+    content = png(1)
+    assert format(sample_id(content), "016x") == hashlib.sha256(content).hexdigest()[:16]
+    images = ImageSet.open(folder)
+    assert [sample_id(images.encoded(row)) for row in range(len(images))] == images.ids.tolist()
+    assert images.ids.tolist() == sorted(images.ids.tolist())
+
+
+def test_types_and_shapes(folder):
+    images = ImageSet.open(folder)
+    assert len(images) == 24 + 6 + 6 + 8
+    for column, kind in ((images.ids, np.uint64), (images.labels, np.int32), (images.withheld, np.int32)):
+        assert column.dtype == kind
+        assert column.shape == (len(images),)
+    assert images.splits.dtype.kind == "U"
+    assert images.classes == ("a", "b")
+
+
+def test_rows_of_splits_are_ascending_and_share_out_all_images(folder):
+    images = ImageSet.open(folder)
+    rows = [images.rows(split) for split in dataset.SPLITS]
+    assert sorted(np.concatenate(rows).tolist()) == list(range(len(images)))
+    both = images.rows("test", "val")
+    assert both.dtype == np.int64
+    assert both.tolist() == sorted(both.tolist())
+    assert set(images.splits[both]) == {"test", "val"}
+    with pytest.raises(ValueError, match="tset: unknown split; there are labelled"):
+        images.rows("tset")
+
+
+def test_rows_of_ids(folder):
+    images = ImageSet.open(folder)
+    rows = np.array([5, 0, 5, len(images) - 1])
+    assert images.row_of(images.ids[rows]).tolist() == rows.tolist()
+    assert images.row_of([]).tolist() == []
+    for unknown in (0, int(images.ids[3]) + 1, 2**64 - 1):
+        with pytest.raises(ValueError, match=f"{unknown:016x} .1 of 2"):
+            images.row_of(np.array([images.ids[0], unknown], np.uint64))
+
+
+def test_images_have_the_pixels_that_their_files_had(folder):
+    images = ImageSet.open(folder)
+    row = [images.source(row) for row in range(len(images))].index("pool/deep/er/3.png")
+    assert (np.asarray(images.image(row)) == pixels(90_003)).all()
+
+
+def test_shards_are_plain_tar_archives_in_the_manifest_s_order(folder):
+    images = ImageSet.open(folder)
+    shards = sorted(folder.glob("images-*.tar"))
+    assert len(shards) > 2
+    row = 0
+    for path in shards:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                assert member.name == f"{images.ids[row]:016x}.png"
+                assert (member.mtime, member.uid, member.uname) == (0, 0, "")
+                assert archive.extractfile(member).read() == images.encoded(row)
+                row += 1
+    assert row == len(images)
+
+
+def test_layout_fills_shards_to_the_limit():
+    lengths = np.random.default_rng(0).integers(1, 5000, 300).tolist()
+    places = layout(lengths, 20_000)
+    shards = [shard for shard, _ in places]
+    assert shards == sorted(shards)
+    assert set(shards) == set(range(shards[-1] + 1))
+    for at, (length, (shard, offset)) in enumerate(zip(lengths, places, strict=True)):
+        assert offset % 512 == 0
+        assert offset + length <= 20_000
+        if at and places[at - 1][0] == shard:
+            assert offset - 512 >= places[at - 1][1] + lengths[at - 1]
+    assert layout([100, 10**6, 100], 1000) == [(0, 512), (1, 512), (2, 512)]  # an image larger than a shard
+
+
+def test_a_pickled_set_reads_the_same(folder):
+    images = ImageSet.open(folder)
+    images.encoded(0)
+    again = pickle.loads(pickle.dumps(images))
+    assert not again._maps
+    assert all(again.encoded(row) == images.encoded(row) for row in range(len(images)))
+    assert again.digest == images.digest
+
+
+def test_more_shards_than_may_be_open_at_once(folder, monkeypatch):
+    monkeypatch.setattr(dataset, "OPEN_SHARDS", 2)
+    images = ImageSet.open(folder)
+    for row in (*range(len(images)), *reversed(range(len(images)))):
+        assert sample_id(images.encoded(row)) == images.ids[row]
+    assert len(images._maps) <= 2
+
+
+def test_the_digest_says_what_is_in_the_set_and_not_where_it_lies(folder):
+    manifest = pq.read_table(folder / "manifest.parquet")
+    classes = ("a", "b")
+    first = ImageSet.open(folder).digest
+    assert dataset.digest(manifest, classes) == first
+    assert dataset.digest(manifest, ("a", "c")) != first
+    moved = pa.Table.from_pylist([row | {"offset": 0, "source": "x"} for row in manifest.to_pylist()], manifest.schema)
+    assert dataset.digest(moved, classes) == first
+    for name in ("label", "withheld", "width"):
+        rows = manifest.to_pylist()
+        rows[7][name] += 1
+        assert dataset.digest(pa.Table.from_pylist(rows, manifest.schema), classes) != first
+
+
+def test_ranks_depend_on_seed_purpose_and_sample_alone():
+    assert rank(0, "a", 1) == rank(0, "a", 1)
+    assert len({rank(seed, purpose, sample) for seed in (0, 1) for purpose in "ab" for sample in range(100)}) == 400
+    ranks = np.array([rank(3, "even", sample) for sample in range(4000)], dtype=float) / 2**64
+    assert abs(ranks.mean() - 0.5) < 0.02
+
+
+# --- damaged copies --------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_folder_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r"no such folder; .*dvc repro prepare.*dvc pull"):
+        ImageSet.open(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["manifest.parquet", "classes.json", "images-00001.tar"])
+def test_a_missing_file_is_named(copy, name):
+    (copy / name).unlink()
+    with pytest.raises(ValueError, match=rf"{name}: missing; .*dvc pull"):
+        ImageSet.open(copy)
+
+
+@pytest.mark.parametrize("name", ["manifest.parquet", "classes.json"])
+def test_a_cut_off_file_is_found_on_opening(copy, name):
+    (copy / name).write_bytes((copy / name).read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"damaged .*dvc pull"):
+        ImageSet.open(copy)
+
+
+@pytest.mark.parametrize("change", [-1, 1, -5000])
+def test_a_shard_of_another_size_is_found_on_opening(copy, change):
+    path = copy / "images-00001.tar"
+    content = path.read_bytes() + b"x"
+    path.write_bytes(content[: len(content) - 1 + change])
+    with pytest.raises(ValueError, match=r"images-00001.tar: \d+ bytes instead of \d+; .*dvc pull"):
+        ImageSet.open(copy)
+
+
+def test_a_wrong_byte_is_found_on_reading(copy):
+    images = ImageSet.open(copy)
+    _, offset, length = images._place[0]
+    path = copy / "images-00000.tar"
+    content = bytearray(path.read_bytes())
+    content[offset + length // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"images-00000.tar: the image at byte 512 .* is damaged; .*dvc checkout"):
+        images.encoded(0)
+    images.encoded(1)
+
+
+def test_a_manifest_of_another_version_is_refused(copy):
+    table = pq.read_table(copy / "manifest.parquet").drop_columns(["withheld"])
+    pq.write_table(table, copy / "manifest.parquet")
+    with pytest.raises(ValueError, match=r"columns are not this version's .*withheld"):
+        ImageSet.open(copy)

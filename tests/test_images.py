@@ -1,0 +1,208 @@
+"""What images of every kind decode to, and which are refused and why."""
+
+import io
+import pickle
+import zlib
+
+import numpy as np
+import pytest
+from made_images import (
+    chunk,
+    encode,
+    picture,
+    pixels,
+    png,
+    png_bomb,
+    rotated_jpeg,
+    several,
+    with_flipped_bit,
+    zero_filled,
+)
+from PIL import Image
+
+from pipeline.core import images
+from pipeline.core.images import Unreadable
+
+JPEG = encode(picture(0, 60, 80), "JPEG")
+PROGRESSIVE = encode(picture(0, 60, 80), "JPEG", progressive=True)
+LIMIT = 10_000_000
+
+
+def decoded(content: bytes) -> np.ndarray:
+    image = images.decode(content, LIMIT)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_formats_give_the_pixels_that_were_stored(kind):
+    assert (decoded(encode(picture(1), kind)) == pixels(1)).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "AVIF", "JPEG2000", "GIF"])
+def test_other_formats_are_read(kind):
+    assert decoded(encode(picture(1), kind)).shape == (20, 30, 3)
+
+
+def test_exif_orientation_is_applied():
+    upright = decoded(rotated_jpeg(1))
+    assert upright.shape == (30, 20, 3)
+    stored = np.asarray(Image.open(io.BytesIO(rotated_jpeg(1))))
+    assert (upright == np.rot90(stored, k=-1)).all()  # orientation 6: turn by 90 degrees clockwise
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_each_exif_orientation_is_undone(orientation):
+    # How a camera held in eight ways stores one and the same scene.
+    store = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.swapaxes(0, 1),
+        6: lambda a: np.rot90(a),
+        7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+        8: lambda a: np.rot90(a, k=-1),
+    }
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(store[orientation](pixels(2))))
+    assert (decoded(encode(stored, "PNG", exif=exif)) == pixels(2)).all()
+
+
+def test_damaged_exif_data_leaves_the_pixels_as_stored():
+    exif = Image.Exif()
+    exif[0x112] = 6
+    content = encode(picture(1), "JPEG", exif=exif)
+    at = content.index(b"Exif\0\0") + 6
+    assert decoded(content[:at] + b"XXXX" + content[at + 4 :]).shape == (20, 30, 3)
+
+
+def test_sixteen_bit_grey_is_scaled_and_not_clipped():
+    values = np.array([[0, 256, 257, 30_000, 65_535]], np.uint16)
+    wanted = np.round(values / 65_535 * 255)
+    for kind in ("PNG", "TIFF"):
+        assert (decoded(encode(Image.fromarray(values), kind))[..., 0] == wanted).all()
+    as_pgm = b"P5 5 1 65535\n" + values.astype(">u2").tobytes()
+    assert (decoded(as_pgm)[..., 0] == wanted).all()
+
+
+def test_grey_and_one_bit_images_get_three_equal_channels():
+    grey = picture(3).convert("L")
+    assert (decoded(encode(grey, "PNG")) == np.asarray(grey)[..., None]).all()
+    bits = picture(3).convert("1")
+    assert (decoded(encode(bits, "PNG")) == np.asarray(bits)[..., None] * 255).all()
+
+
+def test_transparent_parts_become_white_in_proportion():
+    alpha = np.linspace(0, 255, 600).reshape(20, 30, 1).round().astype(np.uint8)
+    rgba = np.concatenate([pixels(4), alpha], axis=2)
+    wanted = pixels(4) * (alpha / 255) + 255 * (1 - alpha / 255)
+    assert np.abs(decoded(encode(Image.fromarray(rgba), "PNG")) - wanted).max() <= 1
+    grey_alpha = rgba[..., 2:]
+    wanted = grey_alpha[..., :1] * (alpha / 255) + 255 * (1 - alpha / 255)
+    assert np.abs(decoded(encode(Image.fromarray(grey_alpha), "PNG")) - wanted).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "P", "I;16"])
+def test_a_transparent_colour_becomes_white(mode):
+    if mode == "I;16":
+        image = Image.fromarray(np.array([[0, 40_000]], np.uint16))
+    else:
+        image = Image.fromarray(np.array([[[0] * 3, [255] * 3]], np.uint8)).convert(mode)
+    content = encode(image, "PNG", transparency=image.getpixel((0, 0)))
+    assert decoded(content)[0, 0].tolist() == [255, 255, 255]
+    other = 156 if mode == "I;16" else 255  # 40,000 / 257
+    assert decoded(content)[0, 1].tolist() == [other] * 3
+
+
+def test_cmyk_jpeg_has_the_colours_of_its_rgb_original():
+    flat = Image.new("RGB", (32, 32), (200, 100, 50))
+    assert np.abs(decoded(encode(flat.convert("CMYK"), "JPEG", quality=95)) - [200, 100, 50]).max() <= 6
+
+
+def test_palette_image():
+    palette = picture(5).convert("P")
+    assert (decoded(encode(palette, "PNG")) == np.asarray(palette.convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "MPO", "PNG"])
+def test_of_several_frames_the_first_is_decoded_and_all_are_counted(kind):
+    image, frames = images.decode_first(several(kind, 7), LIMIT)
+    assert frames == 3
+    distance = [np.abs(np.asarray(image).astype(int) - pixels(7 + at)).mean() for at in range(3)]
+    assert distance[0] < min(distance[1:])
+    assert images.decode_first(png(7), LIMIT)[1] == 1
+
+
+BAD = {
+    "empty": (b"", "zero bytes"),
+    "text": (b"this is no image, whatever its name says", "not an image"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage", "not an image"),
+    "jpeg, half": (JPEG[: len(JPEG) // 2], "truncated"),
+    "jpeg, two bytes short": (JPEG[:-2], "truncated"),
+    "jpeg, only the header": (JPEG[:100], "truncated"),
+    "jpeg, zeros for a half": (zero_filled(JPEG), "truncated"),
+    "progressive jpeg, half": (PROGRESSIVE[: len(PROGRESSIVE) // 2], "truncated"),
+    "progressive jpeg, zeros": (zero_filled(PROGRESSIVE), "truncated"),
+    "png, half": (png(1)[:900], "truncated"),
+    "png, no end": (png(1)[:-12], "truncated"),
+    "png, wrong bit in pixels": (with_flipped_bit(png(1), 500), "unreadable"),
+    "png, wrong bit in header": (with_flipped_bit(png(1), 20), "unreadable"),
+    "gif": (several("GIF", 1)[:1200], "truncated"),
+    "webp": (several("WEBP", 1)[:-20], "truncated"),
+    "bmp": (encode(picture(1), "BMP")[:-200], "truncated"),
+    "tiff": (encode(picture(1), "TIFF")[:300], "truncated"),
+    "avif": (encode(picture(1), "AVIF")[:-100], "truncated"),
+    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50), "unreadable"),
+    "floating point": (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "unreadable"),
+    "32 bit": (encode(Image.fromarray(np.full((4, 4), 10**6, np.int32)), "TIFF"), "unreadable"),
+    "bomb": (png_bomb(), "too many pixels"),
+    "text bomb": (png(1)[:33] + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**7))) + png(1)[33:], "unreadable"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_bytes_are_refused_with_a_reason(name):
+    content, reason = BAD[name]
+    with pytest.raises(Unreadable) as caught:
+        images.decode(content, LIMIT)
+    assert caught.value.reason == reason
+
+
+def test_every_cut_of_a_jpeg_and_a_png_is_found():
+    for content in (encode(picture(2, 16, 16), "JPEG"), encode(picture(2, 16, 16), "PNG")):
+        for length in range(1, len(content)):
+            with pytest.raises(Unreadable):
+                images.decode(content[:length], LIMIT)
+
+
+def test_bytes_after_the_end_of_a_jpeg_do_not_matter():
+    # Phones append films and maps, which hold marker-like bytes.
+    assert (decoded(JPEG + b"\xff\xda" + bytes(100)) == decoded(JPEG)).all()
+
+
+def test_a_thumbnail_does_not_hide_a_truncated_jpeg():
+    exif = Image.Exif()
+    exif[0x9C9B] = encode(picture(9), "JPEG")  # any field that holds a whole JPEG file
+    content = encode(picture(0, 60, 80), "JPEG", exif=exif)
+    assert content.count(b"\xff\xd9") >= 2
+    with pytest.raises(Unreadable, match="truncated"):
+        images.decode(zero_filled(content), LIMIT)
+
+
+def test_the_limit_is_on_pixels():
+    assert images.decode(png(1), 600).size == (30, 20)
+    with pytest.raises(Unreadable, match="30 x 20"):
+        images.decode(png(1), 599)
+
+
+def test_unreadable_survives_pickling():
+    error = pickle.loads(pickle.dumps(Unreadable("truncated", "why")))
+    assert (error.reason, error.detail, str(error)) == ("truncated", "why", "truncated: why")
+
+
+def test_png_encoding_is_lossless_and_stored_uncompressed():
+    content = images.encode_png(picture(1))
+    assert (decoded(content) == pixels(1)).all()
+    assert len(content) > pixels(1).nbytes  # no compressor's version decides on the bytes

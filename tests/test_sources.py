@@ -1,0 +1,311 @@
+"""Sources of images: the same data set from folders, archives, lists and torchvision's layouts; damaged ones."""
+
+import hashlib
+import io
+import random
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_images import encode, picture, png, with_flipped_bit
+from prepare_kit import ODD, SPLITS, content_of, good, prepared, with_splits, write
+
+# --- the same images, whatever holds them ----------------------------------------------------------------------------
+
+
+def as_zip(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def as_tar(path: Path, files: dict[str, bytes], before: str = "") -> Path:
+    with tarfile.open(path, "w:gz" if path.suffix in (".gz", ".tgz") else "w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(before + name)
+            info.size, info.mtime = len(content), random.randrange(10**9)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def as_lists(folder: Path, files: dict[str, bytes]) -> Path:
+    write(folder / "all", files)
+    for part in ("train", "val", "test", "pool"):
+        rows = ["file,label"]
+        rows += [
+            f'"../all/{name}",{name.split("/")[1] if part != "pool" else ""}' for name in files if name.startswith(part)
+        ]
+        write(folder, {f"lists/{part}.csv": "\n".join(rows).encode()})
+    return folder
+
+
+def shuffled(files: dict[str, bytes], seed: int) -> dict[str, bytes]:
+    names = list(files)
+    random.Random(seed).shuffle(names)
+    return {name: files[name] for name in names}
+
+
+def test_folder_zip_tar_and_list_give_the_same_data_set(tmp_path):
+    files = with_splits() | ODD
+    chosen = {**SPLITS, "labels_per_class": 4, "images_per_class": 9}
+    first, refused = prepared(tmp_path / "0", write(tmp_path / "folder", files), **chosen)
+    holders = {
+        "zip": as_zip(tmp_path / "x.zip", shuffled(files, 1)),
+        "tar": as_tar(tmp_path / "x.tar", shuffled(files, 2), before="./"),
+        "tar.gz": as_tar(tmp_path / "x.tar.gz", shuffled(files, 3), before="/"),
+        "TGZ": as_tar(tmp_path / "x.tgz", shuffled(files, 4), before="../../"),
+    }
+    for number, (kind, path) in enumerate(holders.items(), 1):
+        images, also_refused = prepared(tmp_path / str(number), path, **chosen)
+        assert also_refused == refused, kind
+        assert content_of(images) == content_of(first)
+        assert images.digest == first.digest
+        for name in ("manifest.parquet", "images-00000.tar", "summary.json"):  # the very same bytes
+            assert (tmp_path / str(number) / name).read_bytes() == (tmp_path / "0" / name).read_bytes(), (kind, name)
+    lists = as_lists(tmp_path / "listed", shuffled(files, 5))
+    names = {
+        "train": "lists/train.csv",
+        "val": "lists/val.csv",
+        "test": "lists/test.csv",
+        "unlabelled": "lists/pool.csv",
+    }
+    images, _ = prepared(tmp_path / "9", lists, **{**chosen, **names})
+    assert content_of(images) == content_of(first)
+    assert images.digest == first.digest
+    assert not (tmp_path / "evil").exists()
+    assert sorted(path.name for path in tmp_path.parent.iterdir() if path.name in ("train", "pool")) == []
+
+
+def test_an_archive_for_each_part_and_lists_inside_an_archive(tmp_path):
+    files = with_splits()
+    first, _ = prepared(tmp_path / "0", write(tmp_path / "folder", files), **SPLITS)
+    root = tmp_path / "parts"
+    root.mkdir()
+    for part in ("train", "val", "test", "pool"):
+        inside = {name.partition("/")[2]: content for name, content in files.items() if name.startswith(part)}
+        as_zip(root / f"{part}.zip", inside)
+    names = {"train": "train.zip", "val": "val.zip", "test": "test.zip", "unlabelled": "pool.zip"}
+    images, _ = prepared(tmp_path / "1", root, **names)
+    assert content_of(images) == content_of(first)
+    assert images.source(0).split("/")[0].endswith(".zip")
+
+    lists = {}
+    for part in ("train", "val", "test", "pool"):
+        rows = [f"../{name},{name.split('/')[1]}" for name in files if name.startswith(part)]
+        lists[f"lists/{part}.csv"] = "\n".join(["file,label", *rows]).encode()
+    path = as_zip(tmp_path / "lists.zip", lists | files)
+    names = {role: f"lists/{part}.csv" for role, part in {"train": "train", **SPLITS}.items()}
+    images, _ = prepared(tmp_path / "2", path, **names)
+    assert content_of(images) == content_of(first)
+
+
+def test_labelled_and_unlabelled_images_may_lie_in_different_archives(tmp_path):
+    labelled = as_zip(tmp_path / "labelled.zip", good())
+    pool = as_tar(tmp_path / "pool.tar", {f"some/where/{at}.jpg": encode(picture(at), "JPEG") for at in range(5)})
+    images, _ = prepared(tmp_path / "out", labelled, unlabelled_root=str(pool), unlabelled=".")
+    assert len(images.rows("unlabelled")) == 5
+    assert images.source(images.rows("unlabelled")[0]).startswith("some/where/")
+
+
+def test_a_list_may_hold_images_without_a_label(tmp_path):
+    root = write(tmp_path / "in", good())
+    rows = [f"{name},{name.split('/')[1] if int(name[8:10]) < 6 else ''}" for name in good()]
+    write(root, {"list.csv": ("file,label\n" + "\n".join(rows)).encode("utf-8-sig")})
+    images, refused = prepared(tmp_path / "out", root, train="list.csv")
+    assert refused == []
+    assert len(images.rows("unlabelled")) == 12
+    assert (images.withheld == -1).all()
+
+
+def test_a_list_that_names_a_missing_file(tmp_path):
+    root = write(
+        tmp_path / "in", good() | {"list.csv": ("file,label\n" + "".join(f"{n},{n[6]}\n" for n in good())).encode()}
+    )
+    (root / "train/a/00.png").unlink()
+    _, refused = prepared(tmp_path / "out", root, train="list.csv")
+    assert refused == [("train/a/00.png", "train", "unreadable")]
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ("trian", "no such folder, archive or list; there are .*train"),
+        ("x.rar", "not a folder, an archive"),
+        ("x.zip/trian", "no such folder or list in the archive; there are train"),
+        ("bad.csv", "its first line must name the columns file and label, not path, class"),
+        ("empty.csv", "its first line must name"),
+        ("hole.csv", "row 2 below the heading names no file"),
+        ("torchvision:Nonsense", "known are CIFAR10"),
+        ("torchvision:CIFAR10", "not in .* or damaged"),
+    ],
+)
+def test_sources_that_are_not_there(tmp_path, train, words):
+    root = write(
+        tmp_path / "in",
+        good()
+        | {
+            "x.rar": b"Rar!",
+            "bad.csv": b"path,class\nx,y\n",
+            "empty.csv": b"",
+            "hole.csv": b"file,label\ntrain/a/00.png,a\n,b\n",
+        },
+    )
+    as_zip(root / "x.zip", good())
+    with pytest.raises(ValueError, match=words):
+        prepared(tmp_path / "out", root, train=train)
+
+
+def cut(path: Path, length: int) -> Path:
+    path.write_bytes(path.read_bytes()[:length])
+    return path
+
+
+def test_torn_archives_are_one_clear_error(tmp_path):
+    files = good()
+    one = as_tar(tmp_path / "x.tar", files)
+    size = one.stat().st_size
+    block = 512 * (1 + -(-len(png(0)) // 512))  # a member: header and content, padded
+    torn = [
+        cut(as_zip(tmp_path / "1.zip", files), 5000),
+        cut(as_tar(tmp_path / "2.tar", files), size // 2),
+        cut(as_tar(tmp_path / "3.tar", files), 10 * block),  # between two members
+        cut(as_tar(tmp_path / "4.tar", files), 10 * block + 100),  # in a header
+        cut(as_tar(tmp_path / "5.tar.gz", files), 20_000),
+        cut(as_tar(tmp_path / "6.tar.gz", files), -4),
+        write(tmp_path, {"7.zip": b"no archive at all"}) / "7.zip",
+        write(tmp_path, {"8.tar": b""}) / "8.tar",
+        write(tmp_path, {"9.tar": one.read_bytes()[: 10 * block] + b"garbage" * 100}) / "9.tar",
+    ]
+    for number, path in enumerate(torn):
+        with pytest.raises(ValueError, match="not a whole archive"):
+            prepared(tmp_path / f"out{number}", path)
+
+
+def test_a_damaged_member_of_an_archive_is_refused_alone(tmp_path):
+    files = good()
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as archive:  # stored
+        for name, content in files.items():
+            archive.writestr(name, content)
+    whole = path.read_bytes()
+    at = whole.index(files["train/a/03.png"]) + 700
+    path.write_bytes(with_flipped_bit(whole, at))
+    _, refused = prepared(tmp_path / "out", path)
+    assert refused == [("train/a/03.png", "train", "unreadable")]
+
+
+def test_links_in_a_tar_archive_are_followed_inside_it(tmp_path):
+    files = good()
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo("store/" + hashlib.sha256(content).hexdigest())
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.LNKTYPE, info.name
+            archive.addfile(link)
+        gone = tarfile.TarInfo("train/a/gone.png")
+        gone.type, gone.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        archive.addfile(gone)
+    images, refused = prepared(tmp_path / "out", path)
+    assert refused == [("train/a/gone.png", "train", "unreadable")]
+    assert content_of(images) == content_of(prepared(tmp_path / "2", write(tmp_path / "in", files))[0])
+
+
+def test_linked_folders_are_followed_and_loops_are_not(tmp_path):
+    root = write(tmp_path / "in", {name.replace("train", "else"): content for name, content in good().items()})
+    (root / "train").mkdir()
+    for name in "ab":
+        (root / "train" / name).symlink_to(root / "else" / name)
+    (root / "else/a/loop").symlink_to(root / "else/a")
+    images, refused = prepared(tmp_path / "out", root)
+    assert len(images) == 24
+    assert refused == []
+
+
+# --- torchvision -----------------------------------------------------------------------------------------------------
+
+
+def idx(array: np.ndarray) -> bytes:
+    """The format of MNIST's files."""
+    return bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
+
+
+def test_mnist_as_torchvision_lays_it_out(tmp_path):
+    random_numbers = np.random.default_rng(0)
+    stored = {}
+    for part, count in (("train", 60), ("t10k", 20)):
+        pixels = random_numbers.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 10
+        stored[part] = (pixels, labels)
+        write(
+            tmp_path / "MNIST/raw", {f"{part}-images-idx3-ubyte": idx(pixels), f"{part}-labels-idx1-ubyte": idx(labels)}
+        )
+    images, refused = prepared(tmp_path / "out", tmp_path, train="torchvision:MNIST", test="torchvision:MNIST")
+    assert refused == []
+    assert images.classes[3] == "3 - three"
+    assert len(images.rows("test")) == 20
+    for row in range(len(images)):
+        part, number = images.source(row).split("/")[-2:]
+        pixels, labels = stored[{"train": "train", "test": "t10k"}[part]]
+        assert (np.asarray(images.image(row))[..., 0] == pixels[int(number[:6])]).all()
+        assert images.labels[row] == labels[int(number[:6])]
+    with pytest.raises(ValueError, match=r"no such part; prepare\.val: null"):
+        prepared(tmp_path / "out2", tmp_path, train="torchvision:MNIST", val="torchvision:MNIST")
+
+
+def test_image_files_of_a_torchvision_set_are_kept_as_they_are(tmp_path):
+    files = {
+        f"dtd/dtd/images/{name}/{name}_{at}.jpg": encode(picture(100 * ord(name) + at), "JPEG")
+        for name in "ab"
+        for at in range(9)
+    }
+    for part, numbers in (("train", range(0, 5)), ("val", range(5, 7)), ("test", range(7, 9))):
+        lines = "\n".join(f"{name}/{name}_{at}.jpg" for name in "ab" for at in numbers)
+        files[f"dtd/dtd/labels/{part}1.txt"] = lines.encode()
+    write(tmp_path / "in", files)
+    images, _ = prepared(
+        tmp_path / "out", tmp_path / "in", **dict.fromkeys(("train", "val", "test"), "torchvision:DTD")
+    )
+    assert len(images) == 18
+    assert len(images.rows("val")) == 4
+    for row in range(len(images)):
+        assert images.encoded(row) == files[images.source(row)]
+
+
+def test_a_pickle_that_torchvision_did_not_publish_is_not_read(tmp_path):
+    evil = b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
+    names = [*(f"data_batch_{at}" for at in range(1, 6)), "test_batch", "batches.meta"]
+    write(tmp_path / "cifar-10-batches-py", dict.fromkeys(names, evil))
+    with pytest.raises(ValueError, match=r"not in .*corrupted"):
+        prepared(tmp_path / "out", tmp_path, train="torchvision:CIFAR10")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_cifar_as_torchvision_lays_it_out(tmp_path, monkeypatch):
+    import pickle
+
+    from torchvision.datasets import CIFAR10
+
+    rows = np.random.default_rng(0).integers(0, 256, (40, 3072), dtype=np.uint8)
+    folder = tmp_path / "cifar-10-batches-py"
+    batch = {"data": rows, "labels": [at % 10 for at in range(40)]}
+    meta = {"label_names": [f"class {at}" for at in range(10)]}
+    write(
+        folder,
+        {"batch": pickle.dumps(batch), "test": pickle.dumps(batch | {"data": 255 - rows}), "meta": pickle.dumps(meta)},
+    )
+    md5 = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in ("batch", "test", "meta")}
+    monkeypatch.setattr(CIFAR10, "train_list", [["batch", md5["batch"]]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test", md5["test"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": "meta", "key": "label_names", "md5": md5["meta"]})
+    images, _ = prepared(tmp_path / "out", tmp_path, train="torchvision:CIFAR10", test="torchvision:CIFAR10")
+    assert images.classes == tuple(meta["label_names"])
+    for row in images.rows("labelled", "val"):
+        number = int(images.source(row)[-10:-4])
+        assert (np.asarray(images.image(row)).transpose(2, 0, 1).ravel() == rows[number]).all()
+        assert images.labels[row] == number % 10
