@@ -38,9 +38,11 @@ flow: .venv/installed  ## run the pipeline as a Prefect flow, here and now
 serve: .venv/installed  ## start Prefect's server and the deployment ssld/local, on this machine alone
 	python -m pipeline.flow serve
 
-ui: .venv/installed  ## open the model registry's pages on http://127.0.0.1:5000
-	python -m pipeline.core.tracking
-	mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
+ui: .venv/installed  ## show the model registry's pages on http://127.0.0.1:5000
+	@echo "The student's versions: http://127.0.0.1:5000/#/models/resnet50_vd_ssld (Ctrl-C to stop)"
+	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false PYTHONWARNINGS=ignore \
+	  mlflow ui --host 127.0.0.1 --port 5000 --workers 1 --uvicorn-opts "--log-level warning" \
+	    --backend-store-uri "$$(python -m pipeline.core.store)" --artifacts-destination mlartifacts
 
 lock: .venv/installed  ## make requirements*.txt anew from requirements*.in
 	for name in requirements requirements-uv; do \

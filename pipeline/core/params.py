@@ -145,7 +145,7 @@ class Evaluate(Section):
 
 class Register(Section):
     name: str
-    margin: float
+    margin: NotNegative
 
 
 class Params(Section):

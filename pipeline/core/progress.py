@@ -30,15 +30,16 @@ class Progress:
 
     def __init__(self, total: int, unit: str, what: str, done: int = 0, quiet: bool = False):
         self.total, self.unit, self.what, self.done, self.quiet = total, unit, what, done, quiet
-        self.before = done
+        self.before, self.said = done, -1
         self.started = self.last_line = time.monotonic()
         self.note = ""
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, exception: type | None, *rest: object) -> None:
-        self._say(ended=True)
+    def __exit__(self, exception: type[BaseException] | None, *rest: object) -> None:
+        if self.said != self.done or sys.stderr.isatty():
+            self._say(ended=True)
 
     def update(self, count: int = 1, note: str = "") -> None:
         """Add `count` units of finished work; `note` stands at the line's end until the next one."""
@@ -61,7 +62,7 @@ class Progress:
     def _say(self, ended: bool = False) -> None:
         if self.quiet:
             return
-        self.last_line = time.monotonic()
+        self.last_line, self.said = time.monotonic(), self.done
         line = self.line(self.last_line - self.started)
         if sys.stderr.isatty():
             print(f"\r{line}\033[K", end="\n" if ended else "", file=sys.stderr, flush=True)

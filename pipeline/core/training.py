@@ -76,7 +76,7 @@ def train(task: Task, params: Params, images: ImageSet, processes: Processes) ->
             card = {"classes": list(images.classes), "resolution": task.resolution, **task.card}
             networks.save(out, task.classifier, {**card, "identities": task.identities})
             _write_history(out / "history.csv", run.history)
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        shutil.rmtree(folder)  # done: the same command again would be a new run
 
 
 def labelled_loss(images: ImageSet, labels: np.ndarray, smoothing: float) -> Loss:

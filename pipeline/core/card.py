@@ -1,0 +1,181 @@
+"""The model card: what a registered network is, what it is worth, where it comes from, how to use it, in Markdown.
+
+After Mitchell et al., "Model Cards for Model Reporting", arXiv:1810.03993.
+"""
+
+from typing import Any
+
+import yaml
+
+NETWORKS = {"teacher": "teacher", "baseline": "student on labels alone", "student": "**this network**"}
+COLUMNS = {"top1": "top-1", "top5": "top-5", "nll": "NLL", "ece": "ECE"}
+RECIPE = ("seed", "views", "teacher", "mine", "cache", "student", "distill", "finetune", "fixres")
+SPLITS = {
+    "labelled": "with labels",
+    "unlabelled": "in the pool that mining chose from",
+    "val": "for validation, not learned from",
+    "test": "for the numbers above, not learned from",
+}
+TEACHERS = {
+    "fit": "The teacher was fitted here, {on}.",
+    "timm": "The teacher has timm's pretrained weights.",
+    "checkpoint": "The teacher's weights came from a checkpoint, `{checkpoint}`.",
+}
+FITTED_ON = {
+    "withheld": "with the labels of all training images, those withheld from the student too",
+    "labelled": "with the same labels",
+}
+MOST_CLASSES = 20  # whose names are written out
+
+CARD = """# {name}
+
+{summary}
+
+## What it is worth
+
+On the {test:,} images of the test split:
+
+{results}
+
+`report.html` beside this card says more: accuracy by class, confusions, calibration, the wrong answers, speed.
+
+## What goes in, what comes out
+
+- In: `float32`, shape (B, 3, {resolution}, {resolution}), RGB, channels first, any batch size. **Values are 0 to 255,
+  as in the image**: the network normalises them itself, so neither divide by 255 nor subtract a mean.
+- An image becomes such an input like this: turned upright by its EXIF tag, converted to 8-bit RGB (transparency on
+  white), the centre square that keeps {crop:.0%} of the shorter side cut out, resized with Pillow's bicubic filter.
+- Out: logits, shape (B, {count}). `softmax` makes probabilities of them, `argmax` a class. The classes, in order:
+  {classes}.
+
+## How to load it
+
+Nothing is unpickled: `MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false` may be set.
+
+```python
+import mlflow, numpy as np
+mlflow.set_tracking_uri("sqlite:///mlflow.db")  # or the server's address
+model = mlflow.pyfunc.load_model("models:/{name}@champion")
+logits = model.predict(np.zeros((1, 3, {resolution}, {resolution}), np.float32))  # (1, {count}) numpy array
+```
+
+```python
+import mlflow, torch
+network = mlflow.pytorch.load_model("models:/{name}@champion")
+with torch.inference_mode():
+    logits = network(torch.zeros(7, 3, {resolution}, {resolution}))  # (7, {count})
+```
+
+Both are an exported program: it runs on the CPU, and cannot be trained further.
+
+The weights alone are in `weights.safetensors`, and `network.json` says what they are of. With this project's code they
+make a network that can be moved to a GPU and trained further: `pipeline.core.networks.load(folder, device="cuda")`.
+Without it, timm's network of the same architecture takes them (ResNet50_vd is timm's `resnet50d`).
+
+## What it was trained on
+
+{data}
+
+Only the labelled images' labels reached the student; of all others it learned what the teacher says. {teacher}
+
+## Recipe
+
+```yaml
+{recipe}```
+
+## Where it comes from
+
+{lineage}
+
+`params.yaml` beside this card holds every setting, `dvc.lock` (where the pipeline ran through DVC) the digest of every
+file that went in: `git checkout` the commit, and `dvc pull` brings those very files back.
+
+## Limits
+
+- It knows the classes above and no others, and gives one of them to any image whatever.
+- The numbers hold for images like those of the test split. How it does on others, or on groups of people or things that
+  are rare in it, nobody has measured.
+- It inherits its teacher's mistakes: it agrees with the teacher on {agreement} of the test images.
+- A probability of it is as good as its ECE says, on images like the test split's; on others usually worse.
+
+## Licence
+
+The code has the project's licence. The weights were learned from the images and from the teacher's answers: what their
+licences ask for (the images', and the teacher's weights' where they were pretrained) holds for these weights as well.
+"""
+
+
+def description(name: str, network: dict[str, Any], figures: dict[str, Any], teacher: str) -> str:
+    """Write what the registry's page of a version says: the card's essence, in MLflow's 5,000 characters."""
+    size = network["resolution"]
+    return f"""{summary(network, figures, teacher)}
+
+{results(figures)}
+
+In: RGB pixels (B, 3, {size}, {size}) float32, 0 to 255 as in the image. Out: logits (B, {network["num_classes"]}).
+
+```python
+model = mlflow.pyfunc.load_model("models:/{name}@champion")
+```
+
+More in this version's files: `README.md` (the model card), `report.html`, `weights.safetensors`, `params.yaml`.
+"""
+
+
+def summary(network: dict[str, Any], figures: dict[str, Any], teacher: str) -> str:
+    """Say in two sentences what the network is and what it is worth."""
+    student, alone = figures["student"]["top1"], figures["baseline"]["top1"]
+    return (
+        f"{network['model']}, {network['parameters']:,} parameters, for {network['num_classes']} classes at "
+        f"{network['resolution']} pixels, distilled from {teacher} (SSLD). "
+        f"Top-1 on the test split: {student:.4f} (the teacher {figures['teacher']['top1']:.4f}, "
+        f"the same network on labels alone {alone:.4f})."
+    )
+
+
+def results(figures: dict[str, Any]) -> str:
+    """Make the table of metrics, a network a row."""
+    lines = [f"| | {' | '.join(COLUMNS.values())} | parameters |", "|---|" + "---|" * (len(COLUMNS) + 1)]
+    for name, words in NETWORKS.items():
+        numbers = " | ".join(f"{figures[name][key]:.4f}" for key in COLUMNS)
+        lines.append(f"| {words} | {numbers} | {figures[name].get('parameters', 0):,} |")
+    return "\n".join(lines)
+
+
+def model_card(
+    name: str,
+    network: dict[str, Any],
+    figures: dict[str, Any],
+    params: dict[str, Any],
+    images: dict[str, int],
+    lineage: dict[str, str],
+) -> str:
+    """Write the card.
+
+    Args:
+        name: of the registered model.
+        network: the student's network.json.
+        figures: the evaluation's metrics.json.
+        params: all settings.
+        images: how many there are in each split.
+        lineage: what leads back to data, teacher, labels, settings and commit: the version's tags.
+    """
+    teacher = params["teacher"]
+    known = [f"`{one}`" for one in network["classes"][:MOST_CLASSES]]
+    rest = network["num_classes"] - len(known)
+    agreement = figures["student"].get("agreement")
+    return CARD.format(
+        name=name,
+        summary=summary(network, figures, teacher["model"]),
+        test=images.get("test", 0),
+        results=results(figures),
+        resolution=network["resolution"],
+        crop=params["views"]["test_crop"],
+        count=network["num_classes"],
+        classes=", ".join(known) + (f" and {rest:,} more (`network.json`)" if rest else ""),
+        data="\n".join(f"- {count:,} images {SPLITS[split]}" for split, count in images.items()),
+        teacher=TEACHERS[teacher["source"]].format(on=FITTED_ON[teacher["fit_on"]], checkpoint=teacher["checkpoint"]),
+        recipe=yaml.safe_dump({key: params[key] for key in RECIPE}, sort_keys=False, allow_unicode=True),
+        lineage="\n".join(f"- {key}: `{value}`" for key, value in lineage.items()),
+        agreement="an unknown share" if agreement is None else f"{agreement:.1%}",
+    )

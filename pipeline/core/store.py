@@ -1,0 +1,170 @@
+"""MLflow's store: where it is, and how it is opened without breaking it.
+
+MLFLOW_TRACKING_URI names it; where that is not set, it is an SQLite file, `mlflow.db`, in the project's root, with the
+runs' files in `mlartifacts/` beside it. `python -m pipeline.core.store` makes it ready and prints its address.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # mlflow takes seconds to import: what does not use it must not wait for it
+    from mlflow import MlflowClient
+
+EXPERIMENT = "ssld"
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages then show what belongs to training
+SQLITE = "sqlite:///"
+PROBE_SECONDS = 5  # how long a server may take to answer at all
+DEFAULTS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # MLflow's own defaults retry for some ten minutes, silently: training would stand still all that time.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+
+
+def default_uri(root: Path) -> str:
+    """Say where runs go: MLFLOW_TRACKING_URI where it is set, else an SQLite file in the project's root."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{Path(root).resolve() / 'mlflow.db'}"
+
+
+def shown(uri: str) -> str:
+    """Write a store's address for people: without the password that may stand in it."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+def connect(root: Path = Path(".")) -> "MlflowClient":
+    """Open the store, making it first where it is a local file that is not there yet.
+
+    Raises:
+        ValueError: it cannot be reached or used; it says what to do.
+    """
+    uri = default_uri(root)
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if uri.startswith(SQLITE):
+        _make_sqlite(uri)
+    if _is_server(uri):
+        _reach_server(uri)
+    with speaking_plainly(uri):
+        _reach_database(uri)
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+def experiment(client: "MlflowClient", root: Path = Path(".")) -> str:
+    """Give the id of the one experiment that all runs belong to; it is made where it is missing."""
+    from mlflow.exceptions import MlflowException
+
+    with speaking_plainly(client.tracking_uri):
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if found is None:
+            try:
+                return client.create_experiment(EXPERIMENT, _artifacts(client.tracking_uri, root), KIND)
+            except MlflowException:  # another process was faster
+                found = client.get_experiment_by_name(EXPERIMENT)
+                if found is None:
+                    raise
+        return found.experiment_id
+
+
+def exclusively(uri: str, what: str) -> AbstractContextManager[Any]:
+    """Hold a lock beside a local store's file; a server sees to its own order."""
+    from filelock import FileLock
+
+    return FileLock(f"{_sqlite_file(uri)}.{what}.lock") if uri.startswith(SQLITE) else nullcontext()
+
+
+@contextmanager
+def speaking_plainly(uri: str) -> Iterator[None]:
+    """Turn MLflow's and the database's errors into one line that says where and what to do."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(f"MLflow at {shown(uri)}: this kind of store needs a package: {error.name}") from None
+    except (MlflowException, SQLAlchemyError) as error:
+        words = str(error).replace("<database_uri>", shown(uri)).split("\n[SQL")[0].split("\n(Background")[0]
+        hint = f"; if {_sqlite_file(uri)} is damaged, move it away: a new one is made" if uri.startswith(SQLITE) else ""
+        raise ValueError(f"MLflow at {shown(uri)}: {' '.join(words.split())[:500]}{hint}") from None
+
+
+def _is_server(uri: str) -> bool:
+    return re.match(r"https?://", uri) is not None
+
+
+def _sqlite_file(uri: str) -> Path:
+    return Path(uri.removeprefix(SQLITE)).absolute()
+
+
+def _artifacts(uri: str, root: Path) -> str | None:
+    """Say where the runs' files go: beside a local store; a server has a place of its own."""
+    if _is_server(uri):
+        return None
+    beside = _sqlite_file(uri).parent if uri.startswith(SQLITE) else Path(root).resolve()
+    return (beside / "mlartifacts").as_uri()
+
+
+def _make_sqlite(uri: str) -> None:
+    """Make the store's file whole, in one process, and rename it into place.
+
+    Several processes that open a new file at once, or one that is killed meanwhile, would leave tables half made,
+    and MLflow never mends those.
+    """
+    file = _sqlite_file(uri)
+    if file.exists() and file.stat().st_size:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with exclusively(uri, "init"):
+        if file.exists() and file.stat().st_size:
+            return
+        part = file.with_name(f".{file.name}.part")
+        for rest in part, part.with_name(f"{part.name}-journal"):
+            rest.unlink(missing_ok=True)
+        from mlflow import MlflowClient
+
+        with speaking_plainly(uri):
+            MlflowClient(tracking_uri=f"{SQLITE}{part}").search_experiments(max_results=1)
+        os.replace(part, file)
+
+
+def _reach_database(uri: str) -> None:
+    """Ask a database for its tables: MLflow itself would go on trying for 100 seconds."""
+    import sqlalchemy
+
+    if uri.split(":", 1)[0].split("+")[0] in {"sqlite", "postgresql", "mysql", "mssql"}:
+        engine = sqlalchemy.create_engine(uri)
+        sqlalchemy.inspect(engine).get_table_names()
+        engine.dispose()
+
+
+def _reach_server(uri: str) -> None:
+    import requests
+
+    try:
+        requests.get(f"{uri.rstrip('/')}/health", timeout=PROBE_SECONDS)
+    except requests.RequestException as error:
+        raise ValueError(
+            f"no MLflow server answers at {shown(uri)} ({type(error).__name__}), which MLFLOW_TRACKING_URI names; "
+            "start it, correct the address, or unset MLFLOW_TRACKING_URI to track into a file beside the project"
+        ) from None
+
+
+if __name__ == "__main__":
+    try:
+        print(connect().tracking_uri)
+    except (ValueError, OSError) as problem:
+        sys.exit(f"store: error: {problem}")

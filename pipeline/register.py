@@ -1,0 +1,239 @@
+"""Stage register: makes the student a version of a registered model in MLflow, and the champion if it has earned that.
+
+Reads data/prepare, data/fixres (the student) and data/evaluate, and for the tags that lead back also
+data/teacher/network.json, data/cache/cache.json and dvc.lock. Writes to MLflow, and data/register/version.json, which
+says what was registered. Run: python -m pipeline.register [--if-missing]
+With --if-missing it only looks whether the registry has that version, and registers it where it is missing: for when
+DVC skipped this stage, or took its output from its cache.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from pipeline.core import atomic, card, registry, stage, store, tracking
+from pipeline.core.params import Params
+
+if TYPE_CHECKING:  # torch and mlflow take seconds to import: --help and --if-missing should not wait for both
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+    from pipeline.core.student import Student
+
+DATA = Path("data")
+RECORD = DATA / "register" / "version.json"
+TOLERANCE, TOLERANCE_GPU = 1e-4, 2e-2  # of logits, relative to the largest one; GPUs round to TF32 on the way
+TEXT = "Image classifiers from SSLD distillation. `champion` is the best version so far, `challenger` the latest."
+
+
+def run(params: Params) -> None:
+    """Register the student, see whether it is what was evaluated, and promote it if it beats the champion.
+
+    Raises:
+        ValueError: an input is missing or does not fit the others, MLflow cannot be used, or the version that was
+            loaded back from the registry does not predict what was recorded.
+    """
+    from pipeline.core import student as students
+
+    with stage.only_writer("register"):
+        student = students.read(DATA)
+        record = students.describe(student, params.register_.name, params.views.test_crop)
+        client = store.connect()
+        with store.exclusively(client.tracking_uri, "register"), store.speaking_plainly(client.tracking_uri):
+            _register(client, params, student, record)
+        if not RECORD.exists() or json.loads(RECORD.read_text()) != record:
+            atomic.write_json(RECORD, record)
+
+
+def run_if_missing(params: Params) -> None:
+    """Register what data/register/version.json describes if the registry does not have it.
+
+    Raises:
+        ValueError: as `run`; or nothing was registered yet.
+    """
+    try:
+        record = json.loads(RECORD.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        raise ValueError(f"{RECORD}: not there, so nothing was registered yet; run `dvc repro`") from None
+    client = store.connect()
+    where = store.shown(client.tracking_uri)
+    with store.speaking_plainly(client.tracking_uri):
+        version = registry.find(client, record["name"], record["key"])
+    if version is not None:
+        _say(f"{_named(version)} is in the registry ({where}); nothing to do")
+        return
+    _say(f"the registry ({where}) lacks this version; registering it")
+    from pipeline.core import student as students
+
+    if students.describe(students.read(DATA), params.register_.name, params.views.test_crop) != record:
+        raise ValueError(f"{RECORD}: describes another student than data/fixres holds; run `dvc repro`")
+    run(params)
+
+
+def differ(measured: np.ndarray, recorded: np.ndarray, tolerance: float) -> str:
+    """Say how two sets of logits (N, C) differ; nothing if they do not.
+
+    Args:
+        tolerance: of a logit, relative to the largest one (but at least 1).
+    """
+    allowed = tolerance * max(1.0, float(np.abs(recorded).max()))
+    gap = float(np.abs(measured - recorded).max())
+    if not gap <= allowed:  # not so for NaN either
+        return f"logits differ by up to {gap:.2g}, and {allowed:.2g} is allowed"
+    best, second = np.sort(recorded, axis=1)[:, :-3:-1].T if recorded.shape[1] > 1 else (recorded[:, 0], -np.inf)
+    others = (measured.argmax(1) != recorded.argmax(1)) & (best - second > 2 * allowed)
+    return f"{others.sum()} images get another class" if others.any() else ""
+
+
+def decide(challenger: float, champion: float, margin: float) -> bool:
+    """Say whether a top-1 is enough to replace the champion's: it must be more, and by at least the margin."""
+    return challenger > champion and challenger - champion >= margin - 1e-9
+
+
+def top1_by_name(logits: np.ndarray, knows: list[str], labels: np.ndarray, classes: tuple[str, ...]) -> float:
+    """Share of images whose class is named rightly by a network that has its classes in another order, or fewer."""
+    return float(np.mean(np.array(knows)[logits.argmax(1)] == np.array(classes)[labels]))
+
+
+def _register(client: "MlflowClient", params: Params, student: "Student", record: dict[str, Any]) -> None:
+    name = record["name"]
+    version = registry.find(client, name, record["key"])
+    if version is None:
+        version = _publish(client, params, student, record)
+        _say(f"made {_named(version)}")
+    else:
+        _say(f"{_named(version)} is this student already; no new version")
+    client.set_registered_model_alias(name, "challenger", version.version)
+    top1 = _verified_top1(client, version, params, student)
+    champion = registry.by_alias(client, name, "champion")
+    if champion is not None and champion.version == version.version:
+        _say(f"{_named(version)} is the champion already")
+        return
+    promoted, why = _compare(client, params, student, top1, champion)
+    if promoted:
+        client.set_registered_model_alias(name, "champion", version.version)
+    decision = f"{'promoted' if promoted else 'not promoted'}: {why}"
+    client.set_model_version_tag(name, version.version, "decision", decision)
+    _say(f"{_named(version)} {'is the champion now' if promoted else 'stays challenger'}: {why}")
+
+
+def _publish(client: "MlflowClient", params: Params, student: "Student", record: dict[str, Any]) -> "ModelVersion":
+    from pipeline.core import networks
+    from pipeline.core.student import lineage
+
+    name, network, figures = record["name"], student.card, student.figures
+    settings = params.model_dump(mode="json", by_alias=True)
+    origin = lineage(record, params, DATA)
+    classifier, _ = networks.load(DATA / "fixres")
+
+    def write(folder: Path, **link: str) -> None:
+        registry.pack(folder, classifier, network["resolution"], network["classes"], **link)
+        for file in (
+            *(DATA / "fixres" / file for file in ("weights.safetensors", "network.json")),
+            *(DATA / "evaluate" / file for file in ("report.html", "metrics.json")),
+            Path("dvc.lock"),
+        ):
+            if file.exists() or file.name != "dvc.lock":
+                atomic.write_bytes(folder / file.name, file.read_bytes())
+        atomic.write_text(folder / "params.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        text = card.model_card(name, network, figures, settings, student.counts, origin)
+        atomic.write_text(folder / "README.md", text)
+
+    with tracking.run("register", settings, {"data": record["data"], "weights": record["weights"]}) as tracked:
+        return registry.publish(
+            client,
+            name,
+            tracked.id,
+            tags={registry.KEY: record["key"], "test_crop": str(params.views.test_crop), **origin},
+            metrics={f"{who}.{key}": float(value) for who in card.NETWORKS for key, value in figures[who].items()},
+            texts={"model": TEXT, "version": card.description(name, network, figures, params.teacher.model)},
+            write=write,
+        )
+
+
+def _verified_top1(client: "MlflowClient", version: "ModelVersion", params: Params, student: "Student") -> float:
+    """Load a version back and compare what it predicts with what was recorded; give its top-1."""
+    if "top1" in version.tags:  # an earlier run got this far
+        return float(version.tags["top1"])
+    with registry.loaded(client, version) as (model, network):
+        logits = _ask(model, student, network["resolution"], params.views.test_crop, params, "the version loaded back")
+    difference = differ(logits, student.logits, TOLERANCE_GPU if student.evaluated_on_gpu else TOLERANCE)
+    if difference:
+        client.delete_registered_model_alias(version.name, "challenger")
+        client.set_model_version_tag(version.name, version.version, "decision", f"refused: {difference}")
+        raise ValueError(
+            f"{_named(version)} was loaded back from the registry, and does not predict what data/evaluate recorded "
+            f"({difference}); run `dvc repro --force --single-item evaluate`, then `dvc repro`"
+        )
+    top1 = top1_by_name(logits, network["classes"], student.labels, student.images.classes)
+    client.set_model_version_tag(version.name, version.version, "top1", repr(top1))
+    _say(f"{_named(version)} was loaded back and predicts what was recorded: top-1 {top1:.4f}")
+    return top1
+
+
+def _compare(
+    client: "MlflowClient", params: Params, student: "Student", top1: float, champion: "ModelVersion | None"
+) -> tuple[bool, str]:
+    """Say whether the challenger replaces the champion, and why.
+
+    A champion that was tested on other images is tested anew, on these. One that knows classes which the challenger
+    lacks is not replaced, whatever its top-1: who relies on it would miss them.
+    """
+    if champion is None:
+        return True, f"top-1 {top1:.4f}, and there is no champion"
+    if champion.tags.get("digest.test") == student.test_digest and "top1" in champion.tags:
+        best = float(champion.tags["top1"])
+    else:
+        with registry.loaded(client, champion) as (model, network):
+            lost = sorted(set(network["classes"]) - set(student.images.classes))
+            if lost:
+                return False, (
+                    f"the champion, version {champion.version}, knows {len(lost)} classes that this one lacks (such as "
+                    f"{lost[0]!r}); give this one another register.name, or set the alias by hand"
+                )
+            crop = float(champion.tags.get("test_crop", params.views.test_crop))
+            logits = _ask(model, student, network["resolution"], crop, params, "the champion on these test images")
+        best = top1_by_name(logits, network["classes"], student.labels, student.images.classes)
+    margin = params.register_.margin
+    promoted = decide(top1, best, margin)
+    verb = "beats" if promoted else "does not beat"
+    return promoted, f"top-1 {top1:.4f} {verb} version {champion.version}'s {best:.4f}" + (
+        f" by the margin of {margin:g}" if margin > 0 else ""
+    )
+
+
+def _ask(model: Any, student: "Student", resolution: int, crop: float, params: Params, what: str) -> np.ndarray:
+    """Give a loaded network's logits (N, C) for the test images."""
+    import torch
+
+    from pipeline.core import batches
+    from pipeline.core.progress import Progress
+
+    views = batches.Views(student.images, None, resolution, crop)
+    order = batches.in_order(student.rows, params.evaluate.batch_size)
+    found = []
+    with torch.inference_mode(), Progress(len(student.rows), "images", f"register: {what}") as progress:
+        for batch in batches.load(views, order, params.machine.workers, torch.device("cpu")):
+            found.append(model(batch.pixels.float()).numpy())
+            progress.update(len(batch.rows))
+    return np.concatenate(found)
+
+
+def _named(version: "ModelVersion") -> str:
+    return f"{version.name} version {version.version}"
+
+
+def _say(words: str) -> None:
+    print(f"register: {words}", flush=True)
+
+
+if __name__ == "__main__":
+    chosen = run
+    if "--if-missing" in sys.argv:
+        sys.argv.remove("--if-missing")
+        chosen = run_if_missing
+    stage.main(chosen, __doc__)

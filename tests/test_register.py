@@ -1,0 +1,429 @@
+"""The registry: a student is registered once, loaded back as it was evaluated, and promoted only if it is better."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+
+import models
+from pipeline import register
+from pipeline.core import card, networks, registry, shards, store
+from pipeline.core import params as settings
+from pipeline.core.batches import Views, in_order
+from pipeline.core.dataset import ImageSet
+from pipeline.core.networks import Classifier
+
+ROOT = Path(__file__).parent.parent
+CLASSES = ["cat", "dog", "owl"]
+RESOLUTION = 32
+NAME = "resnet50_vd_ssld"
+
+
+def picture(number):
+    """A PNG of 40 x 36 pixels whose colours depend on its number."""
+    import io
+
+    from PIL import Image
+
+    random = np.random.default_rng(number)
+    flat = random.integers(0, 256, 3)
+    pixels = np.clip(flat + random.integers(-40, 40, (36, 40, 3)), 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_images(folder, label, classes=CLASSES, count=24, first=0):
+    """Write `count` test images, and as many labelled ones; `label` gives each picture's class."""
+    from hashlib import sha256
+
+    encoded = [picture(number) for number in range(first, first + 2 * count)]
+    samples = [
+        shards.Sample(
+            sha256(one).hexdigest(), len(one), 40, 36, "test" if at < count else "labelled", label(at), -1, f"{at}.png"
+        )
+        for at, one in enumerate(encoded)
+    ]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    content = dict(zip((sample.sha256 for sample in samples), encoded, strict=True))
+    shards.write(folder, samples, classes, 1 << 20, lambda all: ((one, content[one.sha256]) for one in all))
+    return ImageSet.open(folder)
+
+
+def make_network(pixels, spoilt=0):
+    """A tiny network that divides the images evenly; `spoilt` rows of the batch are then led astray by its bias."""
+    torch.manual_seed(0)
+    classifier = Classifier(models.build("test_resnet", num_classes=3)).eval()
+    head = classifier.network.get_classifier()
+    with torch.no_grad():
+        head.weight.mul_(20)
+        head.bias.sub_(classifier(pixels).median(0).values)
+        head.bias[0] += spoilt
+    return classifier
+
+
+def put_student(data, images, classifier):
+    """Write data/fixres and data/evaluate for a network."""
+    card_of = {"model": "test_resnet", "classes": list(images.classes), "resolution": RESOLUTION, "identities": {}}
+    networks.save(data / "fixres", classifier, card_of)
+    rows = images.rows("test")
+    with torch.inference_mode():
+        logits = classifier(Views(images, None, RESOLUTION, 1.0)[in_order(rows, 1000)[0]].pixels).numpy()
+    top1 = float((logits.argmax(1) == images.labels[rows]).mean())
+    metrics = {"top1": top1, "top5": 1.0, "nll": 0.5, "ece": 0.1, "agreement": 0.9, "parameters": 372979, "macs": 1}
+    folder = data / "evaluate"
+    folder.mkdir(exist_ok=True)
+    for name, content in {
+        "metrics.json": dict.fromkeys(("teacher", "baseline", "student"), metrics),
+        "speed.json": {"device": "cpu"},
+    }.items():
+        (folder / name).write_text(json.dumps(content))
+    (folder / "report.html").write_text("<h1>report</h1>")
+    lists = pyarrow.FixedSizeListArray.from_arrays(logits.reshape(-1), logits.shape[1])
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": images.ids[rows], "student_logits": lists}), folder / "predictions.parquet"
+    )
+    return top1
+
+
+@pytest.fixture(scope="module")
+def made_project(tmp_path_factory):
+    """A project whose student, `good`, is right on all test images and stands evaluated; nothing is registered."""
+    root = tmp_path_factory.mktemp("project")
+    data = root / "data"
+    images = write_images(data / "prepare", lambda at: 0)
+    rows = images.rows("test", "labelled")
+    pixels = Views(images, None, RESOLUTION, 1.0)[in_order(rows, 1000)[0]].pixels
+    good = make_network(pixels)
+    with torch.inference_mode():
+        said = dict(zip(images.ids[rows].tolist(), good(pixels).argmax(1).tolist(), strict=True))
+    assert set(said.values()) == {0, 1, 2}
+    numbers = {int(images.source(row).split(".")[0]): said[int(images.ids[row])] for row in rows}
+    images = write_images(data / "prepare", numbers.__getitem__)
+    for folder, file, content in (
+        ("teacher", "network.json", {"digest": "t" * 64}),
+        ("cache", "cache.json", {"fingerprint": "c" * 64}),
+    ):
+        (data / folder).mkdir()
+        (data / folder / file).write_text(json.dumps(content))
+    lock = {"schema": "2.0", "stages": {"cache": {"outs": [{"path": "data/cache", "md5": "abc.dir"}]}}}
+    (root / "dvc.lock").write_text(yaml.safe_dump(lock))
+    assert put_student(data, images, good) == 1.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        store.connect(root)
+    return SimpleNamespace(root=root, images=images, pixels=pixels, labels=numbers)
+
+
+class Project:
+    """A project as its own working folder."""
+
+    def __init__(self, root, pixels):
+        self.root, self.data, self.pixels = root, root / "data", pixels
+        self.images = ImageSet.open(self.data / "prepare")
+
+    def register(self, if_missing=False, margin=0.0):
+        content = yaml.safe_load((ROOT / "params.yaml").read_text())
+        params = settings.check(settings.with_changes(content, {"register.margin": margin}))
+        (register.run_if_missing if if_missing else register.run)(params)
+
+    def student(self, spoilt):
+        """Put a student there that is worse the more it is spoilt; give its top-1."""
+        return put_student(self.data, self.images, make_network(self.pixels, spoilt))
+
+    def versions(self):
+        found = store.connect().search_model_versions(f"name = '{NAME}'")
+        return {int(version.version): version for version in found}
+
+    def aliases(self):
+        return {key: int(value) for key, value in store.connect().get_registered_model(NAME).aliases.items()}
+
+
+@pytest.fixture
+def project(made_project, tmp_path, monkeypatch):
+    """A copy of the project, as the working folder."""
+    shutil.copytree(made_project.root, tmp_path, dirs_exist_ok=True)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return Project(tmp_path, made_project.pixels)
+
+
+@pytest.fixture(scope="module")
+def made_registered(made_project, tmp_path_factory):
+    """The project with its student registered."""
+    root = tmp_path_factory.mktemp("registered")
+    shutil.copytree(made_project.root, root, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.chdir(root)
+        Project(root, made_project.pixels).register()
+    return root
+
+
+@pytest.fixture
+def registered(made_project, made_registered, tmp_path, monkeypatch):
+    """A copy of the project with its student registered, as the working folder."""
+    shutil.copytree(made_registered, tmp_path, dirs_exist_ok=True)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return Project(tmp_path, made_project.pixels)
+
+
+CODE = """
+import json, sys
+import mlflow, numpy as np, torch
+pixels = np.load("pixels.npy")
+plain = mlflow.pyfunc.load_model("models:/resnet50_vd_ssld@champion")
+network = mlflow.pytorch.load_model("models:/resnet50_vd_ssld@champion")
+said = {}
+for batch in (1, 7):
+    parts = np.split(pixels, range(batch, len(pixels), batch))
+    said[f"pyfunc{batch}"] = np.concatenate([plain.predict(part) for part in parts])
+    with torch.inference_mode():
+        said[f"pytorch{batch}"] = np.concatenate([network(torch.from_numpy(part)).numpy() for part in parts])
+try:
+    plain.predict(pixels.astype(np.float64))
+    sys.exit("the signature was not enforced")
+except mlflow.exceptions.MlflowException:
+    pass
+np.savez("said.npz", **said)
+"""
+
+
+def test_the_champion_predicts_in_a_fresh_process_what_was_evaluated(registered, tmp_path_factory):
+    """Without this project's code, without unpickling anything, for batches of 1 and of 7."""
+    rows = registered.images.rows("test")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    pixels = Views(registered.images, None, RESOLUTION, 1.0)[in_order(rows, 1000)[0]].pixels
+    np.save(elsewhere / "pixels.npy", pixels.numpy().astype(np.float32))
+    environment = {
+        **os.environ,
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{registered.root}/mlflow.db",
+    }
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run([sys.executable, "-c", CODE], cwd=elsewhere, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    recorded = pyarrow.parquet.read_table(registered.data / "evaluate" / "predictions.parquet")
+    recorded = np.stack(recorded["student_logits"].to_numpy())
+    said = np.load(elsewhere / "said.npz")
+    assert set(said) == {"pyfunc1", "pyfunc7", "pytorch1", "pytorch7"}
+    for logits in said.values():
+        np.testing.assert_allclose(logits, recorded, atol=1e-4)
+        assert (logits.argmax(1) == registered.images.labels[rows]).all()
+
+
+def test_a_version_leads_back_and_has_everything_beside_it(project, capfd):
+    project.register()
+    client = store.connect()
+    version = client.get_model_version_by_alias(NAME, "champion")
+    assert version.version in ("1", 1)
+    assert set(version.aliases) == {"champion", "challenger"}
+    digest = networks.file_digest(project.data / "fixres" / "weights.safetensors")
+    assert (
+        version.tags.items()
+        >= {
+            "digest.weights": digest,
+            "digest.data": project.images.digest,
+            "digest.teacher": "t" * 64,
+            "digest.cache": "c" * 64,
+            "dvc.data/cache": "abc.dir",
+            "top1": "1.0",
+        }.items()
+    )
+    assert len(version.tags["digest.params"]) == 64
+    assert "no champion" in version.tags["decision"]
+    assert "distilled from ResNet152_vd" in version.description
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["register.name"] == NAME
+
+    import mlflow.artifacts
+
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{NAME}/1", tracking_uri=client.tracking_uri))
+    assert networks.file_digest(folder / "weights.safetensors") == digest
+    names = {"MLmodel", "README.md", "network.json", "report.html", "metrics.json", "params.yaml", "dvc.lock"}
+    assert names <= {file.name for file in folder.iterdir()}
+    classifier, _ = networks.load(folder)
+    assert classifier.network.get_classifier().out_features == 3
+    assert settings.load(folder / "params.yaml").register_.name == NAME
+    model = yaml.safe_load((folder / "MLmodel").read_text())
+    assert '"shape": [-1, 3, 32, 32]' in model["signature"]["inputs"]
+    assert '"shape": [-1, 3]' in model["signature"]["outputs"]
+    assert model["saved_input_example_info"]["artifact_path"] == "input_example.json"
+    assert model["flavors"]["python_function"]["config"]["device"] == "cpu"
+    assert digest in (folder / "README.md").read_text()
+
+    said = capfd.readouterr()
+    assert "is the champion now" in said.out
+    chatter = [line for line in said.err.splitlines() if not line.startswith("register: ")]
+    assert chatter == []
+
+
+def test_the_same_student_again_gives_no_new_version(registered, capfd):
+    record = (registered.data / "register" / "version.json").read_bytes()
+    shutil.rmtree(registered.data / "register")  # as DVC does before it runs a stage
+    registered.register()
+    assert list(registered.versions()) == [1]
+    assert (registered.data / "register" / "version.json").read_bytes() == record
+    assert "no new version" in capfd.readouterr().out
+
+
+def test_only_a_better_student_becomes_champion(project):
+    worse, best = project.student(spoilt=1.0), None
+    assert worse < 1.0
+    project.register()
+    assert project.aliases() == {"champion": 1, "challenger": 1}
+
+    worst = project.student(spoilt=100.0)
+    assert worst < worse
+    project.register()
+    assert project.aliases() == {"champion": 1, "challenger": 2}
+    assert project.versions()[2].tags["decision"].startswith("not promoted")
+
+    best = project.student(spoilt=0.0)
+    assert best == 1.0
+    project.register(margin=0.99)
+    assert project.aliases() == {"champion": 1, "challenger": 3}
+    assert "margin of 0.99" in project.versions()[3].tags["decision"]
+    project.register(margin=0.0)  # a smaller margin decides anew, and needs no new version
+    assert project.aliases() == {"champion": 3, "challenger": 3}
+    assert sorted(project.versions()) == [1, 2, 3]
+
+
+def test_an_equal_student_does_not_replace_the_champion(registered):
+    assert registered.student(spoilt=1e-4) == 1.0
+    registered.register()
+    assert registered.aliases() == {"champion": 1, "challenger": 2}
+
+
+def test_a_champion_of_other_test_images_is_tested_anew(registered, made_project, capfd):
+    champion = make_network(made_project.pixels)
+    # Labels in reverse order make no sense of these images: the champion must do badly on them.
+    images = registered.images = write_images(registered.data / "prepare", lambda at: made_project.labels[47 - at])
+    rows = images.rows("test")
+    with torch.inference_mode():
+        logits = champion(Views(images, None, RESOLUTION, 1.0)[in_order(rows, 1000)[0]].pixels)
+    expected = (logits.argmax(1).numpy() == images.labels[rows]).mean()
+    assert expected < 1.0
+    registered.student(spoilt=0.5)
+    registered.register()
+    assert "the champion on these test images" in capfd.readouterr().err
+    assert f"version 1's {expected:.4f}" in registered.versions()[2].tags["decision"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "decision"),
+    [(["owl", "cat", "dog"], "does not beat version 1's 1.0000"), (["cat", "dog", "yak"], "lacks (such as 'owl')")],
+)
+def test_classes_are_compared_by_name(registered, made_project, classes, decision):
+    """Another order of classes makes no difference; a champion that knows a class which the challenger lacks stays."""
+    order = {old: classes.index(name) if name in classes else 2 for old, name in enumerate(CLASSES)}
+    registered.images = write_images(
+        registered.data / "prepare", lambda at: order[made_project.labels[at]], classes=classes
+    )
+    registered.student(spoilt=0.5)
+    registered.register()
+    assert registered.aliases()["champion"] == 1
+    assert decision in registered.versions()[2].tags["decision"]
+
+
+def test_a_version_that_predicts_something_else_is_refused(project):
+    path = project.data / "evaluate" / "predictions.parquet"
+    table = pyarrow.parquet.read_table(path)
+    logits = np.stack(table["student_logits"].to_numpy())
+    logits[3] += 0.1
+    lists = pyarrow.FixedSizeListArray.from_arrays(logits.reshape(-1), 3)
+    pyarrow.parquet.write_table(table.set_column(1, "student_logits", lists), path)
+    with pytest.raises(ValueError, match="does not predict what data/evaluate recorded"):
+        project.register()
+    assert project.aliases() == {}
+    assert not (project.data / "register").exists()
+
+
+def test_if_missing_registers_what_the_registry_lacks_and_nothing_else(project, capfd, tmp_path_factory, monkeypatch):
+    with pytest.raises(ValueError, match="nothing was registered yet"):
+        project.register(if_missing=True)
+    project.register()
+    project.register(if_missing=True)
+    assert "nothing to do" in capfd.readouterr().out
+    record = (project.data / "register" / "version.json").read_bytes()
+
+    shutil.rmtree("mlartifacts")  # the store still speaks of the version, but its files are gone
+    project.register(if_missing=True)
+    assert "lacks this version" in capfd.readouterr().out
+    assert project.aliases() == {"champion": 2, "challenger": 2}
+    with registry.loaded(store.connect(), project.versions()[2]) as (model, _):
+        assert model(torch.zeros(5, 3, RESOLUTION, RESOLUTION)).shape == (5, 3)
+    project.register(if_missing=True)
+    assert "nothing to do" in capfd.readouterr().out
+
+    clone = tmp_path_factory.mktemp("clone")  # `git clone` and `dvc pull`: the store is not part of that
+    shutil.copytree("data", clone / "data")
+    monkeypatch.chdir(clone)
+    project.register(if_missing=True)
+    assert "lacks this version" in capfd.readouterr().out
+    assert project.aliases() == {"champion": 1, "challenger": 1}
+    assert (project.data / "register" / "version.json").read_bytes() == record
+
+    shutil.rmtree("mlartifacts")
+    put_student(clone / "data", project.images, make_network(project.pixels, spoilt=1.0))
+    with pytest.raises(ValueError, match="describes another student"):
+        project.register(if_missing=True)
+
+
+def test_what_does_not_fit_together_is_refused(project):
+    write_images(project.data / "prepare", lambda at: 0, first=100)
+    with pytest.raises(ValueError, match="other test images"):
+        project.register()
+    (project.data / "evaluate" / "metrics.json").unlink()
+    with pytest.raises(ValueError, match=r"metrics\.json: not there"):
+        project.register()
+
+
+@pytest.mark.parametrize(
+    ("challenger", "champion", "margin", "promoted"),
+    [
+        (0.9, 0.8, 0.0, True),
+        (0.8, 0.8, 0.0, False),
+        (0.9, 0.8, 0.1, True),
+        (0.9, 0.85, 0.1, False),
+        (0.7, 0.8, -1.0, False),
+    ],
+)
+def test_decide(challenger, champion, margin, promoted):
+    assert register.decide(challenger, champion, margin) is promoted
+
+
+def test_differ():
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(50, 10)).astype(np.float32)
+    assert register.differ(logits, logits, 1e-4) == ""
+    assert register.differ(logits + 1e-5, logits, 1e-4) == ""
+    assert "logits differ by up to 0.1" in register.differ(logits + 0.1, logits, 1e-4)
+    assert "differ" in register.differ(np.full_like(logits, np.nan), logits, 1e-4)
+    tie = np.array([[1.0, 1.0 + 1e-7]], np.float32)
+    assert register.differ(tie[:, ::-1], tie, 1e-4) == ""  # which of two equals is the first says nothing
+
+
+def test_the_card_fits_the_registry(project):
+    """MLflow keeps 5,000 characters of a description, and the card must say how its own network is loaded."""
+    network = json.loads((project.data / "fixres" / "network.json").read_text())
+    network |= {"classes": [f"class {i}" for i in range(1000)], "num_classes": 1000}
+    figures = json.loads((project.data / "evaluate" / "metrics.json").read_text())
+    params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
+    text = card.model_card(NAME, network, figures, params, {"test": 24}, {"digest.data": "d"})
+    assert f"models:/{NAME}@champion" in text
+    assert "and 980 more" in text
+    assert len(card.description(NAME, network, figures, "ResNet152_vd")) < 2000

@@ -1,0 +1,233 @@
+"""MLflow's store and runs: opened by many at once, resumed, ended as they should be, and never in training's way."""
+
+import concurrent.futures
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.core import store, tracking
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def made_store(tmp_path_factory):
+    """A store that has just been made: making one takes seconds, copying it none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        folder = tmp_path_factory.mktemp("store")
+        (folder / ".mlflow.db.part").write_bytes(b"half of a database")  # left by a process that was killed
+        (folder / "mlflow.db").touch()
+        store.connect(folder)
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def root(made_store, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(made_store, tmp_path)
+    return tmp_path
+
+
+def look(root, run):
+    return store.connect(root).get_run(run.id)
+
+
+def history(root, run, key):
+    return [(metric.step, metric.value) for metric in store.connect(root).get_metric_history(run.id, key)]
+
+
+def test_the_address_is_a_file_in_the_root_unless_the_environment_names_one(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert store.default_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
+    assert store.default_uri(tmp_path) == "http://mlflow.example:5000"
+
+
+def test_importing_it_does_not_import_mlflow():
+    code = "import sys, pipeline.core.tracking; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def track(root):
+    with tracking.run("teacher", {}, {}, root=root) as run:
+        run.log(1, {"loss": 1.0})
+    return look(root, run).info.status
+
+
+def test_many_processes_may_open_a_new_store_at_once(tmp_path, monkeypatch):
+    """MLflow itself leaves a broken file behind when they do."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store"])  # imported once, not in each
+    with concurrent.futures.ProcessPoolExecutor(4, processes) as pool:
+        assert list(pool.map(track, [tmp_path] * 4)) == ["FINISHED"] * 4
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        assert database.execute("select count(*) from runs").fetchone() == (4,)
+        assert database.execute("select count(*) from experiments where name = 'ssld'").fetchone() == (1,)
+
+
+def test_a_store_whose_making_was_cut_short_is_made_anew(made_store):
+    assert store.connect(made_store.parent).search_experiments()
+    assert not (made_store.parent / ".mlflow.db.part").exists()
+
+
+def test_a_run_holds_parameters_metrics_tags_and_ends_finished(root):
+    params, identities = {"distill": {"epochs": 2}, "seed": 0}, {"data": "d1", "cache": "c1"}
+    with tracking.run("distill", params, identities, root=root) as run:
+        run.log(1, {"train_loss": 2.0, "val_top1": 0.5})
+        run.log(2, {"train_loss": 1.0, "val_top1": 0.75})
+        run.set_summary({"images": 1300, "words": "of a person"})
+    found = look(root, run)
+    assert found.info.status == "FINISHED"
+    assert found.info.run_name == "distill"
+    assert found.data.params == {"distill.epochs": "2", "seed": "0"}
+    assert found.data.metrics == {"train_loss": 1.0, "val_top1": 0.75, "images": 1300.0}
+    assert found.data.tags.items() >= {"stage": "distill", "digest.data": "d1", "digest.cache": "c1"}.items()
+    assert found.data.tags["words"] == "of a person"
+    assert found.info.artifact_uri.startswith((root / "mlartifacts").as_uri())
+
+
+def test_the_commit_and_whether_the_code_differs_from_it_are_tags(root):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", *arguments], cwd=root, check=True)
+
+    assert tracking.git_tags(root) == {}
+    (root / "pipeline").mkdir()
+    (root / "pipeline" / "code.py").write_text("1")
+    git("init", "--quiet")
+    git("add", "pipeline")
+    git("commit", "--quiet", "--message", "first")
+    clean = tracking.git_tags(root)
+    assert len(clean["git.commit"]) == 40
+    assert clean["git.dirty"] == "false"  # what is not code, such as the store's file, does not count
+    (root / "pipeline" / "code.py").write_text("2")
+    assert tracking.git_tags(root) == {**clean, "git.dirty": "true"}
+
+
+def test_a_resumed_training_goes_on_in_the_same_run(root):
+    resume = root / "scratch" / "mlflow-run"
+    with contextlib.suppress(KeyboardInterrupt), tracking.run("distill", {"workers": 0}, {}, resume, root) as killed:
+        killed.log(1, {"loss": 3.0})
+        killed.log(2, {"loss": 2.0})
+        raise KeyboardInterrupt
+    assert look(root, killed).info.status == "KILLED"
+
+    with tracking.run("distill", {"workers": 2}, {}, resume, root) as resumed:
+        assert look(root, resumed).info.status == "RUNNING"
+        resumed.log(2, {"loss": 2.0})  # the checkpoint was older than the last metric
+        resumed.log(3, {"loss": 1.0})
+    assert resumed.id == killed.id
+    assert history(root, resumed, "loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    found = look(root, resumed)
+    assert found.info.status == "FINISHED"
+    assert found.data.params == {"workers": "0"}
+    assert found.data.tags["resumed.workers"] == "2"
+
+
+@pytest.mark.parametrize("kept", ["", "{}", json.dumps({"uri": "sqlite:////elsewhere.db", "run_id": "1"})])
+def test_a_run_that_the_store_does_not_know_is_begun_anew(root, kept):
+    resume = root / "mlflow-run"
+    resume.write_text(kept)
+    with tracking.run("distill", {}, {}, resume, root) as run:
+        run.log(1, {"loss": 1.0})
+    assert history(root, run, "loss") == [(1, 1.0)]
+    assert json.loads(resume.read_text())["run_id"] == run.id
+    resume.write_text(json.dumps({"uri": store.default_uri(root), "run_id": "0" * 32}))
+    with tracking.run("distill", {}, {}, resume, root) as another:
+        assert another.id != run.id
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("no"), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (SystemExit(143), "KILLED"),
+        (SystemExit(0), "FINISHED"),
+    ],
+)
+def test_the_status_says_how_the_stage_ended(root, error, status):
+    with pytest.raises(type(error)), tracking.run("teacher", {}, {}, root=root) as run:
+        raise error
+    assert look(root, run).info.status == status
+
+
+def test_a_stopped_process_leaves_a_killed_run(root):
+    code = (
+        "import pathlib, signal, sys, time\n"
+        "from pipeline.core import tracking\n"
+        "def stop(*_): raise KeyboardInterrupt\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "with tracking.run('teacher', {}, {}, pathlib.Path('mlflow-run')) as run:\n"
+        "    print('running', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert process.stdout.readline() == b"running\n"  # and nothing of MLflow's own before it
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+    run_id = json.loads((root / "mlflow-run").read_text())["run_id"]
+    assert store.connect(root).get_run(run_id).info.status == "KILLED"
+
+
+def test_only_the_first_process_of_several_tracks(root, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with tracking.run("teacher", {}, {}, root / "mlflow-run", root) as run:
+        run.log(1, {"loss": 1.0})
+        run.set_summary({"a": 1, "b": "c"})
+    assert run.client is None
+    assert not (root / "mlflow-run").exists()
+
+
+def test_what_the_store_did_not_take_is_sent_with_the_next_step(root, capfd, monkeypatch):
+    from mlflow.exceptions import MlflowException
+
+    with tracking.run("teacher", {}, {}, root=root) as run:
+        with monkeypatch.context() as patch:
+
+            def refuse(*_, **__):
+                raise MlflowException("the server is away")
+
+            patch.setattr(run.client, "log_batch", refuse)
+            run.log(1, {"loss": 2.0})
+            run.log(2, {"loss": math.nan})
+        run.log(3, {"loss": 1.0})
+    assert [step for step, _ in history(root, run, "loss")] == [1, 2, 3]
+    assert "the server is away" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("http://127.0.0.1:9", "no MLflow server answers at http://127.0.0.1:9"),
+        ("http://user:secret@127.0.0.1:9", "no MLflow server answers at http://127.0.0.1:9"),
+        ("sqlite:///{folder}/not-one.db", "file is not a database"),
+        ("nonsense://127.0.0.1", "Supported URI schemes"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_one_line_at_once(tmp_path, monkeypatch, uri, words):
+    (tmp_path / "not-one.db").write_text("no database at all, " * 100)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(folder=tmp_path))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=words) as raised, tracking.run("teacher", {}, {}):
+        pass
+    assert time.monotonic() - began < 10
+    assert "\n" not in str(raised.value)
+    assert "secret" not in str(raised.value)
