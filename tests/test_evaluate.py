@@ -1,0 +1,260 @@
+"""Tests of stage evaluate: five toy networks and 24 small images, against what one computes image by image."""
+
+import csv
+import hashlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+from PIL import Image
+from sklearn.metrics import confusion_matrix, log_loss
+
+from pipeline import evaluate
+from pipeline.core import networks, params, shards, views
+from pipeline.core.dataset import ImageSet
+
+CLASSES = ["ant", "bee", "cow", "<i>dog</i>", "eel, grey", "fox"]
+RESOLUTIONS = {"teacher": 24, "baseline": 16, "distill": 16, "finetune": 16, "fixres": 24}
+PROJECT = Path(__file__).parents[1]
+
+
+def settings(**changes) -> params.Params:
+    """The project's settings, quick and on the CPU."""
+    quick = {"machine.device": "cpu", "machine.workers": 0, "evaluate.speed_seconds": 1e-6, "evaluate.batch_size": 10}
+    data = yaml.safe_load((PROJECT / "params.yaml").read_text())
+    return params.check(params.with_changes(data, quick | changes))
+
+
+def write_images(folder: Path, test: int) -> None:
+    """Prepare noisy images of one colour a class: two labelled ones each, and `test` for test."""
+    random = np.random.default_rng(0)
+    samples, contents = [], {}
+    for at in range(2 * len(CLASSES) + test):
+        label, split = at % len(CLASSES), "labelled" if at < 2 * len(CLASSES) else "test"
+        pixels = random.integers(0, 120, (20, 24, 3)) + 20 * label
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+        encoded = buffer.getvalue()
+        sha256 = hashlib.sha256(encoded).hexdigest()
+        samples.append(shards.Sample(sha256, len(encoded), 24, 20, split, label, -1, f"{split}/{at}.png"))
+        contents[sha256] = encoded
+    folder.mkdir(parents=True)
+    shards.write(folder, samples, CLASSES, 10**6, lambda given: [(each, contents[each.sha256]) for each in given])
+    (folder / "refused.csv").write_text("file,source,reason,detail\nx.png,train,truncated,\n")
+
+
+def write_network(name: str, classes: list[str] = CLASSES) -> None:
+    """Make a network of random weights whose classifier is fitted to the labelled images: it is often right."""
+    seed, images = list(RESOLUTIONS).index(name), ImageSet.open(Path("data/prepare"))
+    classifier = networks.build("test_resnet", len(classes), seed).eval()
+    rows = images.rows("labelled")
+    rendered = [views.render_test(images.image(row), RESOLUTIONS[name], 1.0).copy() for row in rows]
+    with torch.no_grad():
+        features = classifier.embed(torch.from_numpy(np.stack(rendered)))[1]  # (2 C, D)
+        wanted = torch.eye(len(CLASSES))[images.labels[rows]][:, : len(classes)] * 6
+        head = classifier.network.get_classifier()
+        head.weight.copy_(torch.linalg.lstsq(features, wanted).solution.T)
+        head.bias.zero_()
+    card = {"model": "test_resnet", "classes": classes, "resolution": RESOLUTIONS[name]}
+    networks.save(Path("data") / name, classifier, card)
+    (Path("data") / name / "history.csv").write_text("epoch,train_loss,lr,val_top1\n1,1.5,0.1,0.5\n2,1.0,0.0,0.75\n")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A project folder in which evaluate has run."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(evaluate, "speed", lambda classifier, pixels, seconds: 100.0)
+        write_images(Path("data/prepare"), test=24)
+        for name in RESOLUTIONS:
+            write_network(name)
+        evaluate.run(settings())
+    return folder
+
+
+@pytest.fixture
+def project(made, tmp_path, monkeypatch):
+    """A copy of it, to work in."""
+    shutil.copytree(made / "data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "speed", lambda classifier, pixels, seconds: 100.0)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def asked(made):
+    """What each network says to each test image, asked one image at a time: (N, C) logits."""
+    images = ImageSet.open(made / "data/prepare")
+    said = {}
+    for name, resolution in RESOLUTIONS.items():
+        classifier, _ = networks.load(made / "data" / name)
+        rendered = [views.render_test(images.image(row), resolution, 1.0).copy() for row in images.rows("test")]
+        with torch.inference_mode():
+            said[name] = np.concatenate([classifier(torch.from_numpy(pixels)[None]).numpy() for pixels in rendered])
+    return said, images.labels[images.rows("test")], images
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_metrics_are_those_of_answers_given_one_image_at_a_time(made, asked):
+    said, labels, _ = asked
+    figures = json.loads((made / "data/evaluate/metrics.json").read_text())
+    assert figures["test_images"] == 24
+    assert figures["student"] == figures["fixres"]
+    teacher = said["teacher"].argmax(1)
+    for name, logits in said.items():
+        right = int((logits.argmax(1) == labels).sum())
+        ranks = (logits > logits[np.arange(24), labels][:, None]).sum(1)
+        probabilities = torch.from_numpy(logits.astype(np.float64)).softmax(1).numpy()
+        found = figures[name]
+        assert found["errors"] == 24 - right
+        assert found["top1"] == pytest.approx(right / 24, abs=1e-6)
+        assert found["top5"] == pytest.approx((ranks < 5).mean(), abs=1e-6)
+        assert found["nll"] == pytest.approx(log_loss(labels, probabilities, labels=range(6)), abs=1e-4)
+        assert found["agreement"] == pytest.approx((logits.argmax(1) == teacher).mean(), abs=1e-6)
+        assert found["resolution"] == RESOLUTIONS[name]
+        assert found["parameters"] == 373_270
+        assert found["macs"] > 0
+    assert figures["baseline"]["macs"] < figures["fixres"]["macs"]  # the same network, at fewer pixels
+    assert 0 < figures["student"]["errors"] < 24, "the toy networks should be neither right nor wrong throughout"
+
+
+def test_predictions_are_what_a_fresh_network_says_in_batches_of_any_size(made, asked):
+    said, labels, images = asked
+    table = pyarrow.parquet.read_table(made / "data/evaluate/predictions.parquet")
+    assert np.array_equal(table["id"].to_numpy(), images.ids[images.rows("test")])
+    assert np.array_equal(table["label"].to_numpy(), labels)
+    for name, logits in said.items():
+        assert np.array_equal(table[name].to_numpy(), logits.argmax(1))
+        probabilities = torch.from_numpy(logits).softmax(1).amax(1).numpy()
+        assert table[f"{name}_probability"].to_numpy() == pytest.approx(probabilities, abs=1e-4)
+    recorded = np.stack(table["student_logits"].to_numpy())
+    assert recorded.dtype == np.float32
+    assert recorded == pytest.approx(said["fixres"], abs=1e-3)
+    classifier, _ = networks.load(made / "data/fixres")
+    pixels = np.stack([views.render_test(images.image(row), 24, 1.0) for row in images.rows("test")[:7]])
+    with torch.inference_mode():
+        assert recorded[:7] == pytest.approx(classifier(torch.from_numpy(pixels)).numpy(), abs=1e-3)
+
+
+def test_tables_say_the_same_as_the_answers(made, asked):
+    said, labels, images = asked
+    folder = made / "data/evaluate"
+    student, confusion = said["fixres"].argmax(1), read_csv(folder / "confusion.csv")
+    assert [row["actual"] for row in confusion] == [CLASSES[label] for label in labels]
+    assert [row["predicted"] for row in confusion] == [CLASSES[answer] for answer in student]
+    matrix = confusion_matrix(labels, student, labels=range(6), normalize="true")
+    listed = read_csv(folder / "per_class.csv")
+    assert [row["class"] for row in listed] == CLASSES
+    assert [float(row["fixres"]) for row in listed] == pytest.approx(matrix.diagonal(), abs=1e-6)
+    bins = read_csv(folder / "reliability.csv")
+    for name in RESOLUTIONS:
+        mine = [row for row in bins if row["network"] == name]
+        assert sum(int(row["count"]) for row in mine) == 24
+        right = sum(int(row["count"]) * float(row["accuracy"]) for row in mine)
+        assert right == pytest.approx((said[name].argmax(1) == labels).sum(), abs=1e-3)
+    errors = read_csv(folder / "errors.csv")
+    wrong = images.ids[images.rows("test")][student != labels]
+    assert {int(row["id"], 16) for row in errors} == set(wrong.tolist())
+    assert all(row["source"] == images.source(images.row_of([int(row["id"], 16)])[0]) for row in errors)
+    sureness = [float(row["student_probability"]) for row in errors]
+    assert sureness == sorted(sureness, reverse=True)
+
+
+def test_the_report_shows_networks_errors_and_names(made):
+    html = (made / "data/evaluate/report.html").read_text(encoding="utf-8")
+    errors = read_csv(made / "data/evaluate/errors.csv")
+    assert html.count("<img ") == min(len(errors), evaluate.MOST_THUMBNAILS)
+    assert "&lt;i&gt;dog&lt;/i&gt;" in html
+    assert "<i>dog" not in html
+    for name in RESOLUTIONS:
+        assert json.loads((made / "data" / name / "network.json").read_text())["digest"] in html
+    assert "truncated" in html
+
+
+def test_a_second_run_writes_the_same_bytes(project):
+    before = {file.name: file.read_bytes() for file in (project / "data/evaluate").iterdir()}
+    evaluate.run(settings())
+    assert {file.name: file.read_bytes() for file in (project / "data/evaluate").iterdir()} == before
+    assert set(before) == {
+        "confusion.csv",
+        "errors.csv",
+        "metrics.json",
+        "per_class.csv",
+        "predictions.parquet",
+        "reliability.csv",
+        "report.html",
+        "speed.json",
+    }
+
+
+def test_speed_alone_depends_on_the_clock(project, monkeypatch):
+    before = (project / "data/evaluate/metrics.json").read_bytes()
+    monkeypatch.setattr(evaluate, "speed", lambda classifier, pixels, seconds: 200.0)
+    evaluate.run(settings())
+    assert (project / "data/evaluate/metrics.json").read_bytes() == before
+    speed = json.loads((project / "data/evaluate/speed.json").read_text())
+    assert speed["images_per_second"] == dict.fromkeys([*RESOLUTIONS, "student"], 200.0)
+    assert (speed["device"], speed["batch_size"]) == ("cpu", 10)
+
+
+def test_metrics_do_not_depend_on_the_batch_size(project):
+    before = json.loads((project / "data/evaluate/metrics.json").read_text())
+    evaluate.run(settings(**{"evaluate.batch_size": 7}))
+    after = json.loads((project / "data/evaluate/metrics.json").read_text())
+    for name in RESOLUTIONS:
+        assert after[name] == pytest.approx(before[name], abs=1e-4)
+
+
+def test_speed_is_images_over_seconds_of_the_median_batch_without_the_first(monkeypatch):
+    seconds, clock = iter([9.0, 0.1, 0.2, 5.0]), [0.0]
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: clock[0])
+
+    def network(pixels):
+        clock[0] += next(seconds)
+        return pixels
+
+    assert evaluate.speed(network, torch.zeros(10, 3, 2, 2), 14) == pytest.approx(10 / 0.2)
+
+
+def test_a_missing_stage_is_named(project):
+    shutil.rmtree("data/finetune")
+    with pytest.raises(ValueError, match=r"data/finetune.*dvc repro finetune"):
+        evaluate.run(settings())
+    assert (project / "data/evaluate/metrics.json").exists(), "an error leaves the last result alone"
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"), [(CLASSES[:5], "5 classes.* has 6 classes"), (CLASSES[::-1], "classes of other names")]
+)
+def test_a_network_of_other_classes_is_refused(project, classes, words):
+    write_network("baseline", classes)
+    with pytest.raises(ValueError, match=f"data/baseline.*{words}.*dvc repro baseline"):
+        evaluate.run(settings())
+
+
+def test_an_empty_test_split_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_images(Path("data/prepare"), test=0)
+    with pytest.raises(ValueError, match=r"no test image; set prepare\.test"):
+        evaluate.run(settings())
+
+
+def test_a_network_that_answers_nonsense_is_an_error(project):
+    classifier, card = networks.load(Path("data/distill"))
+    with torch.no_grad():
+        classifier.network.get_classifier().bias[0] = float("nan")
+    networks.save(Path("data/distill"), classifier, {key: card[key] for key in ("model", "classes", "resolution")})
+    with pytest.raises(ValueError, match="not a finite number"):
+        evaluate.run(settings())

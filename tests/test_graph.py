@@ -1,0 +1,65 @@
+"""dvc.yaml against the code: every stage depends on the source files that it imports, and on nothing else of it."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+@cache
+def imports_of(file: Path) -> frozenset[Path]:
+    """The project's files that a file imports itself, the packages on the way included."""
+    found: set[Path] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            for length in range(1, len(parts) + 1):
+                path = ROOT.joinpath(*parts[:length])
+                found |= {f for f in (path.with_suffix(".py"), path / "__init__.py") if f.is_file()}
+    return frozenset(found)
+
+
+def sources_of(stage: str) -> list[str]:
+    """All files of the project that a stage's process loads, as paths in the project."""
+    waiting, seen = [ROOT / f"pipeline/{stage}.py"], {ROOT / "pipeline/__init__.py"}
+    while waiting:
+        file = waiting.pop()
+        if file not in seen:
+            seen.add(file)
+            waiting.extend(imports_of(file))
+    return sorted(str(file.relative_to(ROOT)) for file in seen)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deps_are_what_the_stage_imports(stage):
+    named = [dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")]
+    assert named == sources_of(stage), "dvc.yaml's deps of this stage should list exactly these files, in this order"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_do_not_import_each_other(stage):
+    others = {f"pipeline/{other}.py" for other in STAGES if other != stage} | {"pipeline/flow.py"}
+    assert not others & set(sources_of(stage))
+
+
+def test_core_imports_no_stage():
+    stages = {ROOT / f"pipeline/{stage}.py" for stage in STAGES}
+    for file in (ROOT / "pipeline/core").rglob("*.py"):
+        assert not stages & imports_of(file), file
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_depends_on_its_own_section(stage):
+    assert STAGES[stage]["cmd"] == f"python -m pipeline.{stage}"
+    assert stage in STAGES[stage]["params"]
