@@ -10,3 +10,7 @@ for _name, _value in {
     "DO_NOT_TRACK": "1",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# Threads that wait for each other by spinning make stages that run side by side, or beside anything else, several
+# times slower; OpenMP reads this when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -175,7 +175,12 @@ def write(
     page = report.render(
         classes=classes,
         networks={
-            name: {**figures[name], "model": result.card["model"], "digest": result.card["digest"]}
+            name: {
+                **figures[name],
+                "model": result.card["model"],
+                "digest": result.card["digest"],
+                "kept": result.card.get("kept"),
+            }
             | {"speed": fast["images_per_second"][name], "history": report.read_history(DATA / name / "history.csv")}
             for name, result in results.items()
         },

@@ -1,12 +1,15 @@
 """Fine-tuning: the distilled student goes on learning the teacher's soft labels, on the labelled images only.
 
+Where that makes it worse on the validation split, the network of distill is kept.
+
 Reads data/prepare, data/cache, data/teacher and data/distill. Writes data/finetune: weights.safetensors,
 network.json, history.csv. Run: python -m pipeline.finetune
 """
 
+import copy
 from pathlib import Path
 
-from pipeline.core import devices, distillation, networks, stage
+from pipeline.core import devices, distillation, networks, stage, training
 from pipeline.core.dataset import ImageSet
 from pipeline.core.params import Params
 
@@ -14,8 +17,11 @@ from pipeline.core.params import Params
 def run(params: Params) -> None:
     images = ImageSet.open(Path("data/prepare"))
     classifier, _ = networks.load(Path("data/distill"))
+    before = training.Before("distill", copy.deepcopy(classifier), params.views.resolution)
     processes = devices.join(params.machine.device)
-    distillation.train("finetune", params.finetune, classifier, images.rows("labelled"), params, images, processes)
+    distillation.train(
+        "finetune", params.finetune, classifier, images.rows("labelled"), params, images, processes, before
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Larger resolution: the classifier alone is tuned on labelled images, larger, and seen as at test time.
 
-After Touvron et al., "Fixing the train-test resolution discrepancy", arXiv:1906.06423. Reads data/prepare and
+After Touvron et al., "Fixing the train-test resolution discrepancy", arXiv:1906.06423. Where that makes it
+worse on the validation split, the network of finetune is kept, at its own resolution. Reads data/prepare and
 data/finetune. Writes data/fixres: weights.safetensors, network.json, history.csv. Run: python -m pipeline.fixres
 """
 
+import copy
 from pathlib import Path
 
 from pipeline.core import devices, networks, stage, training
@@ -16,6 +18,7 @@ def run(params: Params) -> None:
     images = ImageSet.open(Path("data/prepare"))
     classifier, card = networks.load(Path("data/finetune"))
     resolution = params.fixres.resolution
+    before = training.Before("finetune", copy.deepcopy(classifier), card["resolution"])
     task = training.Task(
         name="fixres",
         recipe=params.fixres,
@@ -31,6 +34,7 @@ def run(params: Params) -> None:
             "start": card["digest"],
             "test view": f"{resolution} {params.views.test_crop}",
         },
+        before=before,
     )
     training.train(task, params, images, devices.join(params.machine.device))
 

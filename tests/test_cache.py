@@ -58,7 +58,9 @@ def stored_views():
 def test_every_view_is_there_once(here):
     images = ImageSet.open(Path("data/prepare"))
     assert stored_views() == 2 * (len(images.rows("labelled")) + len(images.rows("unlabelled")))
-    labels = SoftLabels(Path("data/cache"), teaching.description(tiny(**SETTINGS), networks.read_card(Path("data/teacher"))))
+    labels = SoftLabels(
+        Path("data/cache"), teaching.description(tiny(**SETTINGS), networks.read_card(Path("data/teacher")))
+    )
     assert len(labels) == stored_views()
 
 

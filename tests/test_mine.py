@@ -29,7 +29,7 @@ def test_rescaled_and_shifted_copies_are_found_and_others_are_not():
 def test_similarity_is_the_best_correlation_over_shifts():
     thumbs = copies.thumbnails([shape("circle", seed, 32) for seed in range(12)])
     pool, guarded = thumbs[:8], thumbs[8:]
-    similarity, which = copies.nearest(pool, guarded)
+    similarity, _ = copies.nearest(pool, guarded)
     for at, image in enumerate(pool):
         best = -1.0
         for other in guarded:

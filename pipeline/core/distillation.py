@@ -79,6 +79,7 @@ def train(
     params: Params,
     images: ImageSet,
     processes: Processes,
+    before: training.Before | None = None,
 ) -> None:
     """Train a student on soft labels and write data/<name>: what distill and finetune do, on different images."""
     spec = ViewSpec.of(params.seed, params.views)
@@ -100,5 +101,6 @@ def train(
             "start": networks.digest(classifier),
         },
         replicas=params.cache.replicas,
+        before=before,
     )
     training.train(task, params, images, processes)

@@ -45,6 +45,8 @@ class Task:
         card: what the network's card says besides; at least `model`.
         identities: names and digests of all that went in, besides the recipe.
         replicas: stored views a sample; EVERY_REPLICA: a new one each epoch.
+        before: the network that the stage started from, as the stage before left it; it is kept where the trained one
+            does worse on the validation split. None: whatever comes out is kept.
     """
 
     name: str
@@ -58,6 +60,16 @@ class Task:
     card: dict[str, Any]
     identities: dict[str, str]
     replicas: int = EVERY_REPLICA
+    before: "Before | None" = None
+
+
+@dataclass(frozen=True)
+class Before:
+    """The network that a stage is given: the stage that made it, and the resolution of its test view."""
+
+    stage: str
+    classifier: Classifier
+    resolution: int
 
 
 def train(task: Task, params: Params, images: ImageSet, processes: Processes) -> None:
@@ -72,11 +84,34 @@ def train(task: Task, params: Params, images: ImageSet, processes: Processes) ->
         described |= {"seed": params.seed, "model": task.card["model"], "images": len(task.rows)}
         with tracking.run(task.name, described, task.identities, folder / "mlflow-run") as tracked:
             run = _run(task, params, images, processes, folder, tracked.log)
+        best, resolution, kept = better(task, params, images, processes.device)
         with atomic.replacing_folder(DATA / task.name) as out:
-            card = {"classes": list(images.classes), "resolution": task.resolution, **task.card}
-            networks.save(out, task.classifier, {**card, "identities": task.identities})
+            card = {"classes": list(images.classes), "resolution": resolution, "kept": kept, **task.card}
+            networks.save(out, best, {**card, "identities": task.identities})
             _write_history(out / "history.csv", run.history)
         shutil.rmtree(folder)  # done: the same command again would be a new run
+
+
+def better(
+    task: Task, params: Params, images: ImageSet, device: torch.device
+) -> tuple[Classifier, int, dict[str, Any] | None]:
+    """Choose between the trained network and the one before, by top-1 on the validation split.
+
+    Returns:
+        the network, its resolution, and None, or what the card says of a network that was kept.
+    """
+    if task.before is None or not len(images.rows("val")):
+        return task.classifier, task.resolution, None
+    own = validator(params, images, task.resolution, device)(task.classifier)["val_top1"]
+    other = task.before.classifier.to(device)
+    before = validator(params, images, task.before.resolution, device)(other)["val_top1"]
+    if own >= before:
+        return task.classifier, task.resolution, None
+    print(
+        f"{task.name}: validation top-1 {own:.4f} is below the {before:.4f} of {task.before.stage}: its network is kept"
+    )
+    kept = {"stage": task.before.stage, "val_top1": round(before, 6), "instead_of": round(own, 6)}
+    return other, task.before.resolution, kept
 
 
 def labelled_loss(images: ImageSet, labels: np.ndarray, smoothing: float) -> Loss:

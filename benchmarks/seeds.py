@@ -1,0 +1,77 @@
+"""Runs the pipeline once a seed, each in a workspace of its own, and prints mean and spread of every network's scores.
+
+    python benchmarks/seeds.py                      three seeds of the settings in params.yaml
+    python benchmarks/seeds.py 0 1 2 3 4 -S distill.loss=kl
+
+A seed that has been run with the same settings is read from .scratch/runs and not run again.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+sys.path.insert(0, ".")
+from pipeline.core import params
+
+COLUMNS = ("top1", "nll", "ece", "errors")
+NETWORKS = ("teacher", "baseline", "distill", "finetune", "fixres")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("-S", "--set-param", metavar="KEY=VALUE", action="append", default=[], help="a changed setting")
+    arguments = parser.parse_args()
+    changes = {key: yaml.safe_load(value) for key, _, value in (it.partition("=") for it in arguments.set_param)}
+    scores = [run(seed, changes) for seed in arguments.seeds]
+    print(
+        f"{len(scores)} seeds ({', '.join(map(str, arguments.seeds))}); {platform.processor() or platform.machine()}, "
+        f"{os.cpu_count()} cores\n"
+    )
+    print("| network | " + " | ".join(COLUMNS) + " |\n|---|" + "---|" * len(COLUMNS))
+    for network in NETWORKS:
+        cells = [cell([score[network][column] for score in scores]) for column in COLUMNS]
+        print(f"| {network} | " + " | ".join(cells) + " |")
+
+
+def run(seed: int, changes: dict) -> dict:
+    """Give the metrics of a run with a seed; run it where that has not been done."""
+    wanted = params.check(
+        params.with_changes(yaml.safe_load(Path("params.yaml").read_text()), {**changes, "seed": seed})
+    )
+    found = finished(wanted)
+    if found is None:
+        settings = [f"-S{key}={json.dumps(value)}" for key, value in {**changes, "seed": seed}.items()]
+        subprocess.run([sys.executable, "-m", "pipeline.flow", *settings], check=True)
+        found = finished(wanted)
+    assert found is not None
+    return json.loads((found / "metrics.json").read_text())
+
+
+def finished(wanted: params.Params) -> Path | None:
+    """The folder of a run that ended well with these settings, the machine's own left out."""
+    for file in Path(".scratch/runs").glob("*/params.yaml"):
+        try:
+            if params.load(file).model_copy(update={"machine": wanted.machine}) == wanted:
+                return file.parent
+        except ValueError:  # of another version of the settings
+            continue
+    return None
+
+
+def cell(values: list[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    digits = 1 if statistics.mean(values) >= 2 else 4
+    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The whole pipeline on a few shapes, through DVC: what reruns, what a kill leaves, what a clone gets."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import psutil
+import pytest
+from images import CLASSES, write_folder
+from project import ENVIRONMENT, change, execute, make
+
+STAGES = ("prepare", "teacher", "score", "mine", "cache", "baseline", "distill", "finetune", "fixres", "evaluate")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A project in which everything has run once."""
+    folder = make(tmp_path_factory.mktemp("pipeline") / "project")
+    write_folder(folder / "photos", train=10, val=4, test=5, unlabelled=3)
+    execute(folder, "dvc", "add", "--quiet", "photos")
+    done = execute(folder, "dvc", "repro")
+    folder.joinpath("first.log").write_text(done.stdout)
+    return folder
+
+
+def ran(output):
+    """The stages that a `dvc repro` ran."""
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage '")]
+
+
+def digest(folder):
+    """The content of all files in a folder."""
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def test_every_network_is_scored(project):
+    metrics = json.loads((project / "data/evaluate/metrics.json").read_text())
+    for name in ("teacher", "baseline", "distill", "finetune", "fixres", "student"):
+        assert {"top1", "top5", "nll", "ece"} <= metrics[name].keys()
+        assert 0 <= metrics[name]["top1"] <= metrics[name]["top5"] <= 1
+    assert metrics["student"] == metrics["fixres"]
+
+
+def test_the_report_needs_nothing_else(project):
+    page = (project / "data/evaluate/report.html").read_text()
+    assert all(name in page for name in CLASSES)
+    assert 'src="http' not in page
+    assert "<script src" not in page
+    assert "<link" not in page
+
+
+def test_again_nothing_runs(project):
+    assert ran(execute(project, "dvc", "repro").stdout) == []
+
+
+def test_a_parameter_reruns_its_stage_and_what_follows(project):
+    lock, settings = (project / "dvc.lock").read_text(), (project / "params.yaml").read_text()
+    change(project, **{"distill.temperature": 2.0})
+    waiting = execute(project, "dvc", "status", "--json").stdout
+    # DVC lists what changed itself; what reads its output follows once it has run.
+    assert set(json.loads(waiting)) == {"distill"}
+    done = execute(project, "dvc", "repro", "--dry").stdout
+    assert ran(done) == ["distill", "finetune", "fixres", "evaluate", "register"]
+    (project / "params.yaml").write_text(settings)
+    assert (project / "dvc.lock").read_text() == lock
+
+
+def test_a_comment_in_the_flow_reruns_nothing(project):
+    flow = project / "pipeline/flow.py"
+    flow.write_text(flow.read_text() + "# a thought\n")
+    assert execute(project, "dvc", "status", "--json").stdout.strip() == "{}"
+
+
+def test_machine_settings_rerun_nothing(project):
+    settings = (project / "params.yaml").read_text()
+    change(project, **{"machine.workers": 3})
+    assert execute(project, "dvc", "status", "--json").stdout.strip() == "{}"
+    (project / "params.yaml").write_text(settings)
+
+
+def test_a_typo_is_one_line_that_names_the_key(project):
+    settings = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(settings.replace("  min_score:", "  min_scores:"))
+    done = execute(project, "python", "-m", "pipeline.mine", check=False)
+    (project / "params.yaml").write_text(settings)
+    assert done.returncode == 1
+    expected = "mine: error: params.yaml: mine.min_scores: unknown key; did you mean mine.min_score?"
+    assert done.stdout.strip() == expected
+
+
+@pytest.mark.parametrize("stage", ["teacher", "score", "cache", "baseline", "distill"])
+def test_a_killed_stage_goes_on_and_ends_in_the_same_bytes(project, tmp_path, stage):
+    clone = tmp_path / "killed"
+    execute(project, "cp", "-r", str(project), str(clone))
+    expected = digest(clone / "data" / stage)
+    execute(clone, "rm", "-r", f"data/{stage}")
+    change(clone, **{"machine.checkpoint_seconds": 0})
+    slow = {**ENVIRONMENT, "PYTHONPATH": str(clone)}
+    process = subprocess.Popen(["python", "-m", f"pipeline.{stage}"], cwd=clone, env=slow, start_new_session=True)
+    scratch = [clone / ".scratch" / stage, clone / "data" / stage]
+    wait_until(
+        lambda: any(f.suffix in (".pt", ".npz", ".sl") for s in scratch for f in s.rglob("*")) or process.poll() == 0
+    )
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    execute(clone, "python", "-m", f"pipeline.{stage}")
+    assert digest(clone / "data" / stage) == expected
+
+
+def wait_until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_second_writer_is_told_so(project, tmp_path):
+    program = (
+        "import time; from pipeline.core import stage\n"
+        "with stage.only_writer('distill'): print('in', flush=True); time.sleep(60)"
+    )
+    first = subprocess.Popen(["python", "-c", program], cwd=project, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "in\n"
+    second = execute(project, "python", "-c", program, check=False)
+    first.kill()
+    first.wait()
+    assert f"process {first.pid} is already writing data/distill" in second.stdout
+
+
+CHILD = """
+import os, time
+from pipeline.core import stage
+stage._die_with_dvc()
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+PARENT = f"""
+import subprocess, sys
+subprocess.run([sys.executable, "-c", {CHILD!r}])
+"""
+
+
+def test_a_stage_ends_with_the_dvc_that_started_it(project):
+    variables = {**ENVIRONMENT, "DVC_STAGE": "distill"}  # as DVC sets it
+    parent = subprocess.Popen(["python", "-c", PARENT], cwd=project, env=variables, stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, seconds=8)
+
+
+def test_push_clone_pull_leaves_nothing_to_do(project, tmp_path):
+    execute(project, "dvc", "remote", "add", "--default", "--force", "there", str(tmp_path / "remote"))
+    execute(project, "git", "add", "--all")
+    execute(project, "git", "commit", "--quiet", "--message", "ran")
+    execute(project, "dvc", "push", "--quiet")
+    execute(tmp_path, "git", "clone", "--quiet", str(project), "clone")
+    execute(tmp_path / "clone", "dvc", "pull", "--quiet")
+    assert ran(execute(tmp_path / "clone", "dvc", "repro").stdout) == []
+
+
+def test_more_labels_and_back(project):
+    """A changed data set, its metrics beside those before, and the images before brought back."""
+    execute(project, "git", "add", "--all")
+    execute(project, "git", "commit", "--quiet", "--allow-empty", "--message", "before")
+    before = digest(project / "photos"), digest(project / "data/prepare")
+    write_folder(project / "photos", train=12, val=0, test=0, unlabelled=0)
+    execute(project, "dvc", "add", "--quiet", "photos")
+    execute(project, "dvc", "repro", "prepare")
+    assert (digest(project / "photos"), digest(project / "data/prepare")) != before
+    execute(project, "git", "checkout", "--quiet", "--force", "HEAD")
+    execute(project, "dvc", "checkout", "--quiet")
+    assert (digest(project / "photos"), digest(project / "data/prepare")) == before
+    assert np.isfinite(json.loads((project / "data/evaluate/metrics.json").read_text())["student"]["nll"])
