@@ -1,0 +1,118 @@
+"""The Prefect server that a flow talks to: one that runs already, or one started here, on loopback, and ended again.
+
+Its data (runs, logs, artifacts) lie in PREFECT_HOME, by default the project's own .scratch/prefect.
+"""
+
+import atexit
+import fcntl
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import prefect.settings
+
+from pipeline.core import process
+
+PATIENCE = 120.0  # seconds that a server may take to start; the first time it makes its database, which takes longest
+
+
+def ready(port: int = 0) -> str:
+    """Give the address of a Prefect API that answers.
+
+    It is PREFECT_API_URL's where that is set, else that of the server with which this project is being served, else
+    that of a server started here, which ends when this program does.
+
+    Args:
+        port: where to start a server: this port, or the first free one above it; 0: any.
+
+    Raises:
+        ValueError: PREFECT_API_URL names another machine and none answers; or a server would not start.
+    """
+    url = prefect.settings.PREFECT_API_URL.value() or _served()
+    if url and _answers(url):
+        return url
+    if url:
+        place = urlsplit(url)
+        if place.hostname not in ("127.0.0.1", "localhost"):
+            raise ValueError(f"no Prefect server answers at PREFECT_API_URL={url}: start it, or unset the variable")
+        return _start(place.port or 4200)
+    return _start(_free_port(port))
+
+
+@contextmanager
+def serving(url: str) -> Iterator[None]:
+    """Be the only program that serves this project's flow: a second one would take up the same runs.
+
+    Raises:
+        ValueError: another one does already.
+    """
+    with (_home() / "serving").open("a+") as note:
+        try:
+            fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"this project is being served already, at {_served()}") from None
+        note.truncate(0)
+        note.write(url)
+        note.flush()
+        yield
+
+
+def _served() -> str | None:
+    """The address that `serving` noted, while it is at it."""
+    with (_home() / "serving").open("a+") as note:
+        try:
+            fcntl.flock(note, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            note.seek(0)
+            return note.read()
+    return None
+
+
+def _start(port: int) -> str:
+    url = f"http://127.0.0.1:{port}/api"
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    log = _home() / "server.log"
+    # One at a time: two servers that make the database at once spoil it.
+    with (_home() / "starting").open("w") as turn, log.open("w") as output:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        server = process.start(command, Path.cwd(), os.environ | {"PREFECT_API_URL": url}, output)
+        atexit.register(process.end, server.pid)
+        deadline = time.monotonic() + PATIENCE
+        while not _answers(url) and server.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+    if server.poll() is not None or not _answers(url):
+        raise ValueError(f"the Prefect server did not start; what it said is in {log}")
+    return url
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urlopen(f"{url}/health", timeout=5) as answer:
+            return answer.status == 200
+    except (OSError, HTTPException):
+        return False
+
+
+def _free_port(first: int) -> int:
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", first))
+            except OSError:
+                first += 1
+            else:
+                return probe.getsockname()[1]
+
+
+def _home() -> Path:
+    home = Path(prefect.settings.PREFECT_HOME.value())
+    home.mkdir(parents=True, exist_ok=True)
+    return home

@@ -1,0 +1,198 @@
+"""A folder for a run with changed parameters: the user's tree as it is now, with a params.yaml of its own.
+
+    .scratch/workspaces/NAME/        NAME is a hash of the changes: the same changes again go on in the same workspace
+        WHERE/THE/PROJECT/IS/        the project's own path again, so that ../photos in params.yaml still leads there
+        dvc/                         DVC's notes about this workspace
+        complete                     there once the workspace has been set up
+    .scratch/runs/RUN/               what stays of a run that ended well: params.yaml, dvc.lock, metrics, report
+
+It is a git clone, brought up to the user's uncommitted changes, and shares DVC's cache: what the change does not touch
+is checked out of it, and what the run makes is there for the user's tree. A workspace stays when its run fails or is
+cancelled, and goes when a run has ended well.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ruamel.yaml import YAML
+
+from pipeline.core import dvc, params
+from pipeline.core.stage import SCRATCH
+
+RESULTS = ("params.yaml", "dvc.lock", "data/evaluate/metrics.json", "data/evaluate/report.html")
+
+
+def check(root: Path, changes: dict[str, Any]) -> None:
+    """Make sure that params.yaml, with the changes, is right.
+
+    Raises:
+        ValueError: one line that names the wrong key or value, and the nearest right key.
+    """
+    params.load(root / "params.yaml")
+    params.check(_changed(root, changes), "params.yaml with the changes")
+
+
+@contextmanager
+def opened(root: Path, changes: dict[str, Any], say: Callable[[str], None]) -> Iterator[Path]:
+    """Give the folder in which a run with these changes works; without changes, the user's tree itself.
+
+    Args:
+        root: the project's root.
+        changes: keys of params.yaml, dotted or nested, and their values.
+        say: called with a line about what goes on.
+
+    Raises:
+        ValueError: the project is not under git, or DVC or git refused.
+    """
+    home = (root / SCRATCH / "workspaces" / (name(changes) if changes else "tree")).absolute()
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with _only_user(home.with_suffix(".lock"), say):
+        if not changes:
+            yield root
+            return
+        folder = home.joinpath(*root.absolute().parts[1:])
+        if not (home / "complete").exists():
+            shutil.rmtree(home, ignore_errors=True)
+            say(f"setting up the workspace {folder}")
+            set_up(root, folder, changes, home / "dvc")
+            (home / "complete").touch()
+        else:
+            say(f"going on in the workspace {folder}")
+            copy_tree(root, folder, keep=("dvc.lock",))  # it says which stages this workspace has done
+            write_params(root, folder, changes)
+        link_inputs(root, folder)
+        yield folder
+        shutil.rmtree(home)
+
+
+def name(changes: dict[str, Any]) -> str:
+    """Name the workspace of some changes; how they are written (dotted, nested, in which order) does not matter."""
+    flat: dict[str, Any] = {}
+    for key, value in changes.items():
+        inner = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{key}.{part}".rstrip("."): new for part, new in inner.items()}
+    return hashlib.sha256(json.dumps(flat, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def keep_results(folder: Path, root: Path, run: str) -> Path:
+    """Copy what a run is remembered by from its workspace to the user's tree; give the folder."""
+    kept = root / SCRATCH / "runs" / run
+    kept.mkdir(parents=True, exist_ok=True)
+    for result in RESULTS:
+        if (folder / result).exists():
+            shutil.copy2(folder / result, kept)
+    return kept
+
+
+def set_up(root: Path, folder: Path, changes: dict[str, Any], notes: Path) -> None:
+    """Make a workspace: clone, uncommitted changes, DVC's settings, changed parameters, data."""
+    _command(["git", "clone", "--quiet", "--no-checkout", str(root), str(folder)], root)
+    copy_tree(root, folder)
+    if (root / ".dvc/config.local").exists():
+        shutil.copy2(root / ".dvc/config.local", folder / ".dvc/config.local")
+    dvc.share_cache(root, folder, notes)
+    _command([sys.executable, "-m", "dvc", "checkout", "--quiet", "--force", "--allow-missing"], folder)
+    write_params(root, folder, changes)
+
+
+def copy_tree(root: Path, folder: Path, keep: tuple[str, ...] = ()) -> None:
+    """Bring a clone up to the tree as it is now: its commit, and its tracked and new files; ignored ones stay out.
+
+    Args:
+        root: the user's tree.
+        folder: the clone.
+        keep: files of the clone to leave alone.
+    """
+    if _command(["git", "rev-parse", "--quiet", "--verify", "HEAD"], root, may_fail=True):  # there is a commit
+        _command(["git", "fetch", "--quiet", str(root), "HEAD"], folder)
+        _command(["git", "reset", "--quiet", "FETCH_HEAD"], folder)
+    wanted = {file for file in _files(root) if (root / file).is_symlink() or (root / file).is_file()}
+    for file in _files(folder) - wanted - set(keep):
+        (folder / file).unlink(missing_ok=True)
+    for file in wanted - {file for file in keep if (folder / file).exists()}:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).unlink(missing_ok=True)
+        shutil.copy2(root / file, folder / file, follow_symlinks=False)
+
+
+def write_params(root: Path, folder: Path, changes: dict[str, Any]) -> None:
+    """Write the tree's params.yaml with the changes into a workspace; comments stay."""
+    text = YAML()
+    text.width = 4096
+    text.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
+    document = text.load((root / "params.yaml").read_text())
+    _merge(document, _changed(root, changes))
+    with (folder / "params.yaml").open("w") as file:
+        text.dump(document, file)
+
+
+def link_inputs(root: Path, folder: Path) -> None:
+    """Link what stages read and neither git nor DVC brought: files beside the project, and ignored ones within it."""
+    read, made = dvc.inputs_and_outputs(folder)
+    read |= {folder / text for text in _texts(yaml.safe_load((folder / "params.yaml").read_text()))}
+
+    def link(path: Path, source: Path) -> None:
+        if path == folder or any(path.is_relative_to(out) for out in made) or not source.exists():
+            return
+        if not os.path.lexists(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(source)
+        elif path.is_dir() and not path.is_symlink():  # some of it came with git
+            for inner in source.iterdir():
+                link(path / inner.name, inner)
+
+    for path in sorted(Path(os.path.normpath(path)) for path in read):  # a folder before what is in it
+        link(path, Path(os.path.normpath(root / os.path.relpath(path, folder))))
+
+
+@contextmanager
+def _only_user(file: Path, say: Callable[[str], None]) -> Iterator[None]:
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another such run is at work: waiting for it to end")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _changed(root: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    return params.with_changes(yaml.safe_load((root / "params.yaml").read_text()), changes)
+
+
+def _merge(document: dict[str, Any], new: dict[str, Any]) -> None:
+    """Write what differs into a commented document, in place."""
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(document.get(key), dict):
+            _merge(document[key], value)
+        elif document.get(key) != value:
+            document[key] = value
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [text for inner in value.values() for text in _texts(inner)]
+    return [value] if isinstance(value, str) and value else []
+
+
+def _files(folder: Path) -> set[str]:
+    """A git tree's files, tracked ones and new ones that are not ignored."""
+    listed = _command(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], folder)
+    return set(listed.split("\0")) - {""}
+
+
+def _command(command: list[str], folder: Path, may_fail: bool = False) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode and not may_fail:
+        raise ValueError(f"{' '.join(command)}: {' '.join(done.stderr.split()) or f'exit code {done.returncode}'}")
+    return done.stdout

@@ -1,0 +1,227 @@
+"""The Prefect flow: DVC's graph as tasks, one a stage, each of which runs its stage through DVC.
+
+Reads:   dvc.yaml (the graph is written there and nowhere else), params.yaml
+Writes:  what the stages write; in .scratch: Prefect's data (prefect), workspaces and results of runs with changes
+
+A run without changes works in this folder, as `dvc repro` does: what ran through one is up to date for the other.
+A run with changed parameters works in a folder of its own (core/workspace.py); its results come to .scratch/runs.
+Cancelling a run, or Ctrl-C, ends its processes; the same run again goes on where it stopped.
+
+    python -m pipeline.flow                            run it here and now, with a temporary Prefect server
+    python -m pipeline.flow -S distill.epochs=2        ... with a changed parameter
+    python -m pipeline.flow serve                      serve it as deployment ssld/local until Ctrl-C; then, elsewhere:
+        export PREFECT_API_URL=http://127.0.0.1:4200/api
+        prefect deployment run ssld/local --param 'changes={"distill.epochs": 2}'
+
+Prefect's own settings hold (PREFECT_API_URL: another server; PREFECT_TASKS_RUNNER_THREAD_POOL_MAX_WORKERS: how many
+stages at once).
+"""
+# ruff: noqa: E402 (Prefect reads its settings when it is imported)
+
+import os
+from pathlib import Path
+
+for key, value in {
+    "PREFECT_HOME": str(Path.cwd() / ".scratch/prefect"),  # a project's own: two do not disturb each other
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_RUNNER_POLL_FREQUENCY": "2",  # seconds until a triggered run is noticed
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}.items():
+    os.environ.setdefault(key, value)
+Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)  # Prefect itself would not make .scratch
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+from typing import Any
+
+import yaml
+from prefect import State, Task, flow, get_run_logger, runtime, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture, wait
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelled, Completed, Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from pipeline.core import dvc, prefect_server, store, workspace
+from pipeline.core.process import Processes
+
+RETRY_DELAY = 2  # seconds; a cancelled run waits them out at worst
+
+
+@flow(name="ssld", task_runner=ThreadPoolTaskRunner(), persist_result=False)
+def ssld(changes: dict[str, Any] = {}, stages: list[str] | None = None, retries: int = 2) -> State:  # noqa: B006
+    """Bring all stages up to date.
+
+    Args:
+        changes: keys of params.yaml, dotted or nested, and the values they have in this run.
+        stages: only these, and what they need; none: all.
+        retries: how often to start a stage again that failed; it goes on where it stopped.
+    """
+    root, say = Path.cwd(), get_run_logger().info
+    try:
+        workspace.check(root, changes)
+        dvc.upstream(dvc.graph(root), stages or [])
+        with workspace.opened(root, changes, say) as folder, Processes(folder, environment(root)) as processes:
+            graph = dvc.graph(folder)
+            graph = dvc.upstream(graph, stages or list(graph))
+            say("asking DVC what has changed")
+            run_stages(graph, dvc.outdated(folder), processes, retries)
+            results = folder / "data/evaluate"
+            if changes:
+                results = workspace.keep_results(folder, root, runtime.flow_run.name)
+            show_results(results)
+    except (ValueError, OSError) as error:
+        return Failed(message=str(error))
+    return Completed(message=f"{len(graph)} stages are up to date" + f"; results are in {results}" * results.exists())
+
+
+def run_stages(graph: dvc.Graph, outdated: set[str], processes: Processes, retries: int) -> None:
+    """Run one task a stage, each as soon as the stages are done whose outputs it reads.
+
+    Raises:
+        ValueError: stages failed; the message names them, with their errors.
+    """
+    futures: dict[str, PrefectFuture] = {}
+    for stage, reads in graph.items():
+        command = dvc.repro(stage) if stage in outdated else None
+        futures[stage] = program(stage, command, processes, retries).submit(wait_for=[futures[it] for it in reads])
+    if "register" in graph:  # an up-to-date or restored stage has done nothing to the registry
+        command = [sys.executable, "-m", "pipeline.register", "--if-missing"]
+        futures["registry"] = program("registry", command, processes, retries).submit(wait_for=[futures["register"]])
+    wait(list(futures.values()))
+    states = [future.state for future in futures.values()]
+    if not all(state.is_completed() for state in states):
+        errors = [state.message or "" for state in states if state.is_failed() or state.is_crashed()]
+        raise ValueError("; ".join(errors) or "the run was stopped")
+
+
+def program(name: str, command: list[str] | None, processes: Processes, retries: int) -> Task:
+    """Make the task that runs one program, its output line by line in the run's log; no command: nothing to do."""
+
+    @task(
+        name=name,
+        task_run_name=name,
+        retries=retries,
+        retry_delay_seconds=RETRY_DELAY,
+        cache_policy=NO_CACHE,  # DVC is the cache
+        persist_result=False,
+    )
+    def run() -> State:
+        if command is None:
+            return Completed(name="Up to date", message=f"{name}: up to date")
+        logger, lines = get_run_logger(), []
+
+        def log(line: str) -> None:
+            if line.strip():
+                lines.append(line)
+                logger.info(line)
+
+        try:
+            code = processes.run(command, log)
+        except InterruptedError:
+            code = -signal.SIGTERM
+        if code and processes.stopped:
+            return Cancelled(message=f"{name} was stopped")
+        if code:
+            return Failed(message=error_in(lines) or f"{name} ended with exit code {code}")
+        outcome = dvc.outcome(lines)
+        return Completed(name=outcome, message=f"{name}: {outcome.lower()}")
+
+    return run
+
+
+def error_in(lines: list[str]) -> str | None:
+    """Find the line that says best why a program failed: the stage's own, else DVC's."""
+    return next((line for mark in (": error: ", "ERROR: ") for line in lines if mark in line), None)
+
+
+def show_results(results: Path) -> None:
+    """Put the metrics and the report into Prefect's artifacts, as far as there are any."""
+    report = results / "report.html"
+    lines = []
+    if report.exists():  # a browser does not follow a link from a page to a file
+        lines += [f"Full report, to paste into the address bar: `{report.absolute().as_uri()}`", ""]
+    if (results / "metrics.json").exists():
+        rows = table(json.loads((results / "metrics.json").read_text()))
+        create_table_artifact(rows, key="metrics", description="Scores on the test split")
+        cells = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+        lines += ["| " + " | ".join(map(str, row)) + " |" for row in cells]
+    if lines:
+        create_markdown_artifact("\n".join(lines), key="report", description="Scores, and where the report is")
+
+
+def table(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Turn metrics.json into rows: a network each, with its single numbers."""
+    networks = {name: scores for name, scores in metrics.items() if isinstance(scores, dict)}
+    columns = [key for key, value in next(iter(networks.values()), {}).items() if isinstance(value, int | float)]
+    return [{"network": name} | {key: round(scores[key], 4) for key in columns} for name, scores in networks.items()]
+
+
+def environment(root: Path) -> dict[str, str]:
+    """Give the variables that the stages get: this Python first, output at once, the project's own MLflow store."""
+    uri = store.default_uri(root)
+    if uri.startswith(store.SQLITE):  # a relative path would lead into the workspace
+        uri = f"{store.SQLITE}{root.absolute() / uri.removeprefix(store.SQLITE)}"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", "MLFLOW_TRACKING_URI": uri}
+
+
+def serve(url: str) -> None:
+    """Serve the flow as deployment ssld/local until Ctrl-C."""
+    print(f"Prefect's pages: {url.removesuffix('/api')}\nTo start a run, in another shell:")
+    print(f"    export PREFECT_API_URL={url}\n    prefect deployment run ssld/local")
+    print("""    prefect deployment run ssld/local --param 'changes={"distill.epochs": 2}'""")
+    print("Ctrl-C stops the runs, the deployment and the server.", flush=True)
+    serving = "from pipeline.flow import ssld; ssld.serve(name='local', print_starting_message=False)"
+    # In a process of its own: Prefect's runner, asked to stop, would wait until its runs have ended.
+    variables = os.environ | {"PREFECT_API_URL": url}
+    with prefect_server.serving(url), Processes(Path.cwd(), variables, grace=4) as processes:
+        processes.run([sys.executable, "-c", serving], print)
+
+
+def change(text: str) -> tuple[str, Any]:
+    """Read KEY=VALUE, where the value is written as in params.yaml."""
+    key, equals, value = text.partition("=")
+    with contextlib.suppress(yaml.YAMLError):
+        if equals:
+            return key, yaml.safe_load(value)
+    raise ValueError(f"-S {text}: expected KEY=VALUE, such as distill.epochs=2")
+
+
+def main() -> int:
+    """Run or serve the flow; give the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.flow", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="?", choices=["run", "serve"], default="run", help="default: run")
+    parser.add_argument("-S", "--set-param", metavar="KEY=VALUE", action="append", default=[], help="with run")
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="with run: only these, and what they need")
+    arguments = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # by default they would skip all cleaning up
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        changes = dict(map(change, arguments.set_param))
+        workspace.check(Path.cwd(), changes)  # a mistake needs no server to be named
+        url = prefect_server.ready(port=4200 if arguments.what == "serve" else 0)
+        with temporary_settings({PREFECT_API_URL: url}):
+            if arguments.what == "serve":
+                serve(url)
+                return 1  # it does not end by itself
+            print(f"Prefect's pages, while this runs: {url.removesuffix('/api')}", flush=True)
+            return 0 if ssld(changes, arguments.stages, return_state=True).is_completed() else 1
+    except (ValueError, OSError) as error:
+        print(f"flow: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("flow: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""The flow, with a real Prefect server and the real DVC, on a toy project of five stages.
+
+Everything here shares one server: it takes some ten seconds to start.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import toy_project
+from prefect import get_client
+from prefect.client.schemas.filters import FlowRunFilter, LogFilter
+from prefect.deployments import run_deployment
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from prefect.states import Cancelling
+
+from pipeline import flow
+from pipeline.core import dvc, prefect_server
+
+pytestmark = pytest.mark.slow
+CANCELLED_WITHIN = 5  # seconds
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The address of a Prefect server, which this process uses, too."""
+    home = tmp_path_factory.mktemp("prefect")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(home))
+        patch.setenv("PYTHONPATH", str(toy_project.ROOT))
+        patch.delenv("PREFECT_API_URL", raising=False)
+        with temporary_settings({PREFECT_HOME: home}):
+            url = prefect_server.ready()
+            with temporary_settings({PREFECT_API_URL: url}):
+                yield url
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with get_client(sync_client=True) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory):
+    toy = toy_project.make(tmp_path_factory.mktemp("reproduced"))
+    toy_project.execute(toy, "dvc", "repro", "--quiet")
+    return toy
+
+
+@pytest.fixture
+def run(server, client, monkeypatch):
+    """Run the flow in a folder; give its final state, and the task runs as the server has them."""
+
+    def run(folder, *args, **kwargs):
+        monkeypatch.chdir(folder)
+        state = flow.ssld(*args, return_state=True, **kwargs)
+        return state, tasks_of(client, state.state_details.flow_run_id)
+
+    return run
+
+
+def tasks_of(client, flow_run_id):
+    """The task runs of a flow run, once the server has noted the end of all."""
+    for _ in range(100):
+        tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [flow_run_id]}))
+        if all(task.state.is_final() or task.state.name == "NotReady" for task in tasks):
+            break
+        time.sleep(0.1)
+    return {task.name: task for task in tasks}
+
+
+def log_of(client, flow_run_id):
+    logs = client.read_logs(LogFilter(flow_run_id={"any_": [flow_run_id]}))
+    return [log.message for log in sorted(logs, key=lambda log: log.timestamp)]
+
+
+def test_a_run_is_dvcs_graph(run, client, tmp_path, monkeypatch):
+    toy = toy_project.make(tmp_path)
+    (tmp_path / "teacher").touch()  # it fails once
+    monkeypatch.setenv("TOY_BROKEN", str(tmp_path))
+    state, tasks = run(toy)
+    assert state.is_completed(), state.message
+
+    names = {task.id: name for name, task in tasks.items()}
+    edges = {name: {names[it.id] for it in task.task_inputs.get("wait_for", [])} for name, task in tasks.items()}
+    assert edges == toy_project.EDGES == {stage: set(reads) for stage, reads in dvc.graph(toy).items()}
+
+    teacher, baseline = tasks["teacher"], tasks["baseline"]  # side by side
+    assert max(teacher.start_time, baseline.start_time) < min(teacher.end_time, baseline.end_time)
+    assert teacher.run_count == 2  # tried again
+    assert {task.state.name for task in tasks.values()} == {"Completed"}
+
+    run_id = state.state_details.flow_run_id
+    wait_until(lambda: any("stages are up to date" in line for line in log_of(client, run_id)), 30)  # sent in batches
+    log = log_of(client, run_id)
+    assert log.count("teacher begins") == 2
+    for line in ("teacher: error: it is broken", "teacher ends", "evaluate ends"):
+        assert log.count(line) == 1
+
+    artifacts = {artifact.key: artifact for artifact in client.read_artifacts() if artifact.flow_run_id == run_id}
+    assert json.loads(artifacts["metrics"].data)[1] == {
+        "network": "student", "top1": 0.75, "top5": 1.0, "nll": 2.0, "ece": 0.25
+    }  # fmt: skip
+    assert (toy / "data/evaluate/report.html").as_uri() in artifacts["report"].data
+    assert "| student | 0.75 |" in artifacts["report"].data
+    assert "up to date" in toy_project.execute(toy, "dvc", "repro")  # and the other way round
+
+
+def test_after_dvc_repro_every_task_is_up_to_date(run, reproduced):
+    state, tasks = run(reproduced)
+    assert state.is_completed()
+    assert {task.state.name for task in tasks.values()} == {"Up to date"}
+    assert tasks["teacher"].state.message == "teacher: up to date"
+    assert set(tasks) == set(toy_project.EDGES)
+
+
+def test_a_part_of_the_graph(run, reproduced):
+    state, tasks = run(reproduced, stages=["distill"])
+    assert state.is_completed()
+    assert set(tasks) == {"prepare", "teacher", "distill"}
+    state, tasks = run(reproduced, stages=["distil"])
+    assert state.is_failed()
+    assert state.message.startswith("distil: no such stage")
+    assert not tasks
+
+
+def test_a_failing_stage_stops_what_follows_and_says_why(run, tmp_path, monkeypatch):
+    toy = toy_project.make(tmp_path)
+    (tmp_path / "teacher").touch()
+    monkeypatch.setenv("TOY_BROKEN", str(tmp_path))
+    state, tasks = run(toy, retries=0)
+    assert state.is_failed()
+    assert state.message == "teacher: error: it is broken"
+    assert {name for name, task in tasks.items() if task.state.is_completed()} == {"prepare", "baseline"}
+    assert tasks["distill"].state.name == "NotReady"
+
+
+def test_a_wrong_key_fails_before_anything_starts(run, reproduced):
+    before = set(reproduced.rglob("*"))
+    state, tasks = run(reproduced, {"distill.epoch": 2})
+    assert state.is_failed()
+    assert state.message == "distill.epoch: unknown key; did you mean distill.epochs?"
+    assert not tasks
+    assert set(reproduced.rglob("*")) == before
+
+
+def test_a_wrong_key_on_the_command_line_is_one_line(reproduced):
+    command = [sys.executable, "-m", "pipeline.flow", "-S", "distill.epoch=2"]
+    done = subprocess.run(command, cwd=reproduced, env=toy_project.ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "flow: error: distill.epoch: unknown key; did you mean distill.epochs?\n"
+
+
+@pytest.fixture(scope="module")
+def served(server, reproduced):
+    """`make serve` in the toy project; gives the process. Leaving, it is stopped as Ctrl-C does."""
+    log = reproduced / ".scratch/serve.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.flow", "serve"],
+            cwd=reproduced,
+            env={**toy_project.ENVIRONMENT, "PREFECT_API_URL": server},
+            stdout=output,
+            stderr=output,
+        )
+    while "Ctrl-C" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    yield process
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    process.wait(30)
+    assert not [member for member in family if alive(member)]
+
+
+def trigger(client, **changes):
+    """Do what `prefect deployment run ssld/local --param changes=...` does."""
+    for _ in range(300):  # until it is being served
+        try:
+            return run_deployment("ssld/local", parameters={"changes": changes}, timeout=0)
+        except Exception:
+            time.sleep(0.1)
+    raise AssertionError("the deployment does not come up")
+
+
+def test_two_runs_at_once_do_not_disturb_each_other(served, client, reproduced):
+    before = toy_project.execute(reproduced, "git", "status", "--short")
+    runs = {epochs: trigger(client, **{"distill.epochs": epochs}) for epochs in (3, 4)}
+    for epochs, run in runs.items():
+        wait_until(lambda run=run: client.read_flow_run(run.id).state.is_final(), 120)
+        state = client.read_flow_run(run.id).state
+        assert state.is_completed(), state.message
+        tasks = tasks_of(client, run.id)
+        assert {name for name, task in tasks.items() if task.state.name == "Completed"} == {"distill", "evaluate"}
+        kept = reproduced / ".scratch/runs" / run.name
+        assert f"distill {epochs} " in (kept / "dvc.lock").read_text().replace("data/teacher", "")
+    assert toy_project.execute(reproduced, "git", "status", "--short") == before
+    assert not [path for path in (reproduced / ".scratch/workspaces").iterdir() if path.is_dir()]
+
+
+def test_a_cancelled_run_leaves_no_process(served, client, reproduced):
+    run = trigger(client, **{"distill.epochs": 999})
+    others = set(psutil.Process(served.pid).children(recursive=True))
+    wait_until(lambda: "distill begins" in log_of(client, run.id), 60)
+    time.sleep(0.5)  # its deaf child starts
+    family = set(psutil.Process(served.pid).children(recursive=True)) - others
+    assert len([member for member in family if "toy.py" in " ".join(member.cmdline())]) == 1
+    client.set_flow_run_state(run.id, Cancelling())
+    begin = time.monotonic()
+    wait_until(lambda: not any(map(alive, family)), 30)
+    took = time.monotonic() - begin
+    wait_until(lambda: client.read_flow_run(run.id).state.is_final(), 30)
+    assert client.read_flow_run(run.id).state.is_cancelled()
+    assert took < CANCELLED_WITHIN, "seconds until the last process of the run was gone"
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def wait_until(done, seconds):
+    begin = time.monotonic()
+    while not done():
+        assert time.monotonic() - begin < seconds
+        time.sleep(0.1)
+
+
+def test_a_relative_store_is_the_users_own_in_a_workspace_too(tmp_path, monkeypatch):
+    for uri in ("", "sqlite:///mlflow.db", f"sqlite:///{tmp_path}/mlflow.db"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert flow.environment(tmp_path)["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")
+    assert flow.environment(tmp_path)["MLFLOW_TRACKING_URI"] == "http://localhost:5000"
+
+
+def test_help_names_the_commands():
+    command = [sys.executable, "-m", "pipeline.flow", "--help"]
+    shown = subprocess.run(command, cwd=Path(toy_project.ROOT), env=os.environ, capture_output=True, text=True).stdout
+    assert "python -m pipeline.flow serve" in shown
+    assert "prefect deployment run ssld/local" in shown

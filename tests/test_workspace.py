@@ -1,0 +1,221 @@
+"""Workspaces: the user's tree as it is now, with other parameters, and no trace in it."""
+
+import re
+import threading
+from contextlib import contextmanager
+
+import pytest
+import toy_project
+import yaml
+
+from pipeline.core import dvc, workspace
+
+CHANGES = {"distill.epochs": 3}
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory):
+    """A toy project whose stages have run; dvc.lock is not committed."""
+    toy = toy_project.make(tmp_path_factory.mktemp("reproduced"))
+    toy_project.execute(toy, "dvc", "repro", "--quiet")
+    return toy
+
+
+@pytest.fixture(autouse=True)
+def _no_trace(request):
+    """Whatever a test does with a workspace, the user's tree is afterwards what it was before."""
+    if "reproduced" not in request.fixturenames:
+        yield
+        return
+    toy = request.getfixturevalue("reproduced")
+
+    def seen():
+        asked = (["status", "--short"], ["branch", "--all"], ["worktree", "list"], ["stash", "list"])
+        return [toy_project.execute(toy, "git", *what) for what in asked]
+
+    before = seen()
+    yield
+    assert seen() == before
+
+
+def opened(toy, changes=CHANGES, said=None):
+    return workspace.opened(toy, changes, (said if said is not None else []).append)
+
+
+@contextmanager
+def failing(workspace):
+    """Leave a workspace as a run leaves it that fails."""
+    try:
+        with workspace as folder:
+            yield folder
+            raise InterruptedError
+    except InterruptedError:
+        pass
+
+
+def test_without_changes_it_is_the_tree_itself(reproduced):
+    with opened(reproduced, {}) as folder:
+        assert folder == reproduced
+
+
+def test_only_what_the_change_touches_runs_and_only_results_stay(reproduced):
+    with opened(reproduced) as folder:
+        assert dvc.outdated(folder) == {"distill", "evaluate"}
+        toy_project.execute(folder, "dvc", "repro", "--quiet")
+        kept = workspace.keep_results(folder, reproduced, "brave-otter")
+    assert not folder.exists()
+    assert {file.name for file in kept.iterdir()} == {"params.yaml", "dvc.lock", "metrics.json", "report.html"}
+    assert yaml.safe_load((kept / "params.yaml").read_text())["distill"]["epochs"] == 3
+    assert "distill 12;" in (reproduced / "data/evaluate/said.txt").read_text()
+    assert dvc.outdated(reproduced) == set()
+    with opened(reproduced) as folder:  # a new workspace, but what the last one made is in the user's cache
+        assert "is cached - skipping run" in toy_project.execute(folder, "dvc", "repro")
+        assert "distill 3;" in (folder / "data/evaluate/said.txt").read_text()
+
+
+def test_params_keep_their_comments(reproduced):
+    with opened(reproduced) as folder:
+        before = (reproduced / "params.yaml").read_text().splitlines()
+        after = (folder / "params.yaml").read_text().splitlines()
+    assert [pair for pair in zip(before, after, strict=True) if pair[0] != pair[1]] == [("  epochs: 12", "  epochs: 3")]
+
+
+def test_paths_out_of_the_project_lead_where_they_led(reproduced):
+    with opened(reproduced) as folder:
+        assert (folder / "../photos/one.txt").samefile(reproduced / "../photos/one.txt")
+        relative = toy_project.execute(folder, "python", "-c", "print(open('../photos/one.txt').read())")
+        assert relative.strip() == "one"
+
+
+def test_uncommitted_changes_new_files_and_deletions_are_in(tmp_path):
+    toy = toy_project.make(tmp_path)
+    (toy / "gone.txt").write_text("committed")
+    toy_project.execute(toy, "git", "add", "gone.txt")
+    toy_project.execute(toy, "git", "commit", "--quiet", "--message", "more")
+    (toy / "gone.txt").unlink()
+    (toy / "toy.py").write_text((toy / "toy.py").read_text() + "# changed\n")
+    (toy / "new file.txt").write_text("new")
+    (toy / ".scratch").mkdir()
+    (toy / ".scratch/note").write_text("ignored")
+    with failing(opened(toy)) as folder:
+        assert (folder / "toy.py").read_text().endswith("# changed\n")
+        assert (folder / "new file.txt").read_text() == "new"
+        assert not (folder / "gone.txt").exists()
+        assert not (folder / ".scratch").exists()
+        states = [toy_project.execute(where, "git", "status", "--short") for where in (toy, folder)]
+        assert states[1].splitlines() == [*states[0].splitlines()[:1], " M params.yaml", *states[0].splitlines()[1:]]
+    (toy / "toy.py").write_text("# changed once more\n")
+    toy_project.execute(toy, "git", "commit", "--quiet", "--all", "--message", "later")
+    (toy / "new file.txt").unlink()
+    with opened(toy) as folder:
+        assert (folder / "toy.py").read_text() == "# changed once more\n"
+        assert not (folder / "new file.txt").exists()
+        heads = [toy_project.execute(where, "git", "rev-parse", "HEAD") for where in (toy, folder)]
+        assert heads[0] == heads[1]
+
+
+def test_ignored_and_dvc_added_inputs_are_there(tmp_path):
+    toy = toy_project.make(tmp_path)
+    for name in ("added", "ignored"):
+        (toy / "data" / name).mkdir(parents=True)
+        (toy / "data" / name / "one.txt").write_text(name)
+    (toy / "data/kept").mkdir()
+    (toy / "data/kept/README").write_text("in git")
+    (toy / "data/kept/weights").write_text("not in git")
+    toy_project.execute(toy, "git", "add", "--force", "data/kept/README")
+    toy_project.execute(toy, "dvc", "add", "--quiet", "data/added")
+    stages = yaml.safe_load((toy / "dvc.yaml").read_text())
+    stages["stages"]["prepare"]["deps"] += ["data/added", "data/ignored", "data/kept"]
+    (toy / "dvc.yaml").write_text(yaml.safe_dump(stages))
+    toy_project.execute(toy, "dvc", "repro", "--quiet")
+    with opened(toy) as folder:
+        assert dvc.outdated(folder) == {"distill", "evaluate"}
+        assert "data/added.dvc" in dvc.graph(folder)["prepare"]
+        assert not (folder / "data/added").is_symlink()
+        assert (folder / "data/ignored").is_symlink()
+        assert (folder / "data/kept/weights").read_text() == "not in git"
+
+
+def test_a_failed_run_goes_on_in_the_same_workspace_and_a_good_one_leaves_none(reproduced):
+    said = []
+    with failing(opened(reproduced, said=said)) as folder:
+        toy_project.execute(folder, "dvc", "repro", "--quiet", "distill")
+    with opened(reproduced, {"distill": {"epochs": 3}}, said) as again:
+        assert again == folder
+        assert dvc.outdated(again) == {"evaluate"}
+    assert not folder.exists()
+    assert [line.split(" the ")[0] for line in said] == ["setting up", "going on in"]
+
+
+def test_a_half_made_workspace_is_made_anew(reproduced):
+    home = reproduced / ".scratch/workspaces" / workspace.name(CHANGES)
+    half = home.joinpath(*reproduced.parts[1:])
+    half.mkdir(parents=True)
+    (half / "half").touch()
+    with opened(reproduced) as folder:
+        assert folder == half
+        assert not (folder / "half").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, CHANGES])
+def test_equal_runs_wait_for_each_other(reproduced, changes):
+    said, order = [], []
+
+    def second():
+        with opened(reproduced, changes, said):
+            order.append("second")
+
+    with opened(reproduced, changes):
+        waiter = threading.Thread(target=second)
+        waiter.start()
+        while not said:
+            pass
+        order.append("first")
+    waiter.join()
+    assert order == ["first", "second"]
+    assert "waiting" in said[0]
+
+
+def test_other_changes_do_not_wait(reproduced):
+    with opened(reproduced) as one, opened(reproduced, {"distill.epochs": 4}) as other:
+        assert one != other
+
+
+def test_a_name_does_not_depend_on_how_changes_are_written():
+    one = workspace.name({"distill.epochs": 3, "seed": 1, "distill.lr": 0.1})
+    assert one == workspace.name({"seed": 1, "distill": {"lr": 0.1, "epochs": 3}})
+    assert one != workspace.name({"seed": 1, "distill": {"lr": 0.1, "epochs": 4}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"distill.epoch": 2}, "distill.epoch: unknown key; did you mean distill.epochs?"),
+        ({"distill": {"epochs": -1}}, "distill.epochs: should be greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_change_is_one_line_that_names_it(changes, words):
+    with pytest.raises(ValueError, match=f"^.*{re.escape(words)}.*$"):
+        workspace.check(toy_project.ROOT, changes)
+
+
+def test_without_git_it_says_so(tmp_path):
+    (tmp_path / "params.yaml").write_text((toy_project.ROOT / "params.yaml").read_text())
+    with pytest.raises(ValueError, match="git"), opened(tmp_path):
+        pass
+
+
+def test_graph_of_stages(reproduced):
+    graph = dvc.graph(reproduced)
+    assert {stage: set(reads) for stage, reads in graph.items()} == toy_project.EDGES
+    assert all(list(graph).index(other) < list(graph).index(stage) for stage in graph for other in graph[stage])
+    assert set(dvc.upstream(graph, ["distill"])) == {"prepare", "teacher", "distill"}
+    with pytest.raises(ValueError, match="teachr: no such stage"):
+        dvc.upstream(graph, ["teachr"])
+
+
+def test_graph_of_a_broken_project_is_one_line(tmp_path):
+    toy = toy_project.make(tmp_path)
+    (toy / "dvc.yaml").write_text("stages: {prepare: {comand: x}}")
+    with pytest.raises(ValueError, match=r"DVC in .*dvc\.yaml"):
+        dvc.graph(toy)
