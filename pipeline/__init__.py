@@ -12,5 +12,6 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 # Threads that wait for each other by spinning make stages that run side by side, or beside anything else, several
-# times slower; OpenMP reads this when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# times slower; not spinning at all costs a quarter. So they spin for some microseconds, and then sleep. GNU's OpenMP
+# reads this when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
