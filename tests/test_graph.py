@@ -63,3 +63,19 @@ def test_core_imports_no_stage():
 def test_stage_depends_on_its_own_section(stage):
     assert STAGES[stage]["cmd"] == f"python -m pipeline.{stage}"
     assert stage in STAGES[stage]["params"]
+
+
+def test_the_flow_has_dvcs_edges():
+    """The flow's graph, as DVC gives it, against the folders that dvc.yaml names."""
+    from pipeline.core import dvc
+
+    makes = {
+        out if isinstance(out, str) else next(iter(out)): name
+        for name, stage in STAGES.items()
+        for out in stage["outs"]
+    }
+    reads = {}
+    for name, stage in STAGES.items():
+        deps = [dep.replace("${prepare.labelled_root}", "data/digits") for dep in stage["deps"]]
+        reads[name] = sorted({makes[out] for dep in deps for out in makes if dep == out or dep.startswith(f"{out}/")})
+    assert dvc.graph(ROOT) == reads
