@@ -22,32 +22,32 @@ install: .venv/installed  ## install everything, pinned and with hashes, into .v
 
 repro: .venv/installed  ## run the whole pipeline: images in, a registered student out
 	@echo "The default takes 5 to 10 minutes on two CPU cores the first time; stages that are up to date take none."
-	dvc repro
-	python -m pipeline.register --if-missing
+	$(BIN)/dvc repro
+	$(BIN)/python -m pipeline.register --if-missing
 	@echo "Done. The report: data/evaluate/report.html. The registry: make ui. The figures: $(BIN)/dvc metrics show"
 
 test: .venv/installed  ## run the tests
-	python -m pytest
+	$(BIN)/python -m pytest
 
 lint: .venv/installed  ## check the code's style
-	ruff check . && ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 flow: .venv/installed  ## run the pipeline as a Prefect flow, here and now
-	python -m pipeline.flow
+	$(BIN)/python -m pipeline.flow
 
 serve: .venv/installed  ## start Prefect's server and the deployment ssld/local, on this machine alone
-	python -m pipeline.flow serve
+	$(BIN)/python -m pipeline.flow serve
 
 ui: .venv/installed  ## show the model registry's pages on http://127.0.0.1:5000
 	@echo "The student's versions: http://127.0.0.1:5000/#/models/resnet50_vd_ssld (Ctrl-C to stop)"
 	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false PYTHONWARNINGS=ignore \
-	  mlflow ui --host 127.0.0.1 --port 5000 --workers 1 --uvicorn-opts "--log-level warning" \
-	    --backend-store-uri "$$(python -m pipeline.core.store)" --artifacts-destination mlartifacts
+	  $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 --uvicorn-opts "--log-level warning" \
+	    --backend-store-uri "$$($(BIN)/python -m pipeline.core.store)" --artifacts-destination mlartifacts
 
 lock: .venv/installed  ## make requirements*.txt anew from requirements*.in
 	for name in requirements requirements-uv; do \
 	  $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
 	    --python-version 3.11 $$name.in -o $$name.txt || exit 1; done
 
-clean:  ## remove checkpoints, finished workspaces and other scratch; results, models and .venv stay
-	rm -rf .scratch
+clean:  ## remove checkpoints, workspaces, Prefect's history and soft labels set aside; results stay
+	find .scratch -mindepth 1 -maxdepth 1 ! -name runs -exec rm -rf {} +

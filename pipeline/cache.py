@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from pipeline.core import devices, mined, networks, stage, teaching
 from pipeline.core.batches import Views, load
@@ -42,6 +41,8 @@ def run(params: Params) -> None:
         set_aside_others(FOLDER, scratch, description)
         devices.wait_for_all(processes)
         write_missing(classifier, images, views, rows, params, description, processes)
+        whole = SoftLabels(FOLDER, description)
+        assert not len(missing_views(whole, images, views, rows, params.cache.replicas)[0])
         describe(FOLDER, description, len(rows) * params.cache.replicas)
 
 
@@ -56,7 +57,10 @@ def write_missing(
 ) -> None:
     """Compute the labels that the cache lacks and write them, a shard at a time, every world-th in each process."""
     labels = SoftLabels(FOLDER, description)
+    if processes.first():
+        labels.verify()
     rows, replicas, keys = missing_views(labels, images, views, rows, params.cache.replicas)
+    devices.wait_for_all(processes)  # all see the same shards missing before the first one comes
     wanted = len(labels) and f"{len(labels):,} views are there, "
     if processes.first():
         print(f"cache: {wanted or ''}{len(keys):,} views to ask the teacher about", flush=True)
@@ -92,11 +96,14 @@ def set_aside_others(folder: Path, scratch: Path, description: Description) -> N
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cache.json").unlink(missing_ok=True)  # not whole until this run has ended
     found = fingerprint_of(folder)
-    if found in (None, description.fingerprint):
+    if found == description.fingerprint:
         return
-    print(f"cache: labels of another teacher or other views are set aside in {scratch / found}", flush=True)
-    shutil.rmtree(scratch / found, ignore_errors=True)
-    shutil.move(folder, scratch / found)
+    if found is None:
+        shutil.rmtree(folder)
+    else:
+        print(f"cache: labels of another teacher or other views are set aside in {scratch / found}", flush=True)
+        shutil.rmtree(scratch / found, ignore_errors=True)
+        shutil.move(folder, scratch / found)
     if (scratch / description.fingerprint).exists():
         shutil.move(scratch / description.fingerprint, folder)
         print("cache: labels of this teacher and these views were there from before", flush=True)
@@ -109,5 +116,4 @@ def _batches(rows: np.ndarray, replicas: np.ndarray, size: int) -> Iterator[tupl
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        stage.main(run, __doc__, distributed=True)
+    stage.main(run, __doc__, distributed=True)

@@ -22,10 +22,9 @@ SCORE = Path("data/score")
 
 def run(params: Params) -> None:
     images = ImageSet.open(Path("data/prepare"))
-    pool, logits = scores(images, SCORE)
+    pool, classes, best = scores(images, SCORE)
     similarity, nearest = find_copies(images, pool)
     copied = similarity >= params.mine.copy_similarity
-    classes, best = logits.argmax(1), probabilities(logits).max(1)
     taken = best_of_each_class(classes, best, images.ids[pool], ~copied, params.mine.per_class, params.mine.min_score)
     reason = np.select([copied, best < params.mine.min_score], ["near-copy", "low score"], "class is full")
     with stage.only_writer("mine"), atomic.replacing_folder(Path("data/mine")) as folder:
@@ -43,8 +42,8 @@ def run(params: Params) -> None:
     )
 
 
-def scores(images: ImageSet, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read the pool's rows (N,) and the teacher's logits (N, C) about them.
+def scores(images: ImageSet, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read the pool's rows (N,), the teacher's most probable class (N,) of each, and its probability (N,).
 
     Raises:
         ValueError: scoring has not been done, or was done for other images.
@@ -54,8 +53,12 @@ def scores(images: ImageSet, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     except FileNotFoundError:
         raise ValueError(f"{folder}: no scores here; run `dvc repro score`, or `dvc pull`") from None
     rows = images.row_of(ids)
+    classes, best = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.float32)
+    for start in range(0, len(rows), 4096):  # not all at once: they may be many times the memory
+        part = np.asarray(logits[start : start + 4096])
+        classes[start : start + 4096], best[start : start + 4096] = part.argmax(1), probabilities(part).max(1)
     in_pool = images.splits[rows] == "unlabelled"
-    return rows[in_pool], np.asarray(logits[in_pool])
+    return rows[in_pool], classes[in_pool], best[in_pool]
 
 
 def find_copies(images: ImageSet, pool: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

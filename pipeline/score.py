@@ -1,10 +1,11 @@
-"""Scores: the teacher's answer on one clean view of each pool image, and of the test images that mining guards.
+"""Scores: the teacher's answer on one clean view of each pool image, and of each validation and test image.
 
 Reads data/prepare and data/teacher. Writes data/score: ids.npy (N,) uint64, logits.npy (N, C) float32 and
 embeddings.npy (N, D) float16, row by row the same images. Run: python -m pipeline.score
 """
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -28,18 +29,27 @@ def run(params: Params) -> None:
     processes = devices.join(params.machine.device)
     classifier, card = networks.load(Path("data/teacher"), processes.device)
     rows = images.rows("unlabelled", "val", "test")
-    key = hashlib.sha256(f"{images.digest} {card['digest']} {params.views}".encode()).hexdigest()[:16]
+    asked = [
+        images.digest,
+        card["digest"],
+        card["mean"],
+        card["std"],
+        params.teacher.precision,
+        params.views.model_dump(),
+    ]
+    key = hashlib.sha256(json.dumps([*asked, stage.code_digest()]).encode()).hexdigest()[:16]
+    parts = stage.SCRATCH / "score" / key
     if not processes.first():
-        score_parts(classifier, images, rows, params, stage.SCRATCH / "score" / key, processes)
+        devices.wait_for_all(processes)  # until the first process has cleared what others left
+        score_parts(classifier, images, rows, params, parts, processes)
         return
-    with stage.only_writer("score") as scratch:
-        for other in scratch.iterdir():
-            if other.is_dir() and other.name != key:
-                shutil.rmtree(other)
-        score_parts(classifier, images, rows, params, scratch / key, processes)
+    with stage.only_writer("score"):
+        stage.only_folder(parts)
+        devices.wait_for_all(processes)
+        score_parts(classifier, images, rows, params, parts, processes)
         with atomic.replacing_folder(Path("data/score")) as folder:
-            join_parts(scratch / key, len(rows), folder)
-        shutil.rmtree(scratch / key)
+            join_parts(parts, len(rows), folder)
+        shutil.rmtree(parts)
     print(f"score: {len(rows):,} images")
 
 
@@ -48,10 +58,10 @@ def score_parts(
     classifier: Classifier, images: ImageSet, rows: np.ndarray, params: Params, folder: Path, processes: Processes
 ) -> None:
     """Score the parts that are not there yet, every world-th in each process; each part is one .npz file."""
-    folder.mkdir(parents=True, exist_ok=True)
     views = Views(images, None, params.views.resolution, params.views.test_crop)
     parts = [rows[start : start + PART_IMAGES] for start in range(0, len(rows), PART_IMAGES)]
     missing = [(n, part) for n, part in enumerate(parts) if not _file(folder, n).exists()]
+    devices.wait_for_all(processes)  # all see the same parts missing before the first one comes
     mine = missing[processes.rank :: processes.world]
     with Progress(sum(len(part) for _, part in mine), "images", "score", quiet=not processes.first()) as progress:
         for number, part in mine:

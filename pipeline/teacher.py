@@ -74,7 +74,9 @@ def take(params: Params, images: ImageSet) -> None:
         networks.save(folder, classifier, {**card, "resolution": params.views.resolution})
         with (folder / "history.csv").open("w", newline="") as file:  # it was not trained here: no epoch
             csv.writer(file, lineterminator="\n").writerow(["epoch", "train_loss", "lr", "val_top1", "val_nll"])
-    print(f"teacher: {wanted.model} from {wanted.checkpoint or wanted.source}")
+    origin = wanted.checkpoint if wanted.source == "checkpoint" else "timm"
+    order = ", ".join(images.classes[:10]) + (", ..." if classes > 10 else "")
+    print(f"teacher: {wanted.model} from {origin}; its classes are taken to be, in this order, {order}")
 
 
 if __name__ == "__main__":

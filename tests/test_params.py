@@ -21,8 +21,8 @@ def test_the_projects_own_file_is_right():
 
 def test_every_key_has_a_comment():
     lines = [line for line in FILE.read_text().splitlines() if line.startswith("  ") and ":" in line.split("#")[0]]
-    explained = {line.split(":")[0].strip() for line in lines if "#" in line}
-    assert {line.split(":")[0].strip() for line in lines} == explained
+    assert [line for line in lines if "#" not in line] == []
+    assert len(lines) > 90
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import psutil
@@ -107,16 +107,41 @@ def test_a_killed_stage_goes_on_and_ends_in_the_same_bytes(project, tmp_path, st
     expected = digest(clone / "data" / stage)
     execute(clone, "rm", "-r", f"data/{stage}")
     change(clone, **{"machine.checkpoint_seconds": 0})
-    slow = {**ENVIRONMENT, "PYTHONPATH": str(clone)}
-    process = subprocess.Popen(["python", "-m", f"pipeline.{stage}"], cwd=clone, env=slow, start_new_session=True)
-    scratch = [clone / ".scratch" / stage, clone / "data" / stage]
-    wait_until(
-        lambda: any(f.suffix in (".pt", ".npz", ".sl") for s in scratch for f in s.rglob("*")) or process.poll() == 0
-    )
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_when_it_has_written(clone, stage)
     execute(clone, "python", "-m", f"pipeline.{stage}")
     assert digest(clone / "data" / stage) == expected
+
+
+def test_two_processes_leave_the_same_files_and_go_on_after_a_kill(project, tmp_path):
+    clone = tmp_path / "two"
+    execute(project, "cp", "-r", str(project), str(clone))
+    alone = {stage: digest(clone / "data" / stage) for stage in ("score", "cache")}
+    change(clone, **{"machine.processes": 2, "machine.checkpoint_seconds": 0})
+    for stage in alone:
+        execute(clone, "rm", "-r", f"data/{stage}")
+        execute(clone, "python", "-m", f"pipeline.{stage}")
+    assert {stage: digest(clone / "data" / stage) for stage in alone} == alone
+    execute(clone, "python", "-m", "pipeline.distill")
+    whole = digest(clone / "data/distill")
+    execute(clone, "rm", "-r", "data/distill")
+    kill_when_it_has_written(clone, "distill")
+    assert "going on from step" in execute(clone, "python", "-m", "pipeline.distill").stdout
+    assert digest(clone / "data/distill") == whole
+
+
+def kill_when_it_has_written(folder, stage):
+    """Start a stage, and kill it and all its processes as soon as it has written something to go on from."""
+    process = subprocess.Popen(
+        ["python", "-m", f"pipeline.{stage}"], cwd=folder, env=ENVIRONMENT, start_new_session=True
+    )
+    places = [folder / ".scratch" / stage, folder / "data" / stage]
+    wait_until(lambda: any(f.suffix in (".pt", ".npz", ".sl") for place in places for f in place.rglob("*")))
+    below = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    for child in below:  # torchrun gives its workers sessions of their own
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    process.wait()
 
 
 def wait_until(condition, seconds=120):

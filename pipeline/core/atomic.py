@@ -38,7 +38,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside, old = (path.with_name(f".{path.name}.{end}") for end in ("part", "old"))
-    for left in (beside, old):  # by a killed run
+    if old.exists() and not path.exists():  # a run was killed between the two renames below
+        os.replace(old, path)
+    for left in (beside, old):
         shutil.rmtree(left, ignore_errors=True)
     beside.mkdir()
     try:
@@ -46,7 +48,11 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         _flush_all(beside)
         if path.exists():
             os.replace(path, old)
-        os.replace(beside, path)
+        try:
+            os.replace(beside, path)
+        except OSError:
+            os.replace(old, path)
+            raise
         flush(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Batches of views, in an order that is a pure function of (seed, epoch), shared out among processes and workers."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,10 +26,14 @@ class Batch:
     partner_rows: np.ndarray  # (B,) int64: the samples mixed in; a sample's own row where there is none
     shares: Tensor  # (B,) float32: how much of each view is the sample's own
 
+    def pin_memory(self) -> "Batch":
+        """Move the tensors to memory that a GPU can fetch from by itself; the DataLoader calls this."""
+        return replace(self, pixels=self.pixels.pin_memory(), shares=self.shares.pin_memory())
+
     def to(self, device: torch.device) -> "Batch":
         """Move the tensors to a device."""
-        move = [tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.shares)]
-        return Batch(self.rows, self.replicas, move[0], self.partner_rows, move[1])
+        pixels, shares = (tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.shares))
+        return replace(self, pixels=pixels, shares=shares)
 
 
 class Views(Dataset):
@@ -77,7 +81,7 @@ class TrainingOrder:
     """Which views make up each batch of a training run, from a given step on.
 
     The order is drawn over the samples sorted by id, so it does not depend on where a file was found; the last
-    images of an epoch that do not fill a batch wait for the next epoch.
+    images of an epoch that do not fill a batch are left out of it, and each epoch leaves out others.
 
     Args:
         images: the image set.
@@ -106,7 +110,11 @@ class TrainingOrder:
         self.rows = rows[np.argsort(images.ids[rows])]
         self.batch_size = min(batch_size, len(rows))
         if self.batch_size % world:
-            raise ValueError(f"a batch of {self.batch_size} images cannot be shared out evenly to {world} processes")
+            fitting = self.batch_size // world * world
+            raise ValueError(
+                f"a batch of {self.batch_size} images cannot be shared out evenly to {world} processes; "
+                f"set batch_size to {fitting or world}, or machine.processes to another number"
+            )
         self.seed, self.replicas, self.rank, self.world = seed, replicas, rank, world
         self.steps_per_epoch = len(rows) // self.batch_size
 

@@ -1,4 +1,4 @@
-"""Teaching: the teacher's answers about a batch of views, from the cache or from the teacher itself, as a loss."""
+"""Distillation: the teacher's answers about a batch, from the cache or the teacher itself, as a loss; and training."""
 
 import hashlib
 from collections.abc import Callable

@@ -96,7 +96,7 @@ class Run:
         self.ema = ModelEmaV3(self.classifier, decay=decay, use_warmup=True) if decay else None
 
     @property
-    def best(self) -> Classifier:
+    def kept(self) -> Classifier:
         """The network that is kept: the averaged one where there is an average."""
         return self.ema.module if self.ema else self.classifier
 
@@ -145,6 +145,9 @@ class Run:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        torch.manual_seed(
+            self.order.seed * 1_000_003 + self.step * self.processes.world + self.processes.rank
+        )  # dropout
         bfloat16 = self.recipe.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
             loss = self.loss(network, batch.to(self.device))
@@ -153,16 +156,17 @@ class Run:
         self.optimizer.step()
         if self.ema:
             self.ema.update(self.classifier, step=self.step)
-        return loss.detach()
+        mean = loss.detach()
+        if self.processes.world > 1:
+            dist.all_reduce(mean)
+            mean /= self.processes.world
+        return mean
 
     def _end_epoch(self) -> None:
         self._check_losses()
         mean = torch.stack(self.losses).mean()
-        if self.processes.world > 1:
-            dist.all_reduce(mean)
-            mean /= self.processes.world
         epoch = self.step // self.order.steps_per_epoch
-        figures = {"train_loss": mean.item(), "lr": self.optimizer.param_groups[0]["lr"], **self.validate(self.best)}
+        figures = {"train_loss": mean.item(), "lr": self.optimizer.param_groups[0]["lr"], **self.validate(self.kept)}
         self._set_mode()
         self.losses = []
         self.history.append({"epoch": epoch, **figures})
@@ -201,9 +205,10 @@ class Run:
         file = self.scratch / "checkpoint.pt"
         if not file.exists():
             return
-        state = torch.load(file, map_location=self.device, weights_only=True)
+        # To the CPU first: AdamW keeps its step counts there, and would wait for a GPU at every step otherwise.
+        state = torch.load(file, map_location="cpu", weights_only=True)
         self.step, self.history = state["step"], json.loads(state["history"])
-        self.losses = list(state["losses"])
+        self.losses = list(state["losses"].to(self.device))
         self.classifier.load_state_dict(state["classifier"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:

@@ -170,7 +170,7 @@ def _check_fits(network: nn.Module, state: dict[str, Tensor], file: Path) -> Non
     for key, value in own.items():
         if value.shape == state[key].shape:
             continue
-        if isinstance(head, nn.Linear) and (value is head.weight or value.shape[:1] == (head.out_features,)):
+        if isinstance(head, nn.Linear) and value.data_ptr() in (head.weight.data_ptr(), head.bias.data_ptr()):
             raise ValueError(
                 f"{file}: made for {state[key].shape[0]} classes, but the data has {value.shape[0]}: take a file made "
                 "for these classes, or fit a teacher here (teacher.source: fit)"

@@ -18,7 +18,7 @@ Range = tuple[Positive, Positive]
 class Section(BaseModel):
     """A part of params.yaml: every key must be there, none else may be, and nothing changes afterwards."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Machine(Section):
@@ -151,7 +151,7 @@ class Register(Section):
 class Params(Section):
     """All of params.yaml, a section an attribute."""
 
-    seed: CountOrZero
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     machine: Machine
     digits: Digits
     prepare: Prepare

@@ -5,7 +5,9 @@ A stage file ends with `if __name__ == "__main__": stage.main(run, __doc__)`, wh
 
 import argparse
 import fcntl
+import hashlib
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -14,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from pipeline.core import params as settings
 from pipeline.core.params import Params
@@ -79,6 +83,23 @@ def only_writer(name: str) -> Iterator[Path]:
         yield folder
 
 
+def only_folder(folder: Path) -> None:
+    """Make a folder, and remove its siblings: what runs with other settings left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for other in folder.parent.iterdir():
+        if other.is_dir() and other != folder:
+            shutil.rmtree(other)
+
+
+def code_digest() -> str:
+    """SHA-256 over the project's source files that this process has loaded, in hex."""
+    files = {module.__file__ for name, module in sys.modules.items() if name.split(".")[0] in ("pipeline", "models")}
+    total = hashlib.sha256()
+    for file in sorted(file for file in files if file):
+        total.update(Path(file).read_bytes())
+    return total.hexdigest()
+
+
 def _stop(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -94,9 +115,11 @@ def _die_with_dvc() -> None:
     if "DVC_STAGE" not in os.environ:
         return
     parent = os.getppid()
+    # torchrun takes the place of the process that DVC started, and its workers watch DVC, not torchrun alone.
+    dvc = int(os.environ.setdefault("SSLD_DVC_PROCESS", str(parent)))
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and psutil.pid_exists(dvc):
             time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)  # a clean stop if the main thread is listening
         time.sleep(3)
@@ -113,7 +136,7 @@ def _relaunch_with_torchrun(params: Params, name: str) -> None:
     if count == "auto":
         import torch  # it takes a second to load, and only `auto` has to ask it
 
-        count = max(1, torch.cuda.device_count())
+        count = 1 if params.machine.device == "cpu" else max(1, torch.cuda.device_count())
     if count > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
         os.execv(sys.executable, [*launcher, "-m", f"pipeline.{name}", *sys.argv[1:]])

@@ -25,7 +25,7 @@ def description(params: Params, card: dict) -> Description:
 
 
 def answer(classifier: Classifier, pixels: Tensor, precision: str) -> Tensor:
-    """Give the teacher's logits (B, C) float32 for pixels (B, 3, R, R), as cache, score and online mode all do."""
+    """Give the teacher's logits (B, C) float32 for pixels (B, 3, R, R), as the cache and the online mode both do."""
     with torch.inference_mode(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         return classifier(pixels).float()
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.core import atomic, engine, losses, networks, stage, tracking
+from pipeline.core import atomic, devices, engine, losses, networks, stage, tracking
 from pipeline.core.batches import EVERY_REPLICA, Batch, TrainingOrder, Views, in_order, load
 from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
@@ -74,12 +74,14 @@ class Before:
 
 def train(task: Task, params: Params, images: ImageSet, processes: Processes) -> None:
     """Train a stage's network, from its checkpoint where there is one, and write data/<stage>."""
+    folder = stage.SCRATCH / task.name / _name(task, params)
     if not processes.first():
-        _run(task, params, images, processes, stage.SCRATCH / task.name, lambda epoch, figures: None)
+        devices.wait_for_all(processes)  # until the first process has made sure that the checkpoint is this run's
+        _run(task, params, images, processes, folder, lambda epoch, figures: None)
         return
-    with stage.only_writer(task.name) as scratch:
-        settings = {"seed": params.seed, **task.recipe.model_dump(), **task.identities}
-        folder = _own_scratch(scratch, settings)
+    with stage.only_writer(task.name):
+        stage.only_folder(folder)
+        devices.wait_for_all(processes)
         described = {f"{task.name}.{key}": value for key, value in task.recipe.model_dump().items()}
         described |= {"seed": params.seed, "model": task.card["model"], "images": len(task.rows)}
         with tracking.run(task.name, described, task.identities, folder / "mlflow-run") as tracked:
@@ -123,10 +125,10 @@ def labelled_loss(images: ImageSet, labels: np.ndarray, smoothing: float) -> Los
     targets = torch.from_numpy(labels.astype(np.int64))
 
     def loss(network: nn.Module, batch: Batch) -> torch.Tensor:
-        own, other = targets[batch.rows], targets[batch.partner_rows]
-        shares = batch.shares.cpu()
-        wanted = losses.hard_targets(own, other, shares, len(images.classes), smoothing)
-        return losses.cross_entropy(network(batch.pixels), wanted.to(batch.pixels.device))
+        device = batch.pixels.device
+        own, other = (targets[rows].to(device) for rows in (batch.rows, batch.partner_rows))
+        wanted = losses.hard_targets(own, other, batch.shares, len(images.classes), smoothing)
+        return losses.cross_entropy(network(batch.pixels).float(), wanted)
 
     return loss
 
@@ -182,14 +184,17 @@ def _run(
     return run
 
 
-def _own_scratch(scratch: Path, settings: dict[str, Any]) -> Path:
-    """Give the folder of this very run, and remove those of runs with other settings."""
-    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    for other in scratch.iterdir():
-        if other.is_dir() and other.name != name:
-            shutil.rmtree(other)
-    (scratch / name).mkdir(exist_ok=True)
-    return scratch / name
+def _name(task: Task, params: Params) -> str:
+    """Name a run after all that its result depends on, so that no checkpoint of another run is gone on from."""
+    content = {
+        "seed": params.seed,
+        "recipe": task.recipe.model_dump(),
+        "identities": task.identities,
+        "replicas": task.replicas,
+        "test view": [task.resolution, params.views.test_crop],
+        "code": stage.code_digest(),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _write_history(path: Path, history: engine.History) -> None:

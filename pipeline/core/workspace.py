@@ -69,6 +69,8 @@ def opened(root: Path, changes: dict[str, Any], say: Callable[[str], None]) -> I
         else:
             say(f"going on in the workspace {folder}")
             copy_tree(root, folder, keep=("dvc.lock",))  # it says which stages this workspace has done
+            if added := sorted(str(file) for file in _files(folder) if str(file).endswith(".dvc")):
+                _command([sys.executable, "-m", "dvc", "checkout", "--quiet", "--force", *added], folder)
             write_params(root, folder, changes)
         link_inputs(root, folder)
         yield folder

@@ -47,6 +47,7 @@ class Shard:
     def __init__(self, path: Path, fingerprint: str, record_type: np.dtype):
         self.path, self.record_type = path, record_type
         self._records: np.ndarray | None = None
+        self._verified = False
         header = read_header(path)
         if header["fingerprint"] != fingerprint:
             raise ValueError(f"{path}: soft labels of another teacher or of other views; {_mend(path)}")
@@ -67,11 +68,17 @@ class Shard:
         """The records (count,), memory-mapped. Raises ValueError where the checksum does not hold."""
         if self._records is None:
             content = np.memmap(self.path, np.uint8, "r")
-            found = hashlib.blake2b(content[:-CHECKSUM_BYTES], digest_size=CHECKSUM_BYTES).digest()
-            if found != content[-CHECKSUM_BYTES:].tobytes():
-                raise ValueError(f"{self.path}: its checksum does not hold; {_mend(self.path)}")
+            if not self._verified:
+                found = hashlib.blake2b(content[:-CHECKSUM_BYTES], digest_size=CHECKSUM_BYTES).digest()
+                if found != content[-CHECKSUM_BYTES:].tobytes():
+                    raise ValueError(f"{self.path}: its checksum does not hold; {_mend(self.path)}")
+                self._verified = True
             self._records = content[self.records_at : -CHECKSUM_BYTES].view(self.record_type)
         return self._records
+
+    def close(self) -> None:
+        """Let go of the file; it is opened again when its records are asked for."""
+        self._records = None
 
 
 def read_header(path: Path) -> dict[str, Any]:

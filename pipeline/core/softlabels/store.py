@@ -13,6 +13,7 @@ from pipeline.core.softlabels import shards
 from pipeline.core.softlabels.records import SparseLabels, record_type, unpack
 
 FORMAT_VERSION = 1
+OPEN_SHARDS = 100  # a process may have 256 files open on macOS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,7 @@ class SoftLabels:
         hashes = _hash(np.concatenate(keys)) if keys else np.zeros(0, np.uint64)
         self._order = np.argsort(hashes, kind="stable")
         self._hashes = hashes[self._order]
+        self._open: dict[int, None] = {}  # numbers of the open shards, the one read longest ago first
         self._starts = np.cumsum([0] + [shard.count for shard in self.shards])
 
     def __len__(self) -> int:
@@ -101,7 +103,23 @@ class SoftLabels:
         for number in np.unique(of_shard):
             here = of_shard == number
             records[here] = self.shards[number].records[positions[here] - self._starts[number]]
+            self._keep_few_open(number)
         return unpack(records)
+
+    def _keep_few_open(self, number: int) -> None:
+        """Close the shards that were read longest ago: each open one takes a file handle."""
+        self._open.pop(number, None)
+        self._open[number] = None
+        if len(self._open) > OPEN_SHARDS:
+            oldest = next(iter(self._open))
+            del self._open[oldest]
+            self.shards[oldest].close()
+
+    def verify(self) -> None:
+        """Check every shard's checksum. Raises ValueError where one does not hold; it names the shard."""
+        for shard in self.shards:
+            shard.records  # noqa: B018 - reading checks
+            shard.close()
 
     def write_shard(self, keys: np.ndarray, records: np.ndarray) -> None:
         """Add a shard to the folder; it can be read by whoever opens the cache after this."""
