@@ -22,6 +22,7 @@ install: .venv/installed  ## install everything, pinned and with hashes, into .v
 
 repro: .venv/installed  ## run the whole pipeline: images in, a registered student out
 	@echo "The default takes 5 to 10 minutes on two CPU cores the first time; stages that are up to date take none."
+	@$(BIN)/python -m pipeline.core.params
 	$(BIN)/dvc repro
 	$(BIN)/python -m pipeline.register --if-missing
 	@echo "Done. The report: data/evaluate/report.html. The registry: make ui. The figures: $(BIN)/dvc metrics show"

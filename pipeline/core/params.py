@@ -1,6 +1,7 @@
 """The settings: `params.yaml` as typed, checked sections. A wrong key or value is one line that names it."""
 
 import difflib
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -168,6 +169,14 @@ class Params(Section):
     evaluate: Evaluate
     register_: Register = Field(alias="register")
 
+    @model_validator(mode="after")
+    def _fixres_is_larger(self) -> "Params":
+        if self.fixres.resolution < self.views.resolution:
+            raise ValueError(
+                f"fixres.resolution is {self.fixres.resolution}, less than views.resolution, {self.views.resolution}"
+            )
+        return self
+
 
 def load(path: Path = Path("params.yaml")) -> Params:
     """Read and check a params file.
@@ -224,6 +233,14 @@ def with_changes(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
     return changed
 
 
+def main() -> None:
+    """Check params.yaml, so that a mistake is named before anything runs."""
+    try:
+        load()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
 def _known_keys(data: dict[str, Any]) -> list[str]:
     inner = [f"{section}.{name}" for section, value in data.items() if isinstance(value, dict) for name in value]
     return inner + list(data)
@@ -236,14 +253,14 @@ def _nearest(key: str, known: list[str]) -> str:
 
 def _explain(error: dict[str, Any]) -> str:
     place = [str(part) for part in error["loc"]]
-    key = ".".join(place) or "params"
+    key = ".".join(place)
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key{_nearest(key, _keys_beside(place))}"
     if error["type"] == "missing":
         return f"{key}: missing; every key must be there"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     value = error["input"]
-    return f"{key}: {message}" + ("" if isinstance(value, dict) else f", not {value!r}")
+    return f"{key}: {message}".removeprefix(": ") + ("" if isinstance(value, dict) else f", not {value!r}")
 
 
 def _keys_beside(place: list[str]) -> list[str]:
@@ -252,3 +269,7 @@ def _keys_beside(place: list[str]) -> list[str]:
     if len(place) == 1:
         return list(sections)
     return [f"{place[0]}.{name}" for name in sections[place[0]].model_fields]
+
+
+if __name__ == "__main__":
+    main()

@@ -47,7 +47,7 @@ def main(run: Callable[[Params], None], doc: str | None, distributed: bool = Fal
             _relaunch_with_torchrun(params, name)
         run(params)
     except KeyboardInterrupt:
-        print(f"{name}: stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        print(f"{name}: stopped; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         _exit(130)
     except (ValueError, OSError) as error:
         if os.environ.get("SSLD_TRACEBACK"):
@@ -101,6 +101,7 @@ def code_digest() -> str:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: a second one must not break off the clean stop
     raise KeyboardInterrupt
 
 
