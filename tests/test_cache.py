@@ -139,3 +139,31 @@ def test_cached_and_online_differ_by_rounding_alone(here):
     for temperature in (1.0, 3.0):
         a, b = stored(batch, temperature), asked(batch, temperature)
         assert torch.allclose(a, b, rtol=0.01, atol=1e-5)
+
+
+def scores():
+    return {file.name: file.read_bytes() for file in sorted(Path("data/score").iterdir())}
+
+
+def test_a_killed_scoring_goes_on_from_its_last_part(here, monkeypatch):
+    monkeypatch.setattr(score, "PART_IMAGES", 16)
+    go(score)
+    whole = scores()
+    shutil.rmtree("data/score")
+    save, written = np.savez, []
+
+    def count(file, **arrays):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(len(arrays["ids"]))
+        save(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", count)
+    with pytest.raises(KeyboardInterrupt):
+        go(score)
+    assert not Path("data/score").exists()
+    monkeypatch.setattr(np, "savez", save)
+    asked = len(list(Path(".scratch/score").rglob("part-*.npz")))
+    go(score)
+    assert asked == 2
+    assert scores() == whole

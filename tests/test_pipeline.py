@@ -100,7 +100,7 @@ def test_a_typo_is_one_line_that_names_the_key(project):
     assert done.stdout.strip() == expected
 
 
-@pytest.mark.parametrize("stage", ["teacher", "score", "cache", "distill"])
+@pytest.mark.parametrize("stage", ["teacher", "cache", "distill"])
 def test_a_killed_stage_goes_on_and_ends_in_the_same_bytes(project, tmp_path, stage):
     clone = tmp_path / "killed"
     execute(project, "cp", "-r", str(project), str(clone))
@@ -135,7 +135,8 @@ def kill_when_it_has_written(folder, stage):
         ["python", "-m", f"pipeline.{stage}"], cwd=folder, env=ENVIRONMENT, start_new_session=True
     )
     places = [folder / ".scratch" / stage, folder / "data" / stage]
-    wait_until(lambda: any(f.suffix in (".pt", ".npz", ".sl") for place in places for f in place.rglob("*")))
+    wait_until(lambda: any(f.suffix in (".pt", ".sl") for place in places for f in place.rglob("*")))
+    assert process.poll() is None, "it ended before it could be killed"
     below = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
     for child in below:  # torchrun gives its workers sessions of their own
