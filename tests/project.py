@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from images import CLASSES, ROOT, shape, small_settings
+import commands
+import yaml
+from images import ROOT, small_settings
 
 from pipeline.core import params
 
@@ -21,28 +23,17 @@ ENVIRONMENT = {
     "GIT_COMMITTER_NAME": "test",
     "GIT_COMMITTER_EMAIL": "test@localhost",
 }
-__all__ = ["CLASSES", "change", "execute", "make", "shape"]
 
 
 def execute(folder: Path, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
     """Run a command in the project; what it printed, both streams together, is in `stdout`."""
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**ENVIRONMENT, **environment},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
+    done = commands.run(folder, command, {**ENVIRONMENT, **environment})
     assert done.returncode == 0 or not check, done.stdout
     return done
 
 
 def change(folder: Path, **changes: object) -> None:
     """Change keys of the project's params.yaml, dotted ones in a dict: change(folder, **{"distill.epochs": 2})."""
-    import yaml
-
     file = folder / "params.yaml"
     file.write_text(yaml.safe_dump(params.with_changes(yaml.safe_load(file.read_text()), changes), sort_keys=False))
 

@@ -8,9 +8,10 @@ epochs lasts, so that a test can stop it.
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+
+import commands
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,15 +87,7 @@ print(f"{name} ends", flush=True)
 
 def execute(folder: Path, *command: str, **environment: str) -> str:
     """Run a command in the project; give what it printed, both streams together."""
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**ENVIRONMENT, **environment},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
+    done = commands.run(folder, command, {**ENVIRONMENT, **environment})
     assert done.returncode == 0, done.stdout
     return done.stdout
 
