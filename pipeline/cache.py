@@ -1,29 +1,44 @@
 """The soft-label cache: the teacher's answer for every (sample, replica) of the labelled and mined images.
 
 Reads data/prepare, data/mine and data/teacher. Writes data/cache, shard by shard: what is there already and still
-holds is not computed again, so a killed run goes on, and a grown pool costs what is new. Labels of another teacher or
-of other views are set aside under .scratch/cache, and used again when those come back.
-Run: python -m pipeline.cache
+holds is not computed again, so a killed run goes on, and a grown pool costs what is new. A damaged shard is set aside
+and computed again. Labels of another teacher or of other views are set aside under .scratch/cache, and used again when
+those come back. Run: python -m pipeline.cache
 """
 
-import shutil
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.core import devices, mined, networks, stage, teaching
-from pipeline.core.batches import Views, load
+from pipeline.core.batches import RowsAndReplicas, Views, load
 from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
 from pipeline.core.params import Params
 from pipeline.core.progress import Progress
-from pipeline.core.softlabels import Description, SoftLabels, describe, make_keys, records
-from pipeline.core.softlabels.store import fingerprint_of
+from pipeline.core.softlabels import Description, SoftLabels, finish, store
+from pipeline.core.softlabels.records import Records
 from pipeline.core.views import ViewSpec
 
 FOLDER = Path("data/cache")
+PENDING = 4  # batches whose answers wait to be packed while the teacher goes on
+
+
+class Asked(NamedTuple):
+    """Views that the teacher is asked about."""
+
+    rows: np.ndarray  # (N,) int64, of the image set
+    replicas: np.ndarray  # (N,) int64
+    keys: np.ndarray  # (N,) uint64, in the cache
+
+    def part(self, which: slice | np.ndarray) -> "Asked":
+        """Some of them."""
+        return Asked(*(column[which] for column in self))
 
 
 def run(params: Params) -> None:
@@ -32,87 +47,106 @@ def run(params: Params) -> None:
     classifier, card = networks.load(Path("data/teacher"), processes.device)
     description = teaching.description(params, card)
     views = Views(images, ViewSpec.of(params.seed, params.views))
-    rows = np.sort(teaching.training_rows(images, mined.read(Path("data/mine"))))
+    rows = teaching.training_rows(images, mined.read(Path("data/mine")))
+    wanted = every_view(images, views, rows, params.cache.replicas, quiet=not processes.first())
     if not processes.first():
-        devices.wait_for_all(processes)  # until the folder holds nothing but labels of this description
-        write_missing(classifier, images, views, rows, params, description, processes)
+        devices.wait_for_all(processes)  # until the folder holds nothing but sound labels of this description
+        write_missing(classifier, views, wanted, params, description, processes)
         return
     with stage.only_writer("cache") as scratch:
         set_aside_others(FOLDER, scratch, description)
+        for wrong in store.set_damaged_aside(FOLDER, description, scratch / "damaged"):
+            print(f"cache: {wrong}: set aside in {scratch / 'damaged'}, to be computed again", flush=True)
         devices.wait_for_all(processes)
-        write_missing(classifier, images, views, rows, params, description, processes)
-        whole = SoftLabels(FOLDER, description)
-        assert not len(missing_views(whole, images, views, rows, params.cache.replicas)[0])
-        describe(FOLDER, description, len(rows) * params.cache.replicas)
+        write_missing(classifier, views, wanted, params, description, processes)
+        finish(FOLDER, description, wanted.keys)
+
+
+def every_view(images: ImageSet, views: Views, rows: np.ndarray, replicas: int, quiet: bool = False) -> Asked:
+    """Give all views of the samples, sample by sample in ascending order of id."""
+    rows = np.repeat(rows[np.argsort(images.ids[rows])], replicas)
+    numbers = np.tile(np.arange(replicas), len(rows) // replicas)
+    keys = np.empty(len(rows), np.uint64)
+    with Progress(len(rows), "views", "cache: keys", quiet=quiet) as progress:
+        for start in range(0, len(rows), 10_000):
+            part = slice(start, start + 10_000)
+            keys[part] = teaching.keys(images, views, rows[part], numbers[part])
+            progress.update(len(keys[part]))
+    return Asked(rows, numbers, keys)
 
 
 def write_missing(
     classifier: Classifier,
-    images: ImageSet,
     views: Views,
-    rows: np.ndarray,
+    wanted: Asked,
     params: Params,
     description: Description,
     processes: Processes,
 ) -> None:
-    """Compute the labels that the cache lacks and write them, a shard at a time, every world-th in each process."""
+    """Compute the labels that the cache lacks and write them, a shard at a time, every world-th in each process.
+
+    The answers to a batch are packed and written by a thread of their own while the teacher answers the next.
+    """
     labels = SoftLabels(FOLDER, description)
-    if processes.first():
-        labels.verify()
-    rows, replicas, keys = missing_views(labels, images, views, rows, params.cache.replicas)
+    missing = wanted.part(labels.find(wanted.keys) < 0)
     devices.wait_for_all(processes)  # all see the same shards missing before the first one comes
-    wanted = len(labels) and f"{len(labels):,} views are there, "
     if processes.first():
-        print(f"cache: {wanted or ''}{len(keys):,} views to ask the teacher about", flush=True)
-    starts = range(0, len(keys), params.cache.shard_views)
-    mine = [slice(start, start + params.cache.shard_views) for start in starts][processes.rank :: processes.world]
-    total = sum(len(keys[part]) for part in mine)
-    with Progress(total, "views", "cache", quiet=not processes.first()) as progress:
-        for part in mine:
-            batches = _batches(rows[part], replicas[part], params.cache.batch_size)
-            packed = []
-            for batch in load(views, batches, params.machine.workers, processes.device):
-                pixels = batch.pixels.to(processes.device)
-                logits = teaching.answer(classifier, pixels, params.teacher.precision)
-                packed.append(records.pack(logits, description.top_k))
+        there = f"{len(labels):,} views are there, " if len(labels) else ""
+        print(f"cache: {there}{len(missing.keys):,} views to ask the teacher about", flush=True)
+    size = params.cache.shard_views
+    starts = range(0, len(missing.keys), size)
+    shards = [missing.part(slice(start, start + size)) for start in starts][processes.rank :: processes.world]
+    batches = load(views, _batches(shards, params.cache.batch_size), params.machine.workers, processes.device)
+    total = sum(len(shard.keys) for shard in shards)
+    with (
+        Progress(total, "views", "cache", quiet=not processes.first()) as progress,
+        ThreadPoolExecutor(1) as background,
+    ):
+        waiting: deque[Future] = deque()
+        answered = iter(batches)
+        for shard in shards:
+            packed: list[Future[Records]] = []
+            for _ in range(0, len(shard.keys), params.cache.batch_size):
+                batch = next(answered)
+                logits = teaching.answer(classifier, batch.pixels.to(processes.device), params.teacher.precision)
+                packed.append(background.submit(description.coding.encode, logits))
+                waiting.append(packed[-1])
+                if len(waiting) > PENDING:
+                    waiting.popleft().result()
                 progress.update(len(batch.rows))
-            labels.write_shard(keys[part], np.concatenate(packed))
+            waiting.append(background.submit(_write, labels, shard.keys, packed))
+        for future in waiting:
+            future.result()
     devices.wait_for_all(processes)
 
 
-def missing_views(
-    labels: SoftLabels, images: ImageSet, views: Views, rows: np.ndarray, replicas: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Give rows, replicas and keys (M,) of the views that have no label yet, sample by sample in order of id."""
-    rows = np.repeat(rows[np.argsort(images.ids[rows])], replicas)
-    numbers = np.tile(np.arange(replicas), len(rows) // replicas)
-    keys = make_keys(images.ids[rows], numbers, views.partner_ids(rows, numbers))
-    missing = labels.find(keys) < 0
-    return rows[missing], numbers[missing], keys[missing]
+def _write(labels: SoftLabels, keys: np.ndarray, packed: list[Future[Records]]) -> None:
+    counts, content = zip(*(future.result() for future in packed), strict=True)
+    labels.write_shard(keys, Records(np.concatenate(counts), np.concatenate(content)))
+
+
+def _batches(shards: list[Asked], size: int) -> Iterator[RowsAndReplicas]:
+    for shard in shards:
+        for start in range(0, len(shard.keys), size):
+            part = slice(start, start + size)
+            yield shard.rows[part], shard.replicas[part]
 
 
 def set_aside_others(folder: Path, scratch: Path, description: Description) -> None:
     """Make sure that the folder holds labels of this description alone; move others aside, and fetch these back."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cache.json").unlink(missing_ok=True)  # not whole until this run has ended
-    found = fingerprint_of(folder)
-    if found == description.fingerprint:
-        return
-    if found is None:
-        shutil.rmtree(folder)
-    else:
-        print(f"cache: labels of another teacher or other views are set aside in {scratch / found}", flush=True)
-        shutil.rmtree(scratch / found, ignore_errors=True)
-        shutil.move(folder, scratch / found)
-    if (scratch / description.fingerprint).exists():
-        shutil.move(scratch / description.fingerprint, folder)
-        print("cache: labels of this teacher and these views were there from before", flush=True)
-    folder.mkdir(exist_ok=True)
-
-
-def _batches(rows: np.ndarray, replicas: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size], replicas[start : start + size]
+    store.unfinish(folder)  # until this run has ended
+    others = {path: name for path, name in store.fingerprints(folder).items() if name != description.fingerprint}
+    for path, name in others.items():
+        (scratch / name).mkdir(exist_ok=True)
+        path.replace(scratch / name / path.name)
+    if others:
+        print(f"cache: {len(others):,} shards of another teacher or other views are set aside in {scratch}", flush=True)
+    back = list((scratch / description.fingerprint).glob("*.sl"))
+    for path in back:
+        path.replace(folder / path.name)
+    if back:
+        print(f"cache: {len(back):,} shards of this teacher and these views were there from before", flush=True)
 
 
 if __name__ == "__main__":

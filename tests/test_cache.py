@@ -1,6 +1,8 @@
 """The cache stage: only what is missing is asked; what does not belong is set aside; cached equals online."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from pipeline import cache, mine, prepare, score, teacher
 from pipeline.core import distillation, networks, teaching
 from pipeline.core.batches import Views
 from pipeline.core.dataset import ImageSet
-from pipeline.core.softlabels import SoftLabels
+from pipeline.core.softlabels import SoftLabels, sealed
 from pipeline.core.views import ViewSpec
 
 # The teacher sees the labelled images alone, so it stays the same when the pool grows; all of the pool is mined.
@@ -28,7 +30,7 @@ def go(*stages, **changes):
 
 
 def shards():
-    return {file.name: file.read_bytes() for file in sorted(Path("data/cache").glob("*.sl"))}
+    return {file.name: file.read_bytes() for file in sorted(Path("data/cache").glob("labels-*.sl"))}
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +169,48 @@ def test_a_killed_scoring_goes_on_from_its_last_part(here, monkeypatch):
     go(score)
     assert asked == 2
     assert scores() == whole
+
+
+def test_a_damaged_shard_alone_is_computed_again(here, capsys):
+    before = shards()
+    name = sorted(before)[1]
+    Path("data/cache", name).write_bytes(before[name][:-40] + bytes(40))
+    go(cache)
+    said = capsys.readouterr().out
+    assert f"{name}: its checksum does not hold: set aside" in said
+    assert "16 views to ask" in said
+    assert shards() == before
+
+
+def test_a_foreign_shard_is_set_aside(here):
+    before = shards()
+    go(cache, **{"views.flip": 0.5})
+    foreign = next(content for name, content in shards().items() if name not in before or content != before[name])
+    go(cache)
+    Path("data/cache", "labels-0000000000000000.sl").write_bytes(foreign)
+    go(cache)
+    assert shards() == before
+
+
+@pytest.mark.parametrize("what", ["full", "read-only"])
+def test_a_disk_that_takes_no_more_is_one_line_and_what_is_written_stays(here, monkeypatch, what):
+    before = shards()
+    shutil.rmtree("data/cache")
+    write, written = sealed.atomic.replacing, []
+
+    def fail(path):
+        if len(written) == 2:
+            error = errno.ENOSPC if what == "full" else errno.EROFS
+            raise OSError(error, os.strerror(error), str(path))
+        written.append(path)
+        return write(path)
+
+    monkeypatch.setattr(sealed.atomic, "replacing", fail)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC if what == "full" else errno.EROFS)):
+        go(cache)
+    assert len(shards()) == 2
+    assert shards().items() < before.items()
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    go(cache)
+    assert shards() == before

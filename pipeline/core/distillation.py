@@ -27,8 +27,7 @@ def cached(labels: SoftLabels, images: ImageSet) -> Teacher:
 
     def teach(batch: Batch, temperature: float) -> Tensor:
         keys = make_keys(images.ids[batch.rows], batch.replicas, images.ids[batch.partner_rows])
-        found = dense(labels.read(keys), labels.description.num_classes, temperature)
-        return found.to(batch.pixels.device)
+        return dense(labels.read(keys), labels.description.num_classes, temperature, batch.pixels.device)
 
     return teach
 

@@ -113,7 +113,9 @@ class Mine(Section):
 
 class Cache(Section):
     replicas: Count
-    top_k: Count
+    top_k: int = Field(ge=1, le=255)
+    min_probability: Share
+    bits: int = Field(ge=2, le=16)
     batch_size: Count
     shard_views: Count
 

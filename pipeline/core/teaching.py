@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.core.batches import Views
 from pipeline.core.dataset import ImageSet
 from pipeline.core.networks import Classifier
 from pipeline.core.params import Params
-from pipeline.core.softlabels import Description, SoftLabels, read_description
+from pipeline.core.softlabels import Description, SoftLabels, make_keys, read_description
 from pipeline.core.views import ViewSpec
 
 
@@ -20,7 +21,9 @@ def description(params: Params, card: dict) -> Description:
         teacher={**teacher, "precision": params.teacher.precision},
         views=ViewSpec.of(params.seed, params.views).description(),
         num_classes=card["num_classes"],
-        top_k=min(params.cache.top_k, card["num_classes"]),
+        top_k=params.cache.top_k,
+        min_probability=params.cache.min_probability,
+        bits=params.cache.bits,
     )
 
 
@@ -28,6 +31,11 @@ def answer(classifier: Classifier, pixels: Tensor, precision: str) -> Tensor:
     """Give the teacher's logits (B, C) float32 for pixels (B, 3, R, R), as the cache and the online mode both do."""
     with torch.inference_mode(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         return classifier(pixels).float()
+
+
+def keys(images: ImageSet, views: Views, rows: np.ndarray, replicas: np.ndarray) -> np.ndarray:
+    """Give the keys (N,) uint64 of views in the cache; nothing is rendered."""
+    return make_keys(images.ids[rows], replicas, views.partner_ids(rows, replicas))
 
 
 def open_labels(params: Params, card: dict, folder: Path = Path("data/cache")) -> SoftLabels:

@@ -1,10 +1,19 @@
 """The soft-label cache: a teacher's answers for (sample, replica), stored once, found by content.
 
 `FORMAT.md` names every byte. `store` opens, asks and extends a cache; `shards` writes and reads one file of it;
-`records` packs distributions into bytes and back.
+`records` turns distributions into bits and back; `sealed` is what all its files have in common.
 """
 
 from pipeline.core.softlabels.records import SparseLabels, dense
-from pipeline.core.softlabels.store import Description, SoftLabels, describe, make_keys, read_description
+from pipeline.core.softlabels.store import Description, SoftLabels, finish, make_keys, read_description, read_summary
 
-__all__ = ["Description", "SoftLabels", "SparseLabels", "dense", "describe", "make_keys", "read_description"]
+__all__ = [
+    "Description",
+    "SoftLabels",
+    "SparseLabels",
+    "dense",
+    "finish",
+    "make_keys",
+    "read_description",
+    "read_summary",
+]

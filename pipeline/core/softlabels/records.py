@@ -1,56 +1,190 @@
-"""Records: a probability distribution as its top-k classes, their log-probabilities, and the rest's mass."""
+"""Records: a probability distribution as its most probable classes, a few bits each, and the rest's mass.
 
+The classes of a record are a set, written as Elias and Fano do (Elias, JACM 1974; Fano, MIT memorandum 61, 1971): in
+ascending order, the low bits of each as they are, the high bits as the places of ones in a run of bits. Low bits and
+probability share one, two or three whole bytes, whichever makes the record smallest. FORMAT.md names every bit;
+`benchmarks/records.py` shows what a record costs and keeps, beside other formats.
+"""
+
+import dataclasses
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+MOST_CLASSES = 255  # of a record: their number is one byte
+RANGE_STEP = 1 / 8  # nats: the unit of a record's range of log-probabilities
+HEAD = np.dtype([("range", "u1"), ("log_rest", "<f2")])
+WIDTHS = (8, 16, 24)  # bits that a class may take in a record, besides the run of high bits
+
 
 class SparseLabels(NamedTuple):
-    """The stored answers for B views."""
+    """The stored answers for B views; the classes of the first, then those of the second, ...: E in all."""
 
-    classes: np.ndarray  # (B, k) int64, the most probable first
-    log_probabilities: np.ndarray  # (B, k) float32
+    counts: np.ndarray  # (B,) int64: how many classes are stored of each view, at least 1
+    classes: np.ndarray  # (E,) int64, ascending within a view
+    log_probabilities: np.ndarray  # (E,) float32
     log_rest: np.ndarray  # (B,) float32: logarithm of the mass of all other classes; -inf where there is none
 
 
-def record_type(top_k: int, num_classes: int) -> np.dtype:
-    """Give the record's layout: little-endian, without padding."""
-    number = "<u2" if num_classes <= 2**16 else "<u4"
-    return np.dtype([("classes", number, (top_k,)), ("log_probabilities", "<f2", (top_k,)), ("log_rest", "<f2")])
+class Records(NamedTuple):
+    """N records."""
+
+    counts: np.ndarray  # (N,) uint8: classes in each; the size of a record follows from it
+    content: np.ndarray  # (bytes of all,) uint8, one after another
 
 
-def pack(logits: Tensor, top_k: int) -> np.ndarray:
-    """Turn logits (B, C) into B records of the k most probable classes; ties go to the lower class number."""
-    log_probabilities = torch.log_softmax(logits.double(), dim=1).cpu()
-    values, classes = log_probabilities.sort(dim=1, descending=True, stable=True)
-    records = np.zeros(len(logits), record_type(top_k, logits.shape[1]))
-    records["classes"] = classes[:, :top_k].numpy()
-    records["log_probabilities"] = values[:, :top_k].numpy()
-    rest = values[:, top_k:]
-    records["log_rest"] = torch.logsumexp(rest, dim=1).numpy() if rest.shape[1] else -np.inf
-    return records
+@dataclasses.dataclass(frozen=True)
+class Coding:
+    """How distributions become records.
+
+    Args:
+        num_classes: C, of the teacher.
+        top_k: most classes of a record, at most 255.
+        min_probability: a class below it is not stored, unless it is the most probable one.
+        bits: of a stored log-probability, 2 to 16.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+
+    num_classes: int
+    top_k: int
+    min_probability: float
+    bits: int
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.top_k <= MOST_CLASSES and 2 <= self.bits <= 16 and 1 <= self.num_classes <= 2**24):
+            raise ValueError(f"no record holds {self.top_k} of {self.num_classes} classes in {self.bits} bits each")
+
+    @cached_property
+    def _layout(self) -> np.ndarray:
+        """(256,) by the number of classes: bits of a class, low bits of it, bytes of the high bits, bytes of all."""
+        layout = np.zeros(MOST_CLASSES + 1, [("width", "i8"), ("low", "i8"), ("high_bytes", "i8"), ("size", "i8")])
+        for count in range(MOST_CLASSES + 1):
+            choices = []
+            for width in WIDTHS:
+                if width >= self.bits:
+                    low = width - self.bits
+                    highest = (self.num_classes - 1) >> low
+                    high_bytes = -(-(count + highest) // 8) if highest else 0  # none where the low bits say all
+                    size = HEAD.itemsize + high_bytes + count * width // 8
+                    choices.append((size, width, low, high_bytes))
+            size, width, low, high_bytes = min(choices)
+            layout[count] = width, low, high_bytes, size
+        return layout
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(256,) int64: bytes of a record, by the number of classes."""
+        return self._layout["size"]
+
+    def encode(self, logits: Tensor) -> Records:
+        """Turn logits (B, C) into records; among equal probabilities the lower class numbers are kept."""
+        log_probabilities = torch.log_softmax(logits.double(), dim=1)
+        values, order = log_probabilities.sort(dim=1, descending=True, stable=True)
+        values, order = values[:, : self.top_k], order[:, : self.top_k]
+        stored = values >= np.log(max(self.min_probability, 1e-300))
+        stored[:, 0] = True
+        rest = log_probabilities.scatter(1, order, torch.where(stored, -torch.inf, values)).logsumexp(1)
+        return self._write(*(part.cpu().numpy() for part in (values, order, stored, rest)))
+
+    def _write(self, values: np.ndarray, order: np.ndarray, stored: np.ndarray, log_rest: np.ndarray) -> Records:
+        """Write records of (B, K) descending log-probabilities, their classes, and which are stored; rests (B,)."""
+        below = values[:, :1] - values  # nats below the most probable class
+        ranges = np.clip(np.ceil(np.where(stored, below, 0).max(1) / RANGE_STEP), 1, 255)
+        codes = np.rint(np.minimum(below / (ranges * RANGE_STEP)[:, None], 1) * (2**self.bits - 1)).astype(np.int64)
+        by_class = np.argsort(np.where(stored, order, self.num_classes), axis=1, kind="stable")
+        counts = stored.sum(1)
+        rows, ranks = np.nonzero(np.arange(stored.shape[1]) < counts[:, None])
+        classes = np.take_along_axis(order, by_class, 1)[rows, ranks].astype(np.int64)
+        codes = np.take_along_axis(codes, by_class, 1)[rows, ranks]
+
+        layout = self._layout[counts]
+        starts = np.cumsum(layout["size"]) - layout["size"]
+        low = layout["low"][rows]
+        bits = np.zeros((int(layout["size"].sum()), 8), np.uint8)
+        high = (starts + HEAD.itemsize)[rows] * 8 + (classes >> low) + ranks
+        bits.reshape(-1)[high[layout["high_bytes"][rows] > 0]] = 1
+        content = np.packbits(bits, axis=1, bitorder="little")[:, 0]
+
+        field = (classes & ((1 << low) - 1)) | (codes << low)
+        width = layout["width"][rows] // 8
+        at = (starts + HEAD.itemsize + layout["high_bytes"])[rows] + ranks * width
+        for byte in range(int(width.max(initial=0))):
+            here = byte < width
+            content[at[here] + byte] = (field[here] >> (8 * byte)) & 255
+        head = np.zeros(len(counts), HEAD)
+        head["range"], head["log_rest"] = ranges, log_rest
+        content[starts[:, None] + np.arange(HEAD.itemsize)] = head.view(np.uint8).reshape(-1, HEAD.itemsize)
+        return Records(counts.astype(np.uint8), content)
+
+    def decode(self, records: Records) -> SparseLabels:
+        """Turn B records back into numbers.
+
+        Raises:
+            ValueError: a record holds another number of classes than it says.
+        """
+        counts, content = records.counts.astype(np.int64), records.content
+        layout = self._layout[records.counts]
+        starts = np.cumsum(layout["size"]) - layout["size"]
+        head = content[starts[:, None] + np.arange(HEAD.itemsize)].view(HEAD)[:, 0]
+        first = np.cumsum(counts) - counts
+        number = np.arange(int(counts.sum()))  # of the class among all of the batch
+
+        width = layout["width"] // 8
+        at = np.repeat(starts + HEAD.itemsize + layout["high_bytes"] - first * width, counts)
+        at += number if (width == 1).all() else number * np.repeat(width, counts)
+        field = content[at].astype(np.int64)
+        for byte in range(1, int(width.max(initial=1))):
+            here = np.flatnonzero(np.repeat(width > byte, counts))
+            field[here] |= content[at[here] + byte].astype(np.int64) << (8 * byte)
+
+        low = np.repeat(layout["low"], counts)
+        code = field >> low
+        classes = (field & ((1 << low) - 1)) | (self._high(content, starts, layout, counts, number) << low)
+
+        step = head["range"].astype(np.float32) * np.float32(-RANGE_STEP / (2**self.bits - 1))
+        below = code.astype(np.float32) * np.repeat(step, counts)
+        log_rest = head["log_rest"].astype(np.float32)
+        # The stored classes share what the rest leaves, so their common scale need not be stored.
+        total = np.add.reduceat(np.exp(below), first) if len(counts) else np.zeros(0, np.float32)
+        scale = np.log1p(-np.minimum(np.exp(log_rest), 1 - 1e-7)) - np.log(total)
+        return SparseLabels(counts, classes, below + np.repeat(scale, counts), log_rest)
+
+    def _high(
+        self, content: np.ndarray, starts: np.ndarray, layout: np.ndarray, counts: np.ndarray, number: np.ndarray
+    ) -> np.ndarray:
+        """Read the high bits (E,) of all classes: the place of the n-th one in a record's run of bits, less n."""
+        high = np.zeros(len(number), np.int64)
+        runs = layout["high_bytes"]
+        before = np.cumsum(runs) - runs
+        at = np.repeat(starts + HEAD.itemsize - before, runs) + np.arange(int(runs.sum()))
+        ones = np.flatnonzero(np.unpackbits(content[at], bitorder="little"))
+        coded = np.repeat(runs > 0, counts)
+        if len(ones) != int(coded.sum()):
+            raise ValueError("a record holds another number of classes than it says")
+        first = np.cumsum(counts) - counts
+        high[coded] = ones - (number + np.repeat(before * 8 - first, counts))[coded]
+        return high
 
 
-def unpack(records: np.ndarray) -> SparseLabels:
-    """Turn B records back into numbers."""
-    return SparseLabels(
-        records["classes"].astype(np.int64),
-        records["log_probabilities"].astype(np.float32),
-        records["log_rest"].astype(np.float32),
-    )
-
-
-def dense(labels: SparseLabels, num_classes: int, temperature: float = 1.0) -> Tensor:
+def dense(
+    labels: SparseLabels, num_classes: int, temperature: float = 1.0, device: torch.device | None = None
+) -> Tensor:
     """Give whole distributions (B, C) float32 at a temperature; the rest's mass is spread evenly.
 
     The temperature divides the logits before the softmax (Hinton et al., arXiv:1503.02531), which is the same as
     dividing log-probabilities and normalising again: one cache serves any temperature.
+
+    Args:
+        device: where the distributions are made; what travels there are the stored classes alone.
     """
-    top = torch.from_numpy(labels.log_probabilities)
-    others = num_classes - top.shape[1]
-    each = torch.from_numpy(labels.log_rest)[:, None] - float(np.log(max(1, others)))
-    logits = each.expand(-1, num_classes).clone() if others else torch.full((len(top), num_classes), -torch.inf)
-    logits.scatter_(1, torch.from_numpy(labels.classes), top)
+    counts, classes, values, log_rest = (torch.from_numpy(part).to(device) for part in labels)
+    each = log_rest - torch.log((num_classes - counts).clamp(min=1).float())
+    logits = each[:, None].repeat(1, num_classes)
+    rows = torch.repeat_interleave(torch.arange(len(counts), device=device), counts, output_size=len(classes))
+    logits[rows, classes] = values
     return torch.softmax(logits / temperature, dim=1)

@@ -1,19 +1,22 @@
-"""A cache of soft labels: a folder of shards and a `cache.json` that says what they are answers to."""
+"""A cache of soft labels: a folder of shards, an index of their keys, and a `cache.json` that says what they are."""
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.core import atomic
-from pipeline.core.softlabels import shards
-from pipeline.core.softlabels.records import SparseLabels, record_type, unpack
+from pipeline.core.softlabels import sealed, shards
+from pipeline.core.softlabels.records import Coding, Records, SparseLabels
 
-FORMAT_VERSION = 1
-OPEN_SHARDS = 100  # a process may have 256 files open on macOS
+FORMAT_VERSION = 2
+INDEX, INDEX_MAGIC = "index.sl", b"SSLDIDX2"
+SPARE_FILES = 100  # file handles that are left to others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,20 +26,26 @@ class Description:
     Args:
         teacher: what names the teacher (weights' digest, model, normalisation, precision).
         views: what names the views (`ViewSpec.description`).
-        num_classes: classes the teacher knows.
-        top_k: classes stored of each view; at most num_classes.
+        num_classes, top_k, min_probability, bits: see `Coding`.
     """
 
     teacher: dict[str, Any]
     views: dict[str, Any]
     num_classes: int
     top_k: int
+    min_probability: float
+    bits: int
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the description, in hex."""
         content = {"format": FORMAT_VERSION, **dataclasses.asdict(self)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def coding(self) -> Coding:
+        """How distributions become records."""
+        return Coding(self.num_classes, self.top_k, self.min_probability, self.bits)
 
     def difference(self, other: "Description") -> str:
         """Name the fields that differ, for people: "teacher.digest, views.flip"."""
@@ -45,45 +54,55 @@ class Description:
 
 
 def make_keys(ids: np.ndarray, replicas: np.ndarray, partners: np.ndarray) -> np.ndarray:
-    """Make keys (N,) of samples' ids, replicas, and the ids of the samples mixed in (their own where none is)."""
-    keys = np.zeros(len(ids), shards.KEY)
-    keys["id"], keys["replica"], keys["partner"] = ids, replicas, partners
-    return keys
+    """Make the keys (N,) uint64 of views: of samples' ids, replicas, and the ids mixed in (their own where none is).
+
+    A key is a hash (the finaliser of SplitMix64, Steele et al., OOPSLA 2014, over the three numbers). Two of a cache of
+    150 million views are the same with a probability of 1 in 1,600; `finish` would say so.
+    """
+    mixed = ids.astype(np.uint64)
+    for part in (partners.astype(np.uint64), replicas.astype(np.uint64)):
+        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + part
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+    return mixed
 
 
 class SoftLabels:
     """A cache, open for reading and for adding shards.
+
+    A finished cache is opened by its index alone; one that is being written, by reading the keys of its shards.
 
     Args:
         folder: where it lies; it need not be there yet.
         description: what the answers must depend on.
 
     Raises:
-        ValueError: a shard is damaged or of another description; it is named.
+        ValueError: a file is missing, damaged, or of another description; it is named, and what mends it.
     """
 
     def __init__(self, folder: Path, description: Description):
-        self.folder, self.description = Path(folder), description
-        self.type = record_type(description.top_k, description.num_classes)
-        fingerprint = description.fingerprint
-        self.shards = [shards.Shard(path, fingerprint, self.type) for path in sorted(self.folder.glob("labels-*.sl"))]
-        keys = [shard.keys for shard in self.shards]
-        hashes = _hash(np.concatenate(keys)) if keys else np.zeros(0, np.uint64)
-        self._order = np.argsort(hashes, kind="stable")
-        self._hashes = hashes[self._order]
+        self.folder, self.description, self.coding = Path(folder), description, description.coding
+        self._fingerprint = description.fingerprint
+        try:
+            finished = (self.folder / INDEX).exists()
+            names, self._keys, self._order = self._read_index() if finished else self._scan()
+            self.shards = [shards.Shard(self.folder / name, self._fingerprint, self.coding) for name in names]
+        except ValueError as error:
+            raise ValueError(f"{error}; {_mend(self.folder)}") from None
+        self._starts = np.cumsum([0] + [shard.views for shard in self.shards])
         self._open: dict[int, None] = {}  # numbers of the open shards, the one read longest ago first
-        self._starts = np.cumsum([0] + [shard.count for shard in self.shards])
+        self._most_open = _allow_open_files(len(self.shards))
 
     def __len__(self) -> int:
-        return len(self._hashes)
+        return len(self._keys)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Give the position (N,) of each key in the cache, -1 where it is not there."""
         if not len(self):
             return np.full(len(keys), -1)
-        wanted = _hash(keys)
-        at = np.minimum(np.searchsorted(self._hashes, wanted), len(self) - 1)
-        return np.where(self._hashes[at] == wanted, self._order[at], -1)
+        at = np.minimum(np.searchsorted(self._keys, keys), len(self) - 1)
+        return np.where(self._keys[at] == keys, self._order[at].astype(np.int64), -1)
 
     def read(self, keys: np.ndarray) -> SparseLabels:
         """Give the answers for N views.
@@ -93,90 +112,187 @@ class SoftLabels:
         """
         positions = self.find(keys)
         if (positions < 0).any():
-            missing = keys[positions < 0][0]
             raise ValueError(
-                f"{self.folder}: no soft label for sample {missing['id']:016x}, replica {missing['replica']} "
-                f"({(positions < 0).sum()} of {len(keys)} views are missing); run `dvc repro cache`"
+                f"{self.folder}: {(positions < 0).sum()} of {len(keys)} views are missing, the first at place "
+                f"{int(np.argmin(positions))} of the batch; run `dvc repro cache`"
             )
-        of_shard = np.searchsorted(self._starts, positions, side="right") - 1
-        records = np.empty(len(keys), self.type)
-        for number in np.unique(of_shard):
-            here = of_shard == number
-            records[here] = self.shards[number].records[positions[here] - self._starts[number]]
+        return self.coding.decode(self._gather(positions))
+
+    def _gather(self, positions: np.ndarray) -> Records:
+        order = np.argsort(positions)
+        numbers = np.searchsorted(self._starts, positions[order], side="right") - 1
+        counts, content = np.empty(len(positions), np.uint8), [b""] * len(positions)
+        edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(positions)]
+        for begin, end in itertools.pairwise(edges):
+            number, here = int(numbers[begin]), order[begin:end]
+            try:
+                counts[here], pieces = self.shards[number].read(positions[here] - self._starts[number])
+            except ValueError as error:
+                raise ValueError(f"{error}; {_mend(self.folder)}") from None
+            for place, piece in zip(here.tolist(), pieces, strict=True):
+                content[place] = piece
             self._keep_few_open(number)
-        return unpack(records)
+        return Records(counts, np.frombuffer(b"".join(content), np.uint8))
 
     def _keep_few_open(self, number: int) -> None:
-        """Close the shards that were read longest ago: each open one takes a file handle."""
+        """Close the shard that was read longest ago, where a process may not have so many files open."""
+        if len(self.shards) <= self._most_open:
+            return
         self._open.pop(number, None)
         self._open[number] = None
-        if len(self._open) > OPEN_SHARDS:
+        if len(self._open) > self._most_open:
             oldest = next(iter(self._open))
             del self._open[oldest]
             self.shards[oldest].close()
 
-    def verify(self) -> None:
-        """Check every shard's checksum. Raises ValueError where one does not hold; it names the shard."""
-        for shard in self.shards:
-            shard.records  # noqa: B018 - reading checks
-            shard.close()
-
-    def write_shard(self, keys: np.ndarray, records: np.ndarray) -> None:
+    def write_shard(self, keys: np.ndarray, records: Records) -> None:
         """Add a shard to the folder; it can be read by whoever opens the cache after this."""
-        shards.write(self.folder, self.description.fingerprint, keys, records)
+        shards.write(self.folder, self._fingerprint, keys, records)
+
+    def _scan(self) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """Read the keys of all shards: names, sorted keys, and the position of each."""
+        names = [path.name for path in _shard_files(self.folder)]
+        found = [shards.Shard(self.folder / name, self._fingerprint, self.coding).keys() for name in names]
+        keys = np.concatenate(found) if found else np.zeros(0, np.uint64)
+        order = np.argsort(keys, kind="stable")
+        return names, keys[order], order
+
+    def _read_index(self) -> tuple[list[str], np.ndarray, np.ndarray]:
+        path = self.folder / INDEX
+        header, start = sealed.read_header(path, INDEX_MAGIC)
+        content = sealed.open_checked(path)
+        if header["fingerprint"] != self._fingerprint:
+            raise ValueError(f"{path}: of another teacher, of other views or of another coding")
+        known, there = set(header["shards"]), {file.name for file in _shard_files(self.folder)}
+        for name in sorted(known ^ there):
+            raise ValueError(f"{self.folder / name}: {'missing' if name in known else 'not a shard of this cache'}")
+        keys = content[start : start + 8 * header["views"]].view(np.uint64)
+        order = content[start + 8 * header["views"] :].view(header["positions"])
+        return header["shards"], keys, order
 
 
-def describe(folder: Path, description: Description, views: int) -> None:
-    """Write `cache.json`: the cache is whole, and holds the answers for so many views."""
-    files = sorted(folder.glob("labels-*.sl"))
-    atomic.write_json(
-        folder / "cache.json",
-        {
-            "format": FORMAT_VERSION,
-            "fingerprint": description.fingerprint,
-            **dataclasses.asdict(description),
-            "stored_views": views,
-            "bytes_per_view": record_type(description.top_k, description.num_classes).itemsize,
-            "shards": len(files),
-            "bytes": sum(file.stat().st_size for file in files),
-        },
-    )
+def set_damaged_aside(folder: Path, description: Description, aside: Path) -> list[str]:
+    """Move shards that do not hold out of a cache that is being written; give what was wrong with each."""
+    wrong = []
+    for path in _shard_files(folder):
+        try:
+            shards.Shard(path, description.fingerprint, description.coding).verify()
+        except ValueError as error:
+            aside.mkdir(parents=True, exist_ok=True)
+            path.replace(aside / path.name)
+            wrong.append(str(error))
+    return wrong
+
+
+def unfinish(folder: Path) -> None:
+    """Take away what makes a cache a finished one: shards are about to be added."""
+    for name in ("cache.json", INDEX):
+        (folder / name).unlink(missing_ok=True)
+
+
+def finish(folder: Path, description: Description, wanted: np.ndarray) -> None:
+    """Write the index and `cache.json`: the cache is whole.
+
+    Args:
+        wanted: (N,) keys that the cache must hold; it may hold others.
+
+    Raises:
+        ValueError: one is missing, or two views have one key.
+    """
+    labels = SoftLabels(folder, description)
+    if (labels.find(wanted) < 0).any() or len(np.unique(wanted)) != len(wanted):
+        raise ValueError(f"{folder}: a view is missing, or two have one key; run `dvc repro cache`, or change the seed")
+    positions = labels._order.astype(np.uint32 if len(labels) < 2**32 else np.uint64)
+    header = {
+        "fingerprint": description.fingerprint,
+        "views": len(labels),
+        "positions": positions.dtype.str,
+        "shards": [shard.path.name for shard in labels.shards],
+    }
+    sealed.write(folder / INDEX, INDEX_MAGIC, header, [labels._keys, positions])
+    size = sum(shard.path.stat().st_size for shard in labels.shards)
+    content = {
+        "format": FORMAT_VERSION,
+        "fingerprint": description.fingerprint,
+        **dataclasses.asdict(description),
+        "wanted_views": len(wanted),
+        "stored_views": len(labels),
+        "shards": len(labels.shards),
+        "bytes": size,
+        "bytes_per_view": round(size / max(1, len(labels)), 2),
+    }
+    atomic.write_json(folder / "cache.json", {**content, "checksum": _checksum(content)})
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Read `cache.json`.
+
+    Raises:
+        ValueError: there is no finished cache, or the file is damaged.
+    """
+    path = folder / "cache.json"
+    try:
+        content = json.loads(path.read_text())
+        checksum = content.pop("checksum")
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no finished cache of soft labels here; run `dvc repro cache`") from None
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError(f"{path}: damaged; {_mend(folder)}") from None
+    if checksum != _checksum(content):
+        raise ValueError(f"{path}: damaged; {_mend(folder)}")
+    return content
 
 
 def read_description(folder: Path) -> Description:
-    """Read what a whole cache's answers depend on.
+    """Read what a finished cache's answers depend on.
 
     Raises:
-        ValueError: there is no whole cache.
+        ValueError: there is no finished cache, it is damaged, or of another version of the format.
     """
-    try:
-        content = json.loads((folder / "cache.json").read_text())
-        return Description(**{field.name: content[field.name] for field in dataclasses.fields(Description)})
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: no finished cache of soft labels here; run `dvc repro cache`") from None
-    except (ValueError, KeyError):
-        raise ValueError(f"{folder / 'cache.json'}: damaged; run `dvc checkout`, or `dvc repro cache`") from None
+    content = read_summary(folder)
+    if content["format"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder}: in version {content['format']} of the format, not {FORMAT_VERSION}; {_mend(folder)}"
+        )
+    return Description(**{field.name: content[field.name] for field in dataclasses.fields(Description)})
 
 
-def fingerprint_of(folder: Path) -> str | None:
-    """Say whose labels the shards in a folder are; None where there is no shard."""
-    first = next(iter(sorted(folder.glob("labels-*.sl"))), None)
-    return first and shards.read_header(first)["fingerprint"]
+def fingerprints(folder: Path) -> dict[Path, str]:
+    """Say whose labels each shard in a folder holds; those that cannot be read are left out."""
+    found = {}
+    for path in _shard_files(folder):
+        try:
+            found[path] = str(sealed.read_header(path, shards.MAGIC)[0]["fingerprint"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
-def _hash(keys: np.ndarray) -> np.ndarray:
-    """Mix each key into 64 bits (SplitMix64, Steele et al., OOPSLA 2014): one sorted array then finds any key."""
-    mixed = keys["id"].astype(np.uint64)
-    for part in (keys["partner"], keys["replica"].astype(np.uint64)):
-        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + part
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-    return mixed
+def _shard_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("labels-*.sl"))
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _allow_open_files(count: int) -> int:
+    """Ask for so many file handles, and say how many there are: a process on macOS may have 256 unless it asks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return count if soft == resource.RLIM_INFINITY else max(1, soft - SPARE_FILES)
+
+
+def _mend(folder: Path) -> str:
+    return f"`dvc repro --force --single-item {folder.name}` computes what is damaged or missing, and no more"
+
+
+def _flat(content: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Turn {"a": {"b": 1}} into {"a.b": 1}."""
     flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    for key, value in content.items():
+        flat |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
     return flat
