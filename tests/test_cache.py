@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 import torch
 from images import prepared, tiny, write_folder
 
-from pipeline import cache, mine, prepare, score, teacher
+from pipeline import audit, cache, mine, prepare, score, teacher
 from pipeline.core import distillation, networks, teaching
 from pipeline.core.batches import Views
 from pipeline.core.dataset import ImageSet
 from pipeline.core.softlabels import SoftLabels, sealed
+from pipeline.core.softlabels import __main__ as softlabels_command
 from pipeline.core.views import ViewSpec
 
 # The teacher sees the labelled images alone, so it stays the same when the pool grows; all of the pool is mined.
@@ -214,3 +216,33 @@ def test_a_disk_that_takes_no_more_is_one_line_and_what_is_written_stays(here, m
     monkeypatch.chdir(here)
     go(cache)
     assert shards() == before
+
+
+def test_the_command_says_what_a_cache_holds(here, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["softlabels"])
+    softlabels_command.main()
+    said = capsys.readouterr().out
+    assert f"{stored_views():,} views in" in said
+    assert "ResNet18_vd, 4 classes" in said
+    assert "all hold" in said
+    name = sorted(shards())[0]
+    Path("data/cache", name).write_bytes(shards()[name][:-1] + b"?")
+    with pytest.raises(SystemExit, match=rf"{name}: its checksum does not hold.*dvc repro --force"):
+        softlabels_command.main()
+
+
+def test_an_audit_finds_the_teachers_answers_and_notices_others(here):
+    params = tiny(**SETTINGS)
+    findings = audit.audit(params, share=1.0, seed=0)
+    assert len(findings.same) == stored_views()
+    assert findings.same.mean() > 0.99
+    assert not audit.wrong(findings).any()
+    # Labels that hold together, but are not this teacher's answers to these views: another's are written.
+    description = teaching.description(params, networks.read_card(Path("data/teacher")))
+    labels = SoftLabels(Path("data/cache"), description)
+    keys = [shard.keys() for shard in labels.shards]
+    logits = torch.randn(len(keys[0]), 4, generator=torch.Generator().manual_seed(0)) * 5
+    labels.write_shard(keys[0], description.coding.encode(logits))
+    findings = audit.audit(params, share=1.0, seed=0)
+    assert audit.wrong(findings).sum() >= len(keys[0]) // 2
+    assert "wrong: sample " in audit.report(findings)

@@ -145,6 +145,14 @@ class SoftLabels:
             del self._open[oldest]
             self.shards[oldest].close()
 
+    def verify(self) -> None:
+        """Check every byte of every shard. Raises ValueError where one does not hold; it names the shard."""
+        for shard in self.shards:
+            try:
+                shard.verify()
+            except ValueError as error:
+                raise ValueError(f"{error}; {_mend(self.folder)}") from None
+
     def write_shard(self, keys: np.ndarray, records: Records) -> None:
         """Add a shard to the folder; it can be read by whoever opens the cache after this."""
         shards.write(self.folder, self._fingerprint, keys, records)

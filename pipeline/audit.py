@@ -1,0 +1,134 @@
+"""Ask the teacher again about a random share of the soft-label cache, and compare.
+
+Reads data/prepare, data/mine, data/teacher and data/cache; writes nothing. Other arithmetic (another processor, another
+number of threads) may move a stored number by a step of its rounding; a view whose stored answer has lost more than
+the coding loses, by 0.001 nat of KL(teacher now, stored), is wrong: it is named, and the command ends with 1.
+
+    python -m pipeline.audit                        a hundredth of the views, at least 256
+    python -m pipeline.audit --share 0.1 --seed 3
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.core import devices, mined, networks, teaching
+from pipeline.core import params as settings
+from pipeline.core.batches import Views, load
+from pipeline.core.dataset import ImageSet
+from pipeline.core.params import Params
+from pipeline.core.progress import Progress
+from pipeline.core.softlabels import SparseLabels, dense
+from pipeline.core.views import ViewSpec
+
+LEAST_VIEWS = 256
+TOLERANCE = 1e-3  # nats
+
+
+class Findings(NamedTuple):
+    """What the teacher's present answers say of the stored ones; one entry a view."""
+
+    samples: np.ndarray  # (N,) uint64: ids
+    replicas: np.ndarray  # (N,) int64
+    same: np.ndarray  # (N,) bool: the record would be the same bytes
+    lost: np.ndarray  # (N,) KL(teacher now, stored), nats
+    lost_by_coding: np.ndarray  # (N,) KL(teacher now, coded and decoded), nats
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--share", type=float, default=0.01, help="of the cache's views (default: 0.01)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of views (default: 0)")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="settings file (default: params.yaml)")
+    arguments = parser.parse_args()
+    if not 0 < arguments.share <= 1:
+        parser.error("--share is a number above 0, up to 1")
+    try:
+        findings = audit(settings.load(arguments.params), arguments.share, arguments.seed)
+    except (ValueError, OSError) as error:
+        sys.exit(f"audit: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(report(findings))
+    sys.exit(1 if wrong(findings).any() else 0)
+
+
+def audit(params: Params, share: float, seed: int) -> Findings:
+    """Compare a random share of the views that training would read with what the teacher says now.
+
+    Raises:
+        ValueError: the cache is not there, damaged, or of another teacher or other views.
+    """
+    images = ImageSet.open(Path("data/prepare"))
+    device = devices.join(params.machine.device).device
+    classifier, card = networks.load(Path("data/teacher"), device)
+    labels = teaching.open_labels(params, card)
+    rows = teaching.training_rows(images, mined.read(Path("data/mine")))
+    total = len(rows) * params.cache.replicas
+    chosen = np.random.default_rng(seed).choice(
+        total, min(total, max(LEAST_VIEWS, round(share * total))), replace=False
+    )
+    rows, replicas = rows[chosen // params.cache.replicas], chosen % params.cache.replicas
+    views = Views(images, ViewSpec.of(params.seed, params.views))
+    size, coding, found = params.cache.batch_size, labels.coding, []
+    parts = [slice(start, start + size) for start in range(0, len(rows), size)]
+    with Progress(len(rows), "views", "audit") as progress:
+        batches = load(views, [(rows[part], replicas[part]) for part in parts], params.machine.workers, device)
+        for part, batch in zip(parts, batches, strict=True):
+            logits = teaching.answer(classifier, batch.pixels.to(device), params.teacher.precision).cpu()
+            stored = labels.read(teaching.keys(images, views, rows[part], replicas[part]))
+            now = coding.decode(coding.encode(logits))
+            own, ours = (dense(which, coding.num_classes) for which in (stored, now))
+            teacher = torch.softmax(logits.double(), 1)
+            found.append((_same(stored, now), _divergence(teacher, own), _divergence(teacher, ours)))
+            progress.update(len(batch.rows))
+    columns = [np.concatenate(column) for column in zip(*found, strict=True)]
+    return Findings(images.ids[rows], replicas, *columns)
+
+
+def wrong(findings: Findings) -> np.ndarray:
+    """(N,) bool: the views whose stored answer is not the teacher's."""
+    return findings.lost > findings.lost_by_coding + TOLERANCE
+
+
+def report(findings: Findings) -> str:
+    """Say for people what was found."""
+    lines = [
+        f"audit: {len(findings.same):,} views asked again, {findings.same.sum():,} of them the same to the bit",
+        f"audit: KL(teacher now, stored) {findings.lost.mean():.2e} nats a view, at most {findings.lost.max():.2e}; "
+        f"the coding alone loses {findings.lost_by_coding.mean():.2e}",
+    ]
+    bad = np.flatnonzero(wrong(findings))
+    for at in bad[:10]:
+        sample, replica = findings.samples[at], findings.replicas[at]
+        lines.append(f"audit: wrong: sample {sample:016x}, replica {replica}: {findings.lost[at]:.2e} nats")
+    if len(bad):
+        lines.append(f"audit: {len(bad):,} views are wrong: remove data/cache and run `dvc repro cache`")
+    return "\n".join(lines)
+
+
+def _same(stored: SparseLabels, now: SparseLabels) -> np.ndarray:
+    edges = [np.cumsum(labels.counts)[:-1] for labels in (stored, now)]
+    parts = [
+        zip(np.split(labels.classes, at), np.split(labels.log_probabilities, at), labels.log_rest, strict=True)
+        for labels, at in zip((stored, now), edges, strict=True)
+    ]
+    return np.array(
+        [all(np.array_equal(a, b) for a, b in zip(one, other, strict=True)) for one, other in zip(*parts, strict=True)]
+    )
+
+
+def _divergence(expected: Tensor, found: Tensor) -> np.ndarray:
+    found = found.double().clamp(min=1e-300)
+    return (torch.special.xlogy(expected, expected) - torch.special.xlogy(expected, found)).sum(1).numpy()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Print what a soft-label cache holds, and check every byte of it.
+
+    python -m pipeline.core.softlabels [FOLDER]      default: data/cache
+    python -m pipeline.core.softlabels --json        the same, for a program
+
+It needs neither the teacher nor the images. Whether the teacher still says the same: python -m pipeline.audit
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.softlabels import SoftLabels, read_description, read_summary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.core.softlabels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("data/cache"), help="default: data/cache")
+    parser.add_argument("--json", action="store_true", help="print cache.json's fields as JSON")
+    arguments = parser.parse_args()
+    try:
+        summary = read_summary(arguments.folder)
+        SoftLabels(arguments.folder, read_description(arguments.folder)).verify()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(json.dumps(summary, indent=2) if arguments.json else describe(arguments.folder, summary))
+
+
+def describe(folder: Path, summary: dict[str, Any]) -> str:
+    """Say for people what `cache.json` says."""
+    teacher, views = summary["teacher"], summary["views"]
+    stored, wanted = summary["stored_views"], summary["wanted_views"]
+    older = f", {stored - wanted:,} of them older than the last run" if stored > wanted else ""
+    coding = f"at most {summary['top_k']} classes from {summary['min_probability']:g} on, {summary['bits']} bits each"
+    lines = {
+        "folder": f"{folder}, format {summary['format']}, fingerprint {summary['fingerprint'][:16]}",
+        "teacher": f"{teacher['model']}, {summary['num_classes']:,} classes, weights {teacher['digest'][:16]}",
+        "views": ", ".join(f"{key} {value}" for key, value in views.items()),
+        "stored": f"{stored:,} views in {summary['shards']:,} shards{older}",
+        "coding": coding,
+        "bytes": f"{summary['bytes']:,}, {summary['bytes_per_view']} a view with its key",
+        "checksums": "all hold",
+    }
+    return "\n".join(f"{name:10} {value}" for name, value in lines.items())
+
+
+if __name__ == "__main__":
+    main()
