@@ -162,7 +162,7 @@ class Coding:
         runs = layout["high_bytes"]
         before = np.cumsum(runs) - runs
         at = np.repeat(starts + HEAD.itemsize - before, runs) + np.arange(int(runs.sum()))
-        ones = np.flatnonzero(np.unpackbits(content[at], bitorder="little"))
+        ones = np.flatnonzero(np.unpackbits(content[at], bitorder="little").view(bool))
         coded = np.repeat(runs > 0, counts)
         if len(ones) != int(coded.sum()):
             raise ValueError("a record holds another number of classes than it says")

@@ -1,0 +1,388 @@
+"""Times the soft-label cache. One command a question; each prints a Markdown table and names the machine.
+
+    python benchmarks/cache.py read                   reading whole batches at random, on one core
+    python benchmarks/cache.py large                  opening and reading a cache of 5 million views
+    python benchmarks/cache.py write --project DIR    writing, against the teacher's bare forward passes
+    python benchmarks/cache.py epoch --project DIR    an epoch from the cache, against plain training and online
+    python benchmarks/cache.py peers --project DIR    the same answers in TinyViT's format, and a dense file a view
+    python benchmarks/cache.py kill --project DIR     kill -9 at random moments of writing, then on to the end
+
+A project's folder is one in which `dvc repro cache` has run; nothing in it is changed.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import platform
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+sys.path.insert(0, ".")
+from pipeline import cache
+from pipeline.core import devices, distillation, engine, mined, networks, params, teaching, training
+from pipeline.core.batches import TrainingOrder, Views, load
+from pipeline.core.dataset import ImageSet
+from pipeline.core.softlabels import Description, SoftLabels, finish
+from pipeline.core.softlabels.records import Records
+from pipeline.core.views import ViewSpec
+
+sys.path.insert(0, "benchmarks")
+from records import made_logits
+
+ALL = Description({"digest": "benchmark"}, {}, num_classes=1000, top_k=255, min_probability=5e-5, bits=5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=sorted(COMMANDS))
+    parser.add_argument("--project", type=Path, default=Path(), help="where the cache stage has run (default: here)")
+    parser.add_argument(
+        "--views", type=int, help="how many views (read: 262,144; large: 5,000,000; write, peers: 2,048)"
+    )
+    parser.add_argument("--kills", type=int, default=30, help="of `kill` (default: 30)")
+    parser.add_argument("--rounds", type=int, default=3, help="alternating rounds of `write` and `epoch` (default: 3)")
+    arguments = parser.parse_args()
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
+    os.chdir(arguments.project)
+    COMMANDS[arguments.what](arguments)
+
+
+def row(*cells: object) -> None:
+    print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
+
+
+def header(*names: str) -> None:
+    row(*names)
+    row(*["---"] * len(names))
+
+
+def made_cache(folder: Path, views: int, shard_views: int = 65_536) -> np.ndarray:
+    """Write a finished cache of so many views; the answers repeat, the keys do not. Give the keys."""
+    labels, coding = SoftLabels(folder, ALL), ALL.coding
+    parts = [coding.encode(part) for part in made_logits(8192, smooth=False).split(1024)]
+    counts, content = (np.concatenate(column) for column in zip(*parts, strict=True))
+    keys = np.random.default_rng(0).integers(0, 2**64, views, dtype=np.uint64)
+    for start in range(0, views, shard_views):
+        part = keys[start : start + shard_views]
+        times = -(-len(part) // len(counts))
+        lengths = np.tile(counts, times)[: len(part)]
+        size = int(coding.sizes[lengths].sum())
+        labels.write_shard(part, Records(lengths, np.tile(content, times)[:size]))
+    finish(folder, ALL, keys)
+    return keys
+
+
+def read(arguments: argparse.Namespace) -> None:
+    """Random whole batches of 256."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        keys = made_cache(Path(folder), arguments.views or 262_144)
+        labels = SoftLabels(Path(folder), ALL)
+        chosen = np.random.default_rng(1).integers(0, len(keys), (400, 256))
+        for shard in labels.shards:
+            shard.read(np.zeros(1, np.int64))  # the first touch checks the checksum
+        seconds = best_of(5, lambda: [labels.read(keys[batch]) for batch in chosen]) / len(chosen)
+        header("views", "classes a view", "batch", "ms a batch", "records/s")
+        counts = labels.read(keys[:4096]).counts
+        row(f"{len(keys):,}", f"{counts.mean():.1f}", 256, f"{1000 * seconds:.3f}", f"{256 / seconds:,.0f}")
+
+
+def large(arguments: argparse.Namespace) -> None:
+    """Open time and memory of a large cache."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        keys = made_cache(Path(folder), arguments.views or 5_000_000)
+        size = sum(file.stat().st_size for file in Path(folder).iterdir())
+        np.save(Path(folder) / "keys.npy", keys)
+        context = multiprocessing.get_context("spawn")  # a process that holds nothing else
+        with context.Pool(1) as pool:
+            opened, before, after, rate = pool.apply(_open_and_read, (folder,))
+        header("views", "GB", "s to open", "MB before", "MB after 2,000 random batches of 256", "MB more", "records/s")
+        row(f"{len(keys):,}", f"{size / 1e9:.2f}", f"{opened:.3f}", f"{before:.0f}", f"{after:.0f}",
+            f"{after - before:.0f}", f"{rate:,.0f}")  # fmt: skip
+
+
+def _open_and_read(folder: str) -> tuple[float, float, float, float]:
+    torch.set_num_threads(1)
+    keys = np.load(Path(folder) / "keys.npy", mmap_mode="r")
+    chosen = np.random.default_rng(1).integers(0, len(keys), (2000, 256))
+    before = own_memory()
+    begin = time.perf_counter()
+    labels = SoftLabels(Path(folder), ALL)
+    opened = time.perf_counter() - begin
+    for batch in chosen[:1000]:
+        labels.read(keys[batch])
+    begin = time.perf_counter()
+    for batch in chosen[1000:]:
+        labels.read(keys[batch])
+    return opened, before, own_memory(), 1000 * 256 / (time.perf_counter() - begin)
+
+
+def own_memory() -> float:
+    """Megabytes of this process that are not the page cache's."""
+    memory = psutil.Process().memory_info()
+    return (memory.rss - memory.shared) / 1e6
+
+
+def write(arguments: argparse.Namespace) -> None:
+    """The stage's own loop against forward passes over one batch of tensors in memory."""
+    project, count = Project(), arguments.views or 2048
+    asked = project.asked().part(slice(0, count))
+    pixels = torch.randint(0, 256, (project.params.cache.batch_size, 3, *[project.params.views.resolution] * 2))
+    pixels = pixels.to(torch.uint8)
+
+    def bare() -> None:
+        for start in range(0, len(asked.keys), len(pixels)):
+            part = pixels[: min(len(pixels), len(asked.keys) - start)].to(project.device)
+            teaching.answer(project.classifier, part, project.params.teacher.precision).cpu()
+
+    def stage() -> None:
+        with scratch_cache(), silence():
+            cache.write_missing(
+                project.classifier, project.views, asked, project.params, project.description, project.processes
+            )
+
+    compare({"bare forward passes": bare, "cache stage": stage}, arguments.rounds, len(asked.keys), "views/s")
+
+
+def epoch(arguments: argparse.Namespace) -> None:
+    """One epoch of the student, on the same views in the same order."""
+    project = Project()
+    stored, _ = distillation.open_teacher(project.params, project.images, False, project.device)
+    asked, _ = distillation.open_teacher(project.params, project.images, True, project.device)
+    labels = np.where(project.images.labels >= 0, project.images.labels, 0)  # of any class: the work is the same
+    ways = {
+        "plain training on hard labels": training.labelled_loss(project.images, labels, 0.0),
+        "from the cache": distillation.distillation_loss("ssld", 1.0, stored),
+        "online, teacher in the loop": distillation.distillation_loss("ssld", 1.0, asked),
+    }
+    compare({name: lambda loss=loss: project.train(loss) for name, loss in ways.items()}, arguments.rounds,
+            project.images_an_epoch(), "images/s")  # fmt: skip
+
+
+def peers(arguments: argparse.Namespace) -> None:
+    """The same answers in other formats: time to write, size, time to read an epoch in random order."""
+    project, count = Project(), arguments.views or 2048
+    asked = project.asked().part(slice(0, count))
+    batches = load(project.views, cache._batches([asked], 256), 0, project.device)
+    answers = [teaching.answer(project.classifier, b.pixels, project.params.teacher.precision).cpu() for b in batches]
+    logits, order = torch.cat(answers), np.random.default_rng(0).permutation(len(asked.keys))
+    header("format", "s to write", "bytes a view", "s to read an epoch")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for kind, store, fetch in (
+            ("this project's", _store_ours, _fetch_ours),
+            ("TinyViT's, k = 100", _store_tinyvit, _fetch_tinyvit),
+            ("a dense file a view, as torchdistill's", _store_files, _fetch_files),
+        ):
+            (folder / "x").mkdir()
+            begin = time.perf_counter()
+            store(folder / "x", project.description, asked.keys, logits)
+            written = time.perf_counter() - begin
+            size = sum(file.stat().st_size for file in (folder / "x").iterdir())
+            seconds = best_of(3, lambda fetch=fetch: fetch(folder / "x", project.description, asked.keys, order))
+            row(kind, f"{written:.3f}", f"{size / len(order):.1f}", f"{seconds:.3f}")
+            shutil.rmtree(folder / "x")
+
+
+def _store_ours(folder: Path, description: Description, keys: np.ndarray, logits: torch.Tensor) -> None:
+    labels = SoftLabels(folder, description)
+    labels.write_shard(keys, description.coding.encode(logits))
+    finish(folder, description, keys)
+
+
+def _fetch_ours(folder: Path, description: Description, keys: np.ndarray, order: np.ndarray) -> None:
+    labels = SoftLabels(folder, description)
+    for start in range(0, len(order), 256):
+        labels.read(keys[order[start : start + 256]])
+
+
+def _store_tinyvit(folder: Path, description: Description, keys: np.ndarray, logits: torch.Tensor) -> None:
+    values, classes = torch.softmax(logits, 1).topk(min(100, logits.shape[1]))
+    records = [np.zeros((len(keys), 4), np.uint8), classes.numpy().astype("<i2"), values.numpy().astype("<f2")]
+    flat = np.concatenate([part.reshape(len(keys), -1).view(np.uint8) for part in records], axis=1)
+    (folder / "logits").write_bytes(flat.tobytes())
+
+
+def _fetch_tinyvit(folder: Path, description: Description, keys: np.ndarray, order: np.ndarray) -> None:
+    size = (folder / "logits").stat().st_size // len(keys)
+    k = (size - 4) // 4
+    with (folder / "logits").open("rb") as file:  # as its reader does: one seek and one read a record
+        for start in range(0, len(order), 256):
+            for at in order[start : start + 256].tolist():
+                file.seek(at * size)
+                record = file.read(size)
+                np.frombuffer(record, "<i2", k, 4), np.frombuffer(record, "<f2", k, 4 + 2 * k).astype(np.float32)
+
+
+def _store_files(folder: Path, description: Description, keys: np.ndarray, logits: torch.Tensor) -> None:
+    for key, answer in zip(keys, logits, strict=True):
+        torch.save(answer.clone(), folder / f"{key}.pt")
+
+
+def _fetch_files(folder: Path, description: Description, keys: np.ndarray, order: np.ndarray) -> None:
+    for start in range(0, len(order), 256):
+        torch.stack([torch.load(folder / f"{keys[at]}.pt") for at in order[start : start + 256].tolist()])
+
+
+def kill(arguments: argparse.Namespace) -> None:
+    """Start the stage, kill it at a random moment, go on to the end, and compare with a run that was left alone."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.cache"])
+
+    def start(folder: Path) -> multiprocessing.Process:
+        process = context.Process(target=_stage, args=(folder,))
+        process.start()
+        return process
+
+    with tempfile.TemporaryDirectory() as name:
+        whole, folder = Path(name) / "whole", Path(name) / "killed"
+        prepare_copy(whole)
+        start(whole).join()
+        begin = time.monotonic()
+        shutil.rmtree(whole / "data/cache")
+        start(whole).join()
+        seconds, expected = time.monotonic() - begin, digest(whole / "data/cache")
+        chance, same, counts = random.Random(0), 0, []
+        for _ in range(arguments.kills):
+            prepare_copy(folder)
+            process = start(folder)
+            process.join(chance.uniform(0.3, 1.0) * seconds)
+            process.kill()
+            process.join()
+            counts.append(len(list((folder / "data/cache").glob("labels-*.sl"))))
+            start(folder).join()
+            same += digest(folder / "data/cache") == expected
+            shutil.rmtree(folder)
+        header(
+            "kills", "s uninterrupted", "shards of the whole", "shards there when killed", "the same bytes in the end"
+        )
+        shards = sum(name.startswith("labels-") for name in expected)
+        row(
+            arguments.kills,
+            f"{seconds:.1f}",
+            shards,
+            " ".join(map(str, sorted(counts))),
+            f"{same} of {arguments.kills}",
+        )
+
+
+def prepare_copy(folder: Path) -> None:
+    """Copy what the cache stage reads, with shards so small that there are some to be killed between."""
+    for part in ("prepare", "teacher", "mine"):
+        shutil.copytree(Path("data") / part, folder / "data" / part)
+    text = Path("params.yaml").read_text().splitlines()
+    small = ["  shard_views: 256" if line.startswith("  shard_views:") else line for line in text]
+    (folder / "params.yaml").write_text("\n".join(small) + "\n")
+
+
+def _stage(folder: Path) -> None:
+    os.chdir(folder)
+    with silence():
+        cache.run(params.load(Path("params.yaml")))
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*"))}
+
+
+class Project:
+    """What the stages of a project open, in the present folder."""
+
+    def __init__(self) -> None:
+        self.params = params.load(Path("params.yaml"))
+        self.images = ImageSet.open(Path("data/prepare"))
+        self.processes = devices.join(self.params.machine.device)
+        self.device = self.processes.device
+        self.classifier, card = networks.load(Path("data/teacher"), self.device)
+        self.description = teaching.description(self.params, card)
+        self.spec = ViewSpec.of(self.params.seed, self.params.views)
+        self.views = Views(self.images, self.spec)
+        self.rows = teaching.training_rows(self.images, mined.read(Path("data/mine")))
+
+    def asked(self) -> cache.Asked:
+        return cache.every_view(self.images, self.views, self.rows, self.params.cache.replicas, quiet=True)
+
+    def images_an_epoch(self) -> int:
+        size = self.params.distill.batch_size
+        return len(self.rows) // size * size
+
+    def train(self, loss: engine.Loss) -> None:
+        """Train a new student for an epoch."""
+        recipe = self.params.distill.model_copy(update={"epochs": 1, "warmup_epochs": 0})
+        student = networks.build(self.params.student.model, len(self.images.classes), 0)
+        with tempfile.TemporaryDirectory() as scratch, silence():
+            engine.Run(
+                what="benchmark",
+                classifier=student,
+                part=student.network,
+                views=self.views,
+                order=TrainingOrder(self.images, self.rows, recipe.batch_size, 0, self.params.cache.replicas),
+                loss=loss,
+                recipe=recipe,
+                processes=self.processes,
+                validate=lambda classifier: {},
+                scratch=Path(scratch),
+                checkpoint_seconds=1e9,
+                workers=self.params.machine.workers,
+            ).train()
+
+
+@contextlib.contextmanager
+def scratch_cache() -> Iterator[None]:
+    """Let the stage write to a folder of its own that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        before, cache.FOLDER = cache.FOLDER, Path(folder)
+        try:
+            yield
+        finally:
+            cache.FOLDER = before
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def best_of(times: int, work: Callable[[], object]) -> float:
+    """The shortest of some runs, seconds."""
+    seconds = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+def compare(ways: dict[str, Callable[[], None]], rounds: int, count: int, unit: str) -> None:
+    """Run several ways in turn, and print the medians and their ratios to the first."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):  # the first round warms up
+        for name, way in ways.items():
+            taken = best_of(1, way)
+            if number:
+                seconds[name].append(taken)
+    first = float(np.median(next(iter(seconds.values()))))
+    header("way", unit, "min to max", "time, against the first")
+    for name, taken in seconds.items():
+        median = float(np.median(taken))
+        spread = f"{count / max(taken):,.1f} to {count / min(taken):,.1f}"
+        row(name, f"{count / median:,.1f}", spread, f"{median / first:.3f}")
+
+
+COMMANDS = {"read": read, "large": large, "write": write, "epoch": epoch, "peers": peers, "kill": kill}
+
+if __name__ == "__main__":
+    main()
