@@ -283,7 +283,7 @@ def prepare_copy(folder: Path) -> None:
     for part in ("prepare", "teacher", "mine"):
         shutil.copytree(Path("data") / part, folder / "data" / part)
     text = Path("params.yaml").read_text().splitlines()
-    small = ["  shard_views: 256" if line.startswith("  shard_views:") else line for line in text]
+    small = ["  shard_views: 64" if line.startswith("  shard_views:") else line for line in text]
     (folder / "params.yaml").write_text("\n".join(small) + "\n")
 
 

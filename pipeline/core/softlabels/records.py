@@ -68,8 +68,7 @@ class Coding:
             for width in WIDTHS:
                 if width >= self.bits:
                     low = width - self.bits
-                    highest = (self.num_classes - 1) >> low
-                    high_bytes = -(-(count + highest) // 8) if highest else 0  # none where the low bits say all
+                    high_bytes = -(-(count + ((self.num_classes - 1) >> low)) // 8)
                     size = HEAD.itemsize + high_bytes + count * width // 8
                     choices.append((size, width, low, high_bytes))
             size, width, low, high_bytes = min(choices)
@@ -107,7 +106,7 @@ class Coding:
         low = layout["low"][rows]
         bits = np.zeros((int(layout["size"].sum()), 8), np.uint8)
         high = (starts + HEAD.itemsize)[rows] * 8 + (classes >> low) + ranks
-        bits.reshape(-1)[high[layout["high_bytes"][rows] > 0]] = 1
+        bits.reshape(-1)[high] = 1
         content = np.packbits(bits, axis=1, bitorder="little")[:, 0]
 
         field = (classes & ((1 << low) - 1)) | (codes << low)
@@ -158,17 +157,14 @@ class Coding:
         self, content: np.ndarray, starts: np.ndarray, layout: np.ndarray, counts: np.ndarray, number: np.ndarray
     ) -> np.ndarray:
         """Read the high bits (E,) of all classes: the place of the n-th one in a record's run of bits, less n."""
-        high = np.zeros(len(number), np.int64)
         runs = layout["high_bytes"]
         before = np.cumsum(runs) - runs
         at = np.repeat(starts + HEAD.itemsize - before, runs) + np.arange(int(runs.sum()))
         ones = np.flatnonzero(np.unpackbits(content[at], bitorder="little").view(bool))
-        coded = np.repeat(runs > 0, counts)
-        if len(ones) != int(coded.sum()):
+        if len(ones) != len(number):
             raise ValueError("a record holds another number of classes than it says")
         first = np.cumsum(counts) - counts
-        high[coded] = ones - (number + np.repeat(before * 8 - first, counts))[coded]
-        return high
+        return ones - number - np.repeat(before * 8 - first, counts)
 
 
 def dense(
