@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 import torch
 
-sys.path.insert(0, ".")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline import cache
 from pipeline.core import devices, distillation, engine, mined, networks, params, teaching, training
 from pipeline.core.batches import TrainingOrder, Views, load
@@ -36,8 +36,6 @@ from pipeline.core.dataset import ImageSet
 from pipeline.core.softlabels import Description, SoftLabels, finish
 from pipeline.core.softlabels.records import Records
 from pipeline.core.views import ViewSpec
-
-sys.path.insert(0, "benchmarks")
 from records import made_logits
 
 ALL = Description({"digest": "benchmark"}, {}, num_classes=1000, top_k=255, min_probability=5e-5, bits=5)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, ".")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline.core import devices, networks, params, teaching
 from pipeline.core.batches import Views, load
 from pipeline.core.dataset import ImageSet

@@ -1,6 +1,6 @@
 """Runs the pipeline once a seed, each in a workspace of its own, and prints mean and spread of every network's scores.
 
-    python benchmarks/seeds.py                      two seeds of the settings in params.yaml
+    python benchmarks/seeds.py                      three seeds of the settings in params.yaml
     python benchmarks/seeds.py 0 1 2 3 4 -S distill.loss=kl
 
 A seed that has been run with the same settings is read from .scratch/runs and not run again.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-sys.path.insert(0, ".")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline.core import params
 
 COLUMNS = ("top1", "nll", "ece", "errors")
@@ -26,7 +26,7 @@ NETWORKS = ("teacher", "baseline", "distill", "finetune", "fixres")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("seeds", nargs="*", type=int, default=[0, 1], help="default: 0 1")
+    parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("-S", "--set-param", metavar="KEY=VALUE", action="append", default=[], help="a changed setting")
     arguments = parser.parse_args()
     changes = {key: yaml.safe_load(value) for key, _, value in (it.partition("=") for it in arguments.set_param)}
