@@ -27,8 +27,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from timm.task import LogitDistillationTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from records import made_logits
+
 from pipeline import cache
 from pipeline.core import devices, distillation, engine, mined, networks, params, teaching, training
 from pipeline.core.batches import TrainingOrder, Views, load
@@ -36,7 +39,6 @@ from pipeline.core.dataset import ImageSet
 from pipeline.core.softlabels import Description, SoftLabels, finish
 from pipeline.core.softlabels.records import Records
 from pipeline.core.views import ViewSpec
-from records import made_logits
 
 ALL = Description({"digest": "benchmark"}, {}, num_classes=1000, top_k=255, min_probability=5e-5, bits=5)
 
@@ -165,8 +167,9 @@ def epoch(arguments: argparse.Namespace) -> None:
         "from the cache": distillation.distillation_loss("ssld", 1.0, stored),
         "online, teacher in the loop": distillation.distillation_loss("ssld", 1.0, asked),
     }
-    compare({name: lambda loss=loss: project.train(loss) for name, loss in ways.items()}, arguments.rounds,
-            project.images_an_epoch(), "images/s")  # fmt: skip
+    runs = {name: lambda loss=loss: project.train(loss) for name, loss in ways.items()}
+    runs["online, timm's LogitDistillationTask"] = project.train_with_timm
+    compare(runs, arguments.rounds, project.images_an_epoch(), "images/s")
 
 
 def peers(arguments: argparse.Namespace) -> None:
@@ -316,6 +319,26 @@ class Project:
         size = self.params.distill.batch_size
         return len(self.rows) // size * size
 
+    def order(self) -> TrainingOrder:
+        return TrainingOrder(self.images, self.rows, self.params.distill.batch_size, 0, self.params.cache.replicas)
+
+    def train_with_timm(self) -> None:
+        """The same epoch as timm's user would write it: its task around student and teacher, on the same views."""
+        student = networks.build(self.params.student.model, len(self.images.classes), 0).to(self.device).train()
+        task = LogitDistillationTask(
+            student.network, self.classifier.network, torch.nn.CrossEntropyLoss(), task_loss_weight=0.0, verbose=False
+        ).to(self.device)
+        optimizer = engine.optimizer_of(student.network, self.params.distill)
+        order = self.order()
+        for batch in load(
+            self.views, order.batches(0, order.steps_per_epoch), self.params.machine.workers, self.device
+        ):
+            labels = torch.zeros(len(batch.rows), dtype=torch.long, device=self.device)
+            loss = task(student.normalise(batch.pixels.to(self.device)), labels)["loss"]
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
     def train(self, loss: engine.Loss) -> None:
         """Train a new student for an epoch."""
         recipe = self.params.distill.model_copy(update={"epochs": 1, "warmup_epochs": 0})
@@ -326,7 +349,7 @@ class Project:
                 classifier=student,
                 part=student.network,
                 views=self.views,
-                order=TrainingOrder(self.images, self.rows, recipe.batch_size, 0, self.params.cache.replicas),
+                order=self.order(),
                 loss=loss,
                 recipe=recipe,
                 processes=self.processes,
