@@ -5,18 +5,15 @@
     python benchmarks/cache.py write --project DIR    writing, against the teacher's bare forward passes
     python benchmarks/cache.py epoch --project DIR    an epoch from the cache, against plain training and online
     python benchmarks/cache.py peers --project DIR    the same answers in TinyViT's format, and a dense file a view
-    python benchmarks/cache.py kill --project DIR     kill -9 at random moments of writing, then on to the end
 
 A project's folder is one in which `dvc repro cache` has run; nothing in it is changed.
 """
 
 import argparse
 import contextlib
-import hashlib
 import multiprocessing
 import os
 import platform
-import random
 import shutil
 import sys
 import tempfile
@@ -50,7 +47,6 @@ def main() -> None:
     parser.add_argument(
         "--views", type=int, help="how many views (read: 262,144; large: 5,000,000; write, peers: 2,048)"
     )
-    parser.add_argument("--kills", type=int, default=30, help="of `kill` (default: 30)")
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds of `write` and `epoch` (default: 3)")
     arguments = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
@@ -237,67 +233,6 @@ def _fetch_files(folder: Path, description: Description, keys: np.ndarray, order
         torch.stack([torch.load(folder / f"{keys[at]}.pt") for at in order[start : start + 256].tolist()])
 
 
-def kill(arguments: argparse.Namespace) -> None:
-    """Start the stage, kill it at a random moment, go on to the end, and compare with a run that was left alone."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.cache"])
-
-    def start(folder: Path) -> multiprocessing.Process:
-        process = context.Process(target=_stage, args=(folder,))
-        process.start()
-        return process
-
-    with tempfile.TemporaryDirectory() as name:
-        whole, folder = Path(name) / "whole", Path(name) / "killed"
-        prepare_copy(whole)
-        start(whole).join()
-        begin = time.monotonic()
-        shutil.rmtree(whole / "data/cache")
-        start(whole).join()
-        seconds, expected = time.monotonic() - begin, digest(whole / "data/cache")
-        chance, same, counts = random.Random(0), 0, []
-        for _ in range(arguments.kills):
-            prepare_copy(folder)
-            process = start(folder)
-            process.join(chance.uniform(0.3, 1.0) * seconds)
-            process.kill()
-            process.join()
-            counts.append(len(list((folder / "data/cache").glob("labels-*.sl"))))
-            start(folder).join()
-            same += digest(folder / "data/cache") == expected
-            shutil.rmtree(folder)
-        header(
-            "kills", "s uninterrupted", "shards of the whole", "shards there when killed", "the same bytes in the end"
-        )
-        shards = sum(name.startswith("labels-") for name in expected)
-        row(
-            arguments.kills,
-            f"{seconds:.1f}",
-            shards,
-            " ".join(map(str, sorted(counts))),
-            f"{same} of {arguments.kills}",
-        )
-
-
-def prepare_copy(folder: Path) -> None:
-    """Copy what the cache stage reads, with shards so small that there are some to be killed between."""
-    for part in ("prepare", "teacher", "mine"):
-        shutil.copytree(Path("data") / part, folder / "data" / part)
-    text = Path("params.yaml").read_text().splitlines()
-    small = ["  shard_views: 64" if line.startswith("  shard_views:") else line for line in text]
-    (folder / "params.yaml").write_text("\n".join(small) + "\n")
-
-
-def _stage(folder: Path) -> None:
-    os.chdir(folder)
-    with silence():
-        cache.run(params.load(Path("params.yaml")))
-
-
-def digest(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*"))}
-
-
 class Project:
     """What the stages of a project open, in the present folder."""
 
@@ -403,7 +338,7 @@ def compare(ways: dict[str, Callable[[], None]], rounds: int, count: int, unit: 
         row(name, f"{count / median:,.1f}", spread, f"{median / first:.3f}")
 
 
-COMMANDS = {"read": read, "large": large, "write": write, "epoch": epoch, "peers": peers, "kill": kill}
+COMMANDS = {"read": read, "large": large, "write": write, "epoch": epoch, "peers": peers}
 
 if __name__ == "__main__":
     main()
