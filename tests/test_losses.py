@@ -3,13 +3,17 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.core import losses
+from pipeline.core import losses, params
+from pipeline.core.batches import Batch
+from pipeline.core.distillation import distillation_loss
+from pipeline.core.softlabels import SparseLabels, dense
 
 DATA = Path(os.environ.get("SSLD_TEST_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 REFERENCE = DATA.parent / "paddleclas_reference"
@@ -20,42 +24,173 @@ def softmax64(logits):
     return raised / raised.sum(1, keepdims=True)
 
 
+def kl64(p, q):
+    return (p * np.log(p / q)).sum(1)
+
+
+def binary64(p):
+    """(B, 2): the target's probability (B,), and all others'."""
+    return np.stack([p, 1 - p], 1)
+
+
+def others64(p, target):
+    """Probabilities among the classes other than the target."""
+    rest = np.stack([np.delete(row, at) for row, at in zip(p, target, strict=True)])
+    return rest / rest.sum(1, keepdims=True)
+
+
+def apart64(a, b):
+    """Mean of 1 - r over rows, by numpy's own correlation."""
+    return np.mean([1 - np.corrcoef(x, y)[0, 1] for x, y in zip(a, b, strict=True)])
+
+
+def tckd64(s, t, target):
+    rows = np.arange(len(t))
+    return kl64(binary64(t[rows, target]), binary64(s[rows, target])).mean()
+
+
+def nckd64(s, t, target):
+    return kl64(others64(t, target), others64(s, target)).mean()
+
+
+PAPERS = {
+    "ssld": lambda s, t: 0.5 * (kl64(t, s) + kl64(s, t)).mean(),
+    "js": lambda s, t: 0.5 * (kl64(t, (s + t) / 2) + kl64(s, (s + t) / 2)).mean(),
+    "kl": lambda s, t: kl64(t, s).mean(),
+    "cross_entropy": lambda s, t: -(t * np.log(s)).sum(1).mean(),
+    "tckd": lambda s, t: tckd64(s, t, t.argmax(1)),
+    "nckd": lambda s, t: nckd64(s, t, t.argmax(1)),
+    "dkd": lambda s, t: tckd64(s, t, t.argmax(1)) + nckd64(s, t, t.argmax(1)),
+    "dist_inter": apart64,
+    "dist_intra": lambda s, t: apart64(s.T, t.T),
+    "dist": lambda s, t: apart64(s, t) + apart64(s.T, t.T),
+}
+names = pytest.mark.parametrize("name", losses.DISTILLATION)
+
+
 @pytest.fixture
 def logits():
+    """The student's and the teacher's, (16, 20)."""
     generator = np.random.default_rng(3)
-    return [(4 * generator.standard_normal((16, 50))).astype(np.float32) for _ in range(2)]
+    return [(2 * generator.standard_normal((16, 20))).astype(np.float32) for _ in range(2)]
 
 
-def test_ssld_is_half_the_symmetric_kl_divergence(logits):
+def found(name, student, teacher, temperature=1.0):
+    student, teacher = torch.tensor(student), torch.tensor(softmax64(teacher / temperature), dtype=torch.float32)
+    return losses.weighted({name: 1.0}, student, teacher, temperature).item()
+
+
+def test_every_loss_has_a_name_in_the_settings():
+    assert {*losses.DISTILLATION, params.HARD} == set(params.LOSSES)
+    assert losses.DISTILLATION.keys() == PAPERS.keys()
+
+
+@names
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_a_loss_is_what_its_paper_says(name, temperature, logits):
+    s, t = (softmax64(part / temperature) for part in logits)
+    assert found(name, *logits, temperature) == pytest.approx(temperature**2 * PAPERS[name](s, t), rel=1e-5)
+
+
+def test_dkd_and_dist_weigh_their_parts_and_dkd_takes_labels(logits):
     s, t = map(softmax64, logits)
-    expected = 0.5 * ((t * np.log(t / s)).sum(1) + (s * np.log(s / t)).sum(1)).mean()
-    found = losses.ssld(torch.tensor(logits[0]), torch.tensor(t, dtype=torch.float32))
-    assert found.item() == pytest.approx(expected, rel=1e-5)
+    student, teacher = torch.tensor(logits[0]), torch.tensor(t, dtype=torch.float32)
+    labels = np.random.default_rng(0).integers(20, size=16)
+    dkd = losses.dkd(student, teacher, torch.tensor(labels), alpha=2.0, beta=8.0)
+    assert dkd.item() == pytest.approx(2 * tckd64(s, t, labels) + 8 * nckd64(s, t, labels), rel=1e-5)
+    dist = losses.dist(student, teacher, beta=2.0, gamma=0.5)
+    assert dist.item() == pytest.approx(2 * apart64(s, t) + 0.5 * apart64(s.T, t.T), rel=1e-5)
 
 
-def test_kl_is_the_teachers_cross_entropy_less_its_entropy(logits):
-    s, t = map(softmax64, logits)
-    expected = (t * np.log(t / s)).sum(1).mean()
-    found = losses.kl(torch.tensor(logits[0]), torch.tensor(t, dtype=torch.float32))
-    assert found.item() == pytest.approx(expected, rel=1e-5)
+def test_kl_is_tckd_and_nckd_by_what_the_teacher_leaves_to_the_others(logits):
+    student, teacher = torch.tensor(logits[0][:1]), torch.tensor(logits[1][:1]).softmax(1)
+    parts = losses.tckd(student, teacher) + (1 - teacher.max()) * losses.nckd(student, teacher)
+    assert losses.kl(student, teacher).item() == pytest.approx(parts.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", losses.DISTILLATION)
-def test_a_student_that_agrees_has_no_loss_and_no_gradient(name, logits):
+def test_what_a_sure_teacher_says_of_the_other_classes_is_kept(logits):
+    teacher = logits[1].copy()
+    teacher[:, 0] += 40  # its probability is 1 in float32
+    s, t = map(softmax64, (logits[0], teacher))
+    assert found("nckd", logits[0], teacher) == pytest.approx(nckd64(s, t, t.argmax(1)), rel=1e-5)
+
+
+@names
+def test_a_student_that_agrees_has_no_gradient_and_no_loss_that_it_could_lower(name, logits):
     student = torch.tensor(logits[0], requires_grad=True)
-    loss = losses.DISTILLATION[name](student, torch.softmax(student.detach(), 1))
+    teacher = torch.softmax(student.detach(), 1)
+    loss = losses.DISTILLATION[name](student, teacher)
     loss.backward()
-    assert loss.item() == pytest.approx(0, abs=1e-5)
+    entropy = -(teacher * teacher.log()).sum(1).mean().item()
+    assert loss.item() == pytest.approx(entropy if name == "cross_entropy" else 0, abs=1e-5)
     assert student.grad.abs().max() < 1e-6
 
 
-def test_a_teacher_that_is_certain_gives_a_finite_loss():
-    student = torch.tensor([[50.0, -50.0]], requires_grad=True)
-    for divergence in losses.DISTILLATION.values():
-        loss = divergence(student, torch.tensor([[0.0, 1.0]]))
+def test_js_of_two_that_are_sure_of_different_things_is_log_2():
+    teacher = torch.tensor([[0.0, 1.0, 0.0]])
+    assert losses.js(torch.tensor([[200.0, 0.0, 0.0]]), teacher).item() == pytest.approx(np.log(2))
+
+
+@names
+@pytest.mark.parametrize("size", [1, 3])
+def test_probabilities_of_zero_give_a_finite_loss_and_finite_gradients(name, size):
+    student = torch.tensor([[200.0, -200.0, 0.0], [0.0, 0.0, 0.0], [1.0, 2.0, -300.0]])[:size].requires_grad_()
+    for teacher in ([0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.5, 0.0, 0.5], [1.0, 1e-45, 0.0]):
+        student.grad = None
+        loss = losses.DISTILLATION[name](student, torch.tensor([teacher] * size))
         loss.backward()
         assert torch.isfinite(loss)
         assert torch.isfinite(student.grad).all()
+
+
+def test_gradients_keep_their_size_as_the_temperature_grows(logits):
+    """Hinton et al., arXiv:1503.02531, equation 4: at high T, the gradient of KL by z is (z - v) / (C T^2)."""
+    z, v = (torch.tensor(part, dtype=torch.float64) for part in logits)
+    z, v = (part - part.mean(1, keepdim=True) for part in (z, v))
+    z.requires_grad_()
+    losses.weighted({"kl": 1.0}, z, torch.softmax(v / 1e4, 1), 1e4).backward()
+    assert torch.allclose(16 * z.grad, (z - v).detach() / 20, atol=1e-3)
+
+
+def test_a_weighted_sum(logits):
+    student, teacher = torch.tensor(logits[0]), torch.tensor(logits[1] / 3).softmax(1)
+    one, two = (losses.weighted({name: 1.0}, student, teacher, 3.0).item() for name in ("kl", "dkd"))
+    both = losses.weighted({"kl": 0.25, "dkd": 2.0}, student, teacher, 3.0)
+    assert both.item() == pytest.approx(0.25 * one + 2 * two, rel=1e-6)
+
+
+# --- sparse soft labels
+
+
+def sparse(logits, k):
+    """The k most probable classes of each row as they are, and the rest's mass."""
+    logs = np.log(softmax64(logits))
+    classes = np.argsort(-logs, 1)[:, :k]
+    top = np.take_along_axis(logs, classes, 1)
+    with np.errstate(divide="ignore"):
+        rest = np.log(np.delete(-np.sort(-np.exp(logs), 1), np.s_[:k], 1).sum(1))
+    return SparseLabels(classes=classes, log_probabilities=top.astype("f4"), log_rest=rest.astype("f4"))
+
+
+@names
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_sparse_labels_of_all_classes_are_dense_ones(name, temperature, logits):
+    teacher = dense(sparse(logits[1], 20), 20, temperature)
+    loss = losses.weighted({name: 1.0}, torch.tensor(logits[0]), teacher, temperature).item()
+    assert loss == pytest.approx(found(name, *logits, temperature), rel=1e-6)
+
+
+@names
+def test_sparse_labels_of_few_classes_spread_the_rest_evenly(name, logits):
+    s, t = map(softmax64, logits)
+    least_stored = -np.sort(-t, 1)[:, 4:5]
+    small = t < least_stored
+    even = np.where(small, (t * small).sum(1, keepdims=True) / 15, t)
+    loss = losses.DISTILLATION[name](torch.tensor(logits[0]), dense(sparse(logits[1], 5), 20))
+    assert loss.item() == pytest.approx(PAPERS[name](s, even), rel=1e-5)
+
+
+# --- hard labels
 
 
 def test_hard_targets_smooth_and_mix_as_pytorch_does():
@@ -70,13 +205,51 @@ def test_hard_targets_smooth_and_mix_as_pytorch_does():
     assert mixed.tolist() == [[0.75, 0, 0.25, 0]]
 
 
+def test_a_sample_without_label_has_no_hard_target():
+    own, other = torch.tensor([-1, -1, 1]), torch.tensor([-1, 2, -1])
+    found = losses.hard_targets(own, other, torch.tensor([1.0, 0.75, 0.75]), 4, smoothing=0.0)
+    assert found.tolist() == [[0, 0, 0, 0], [0, 0, 0.25, 0], [0, 0.75, 0, 0]]
+    smoothed = losses.hard_targets(own, other, torch.tensor([1.0, 0.75, 0.75]), 4, smoothing=0.4)
+    assert torch.allclose(smoothed.sum(1), torch.tensor([0.0, 0.25, 0.75]))
+    assert smoothed[2].tolist() == pytest.approx([0.075, 0.525, 0.075, 0.075])
+
+
+def test_hard_labels_beside_the_teacher_count_by_their_share_of_all_views(logits):
+    """Four views: labelled; labelled and mixed; unlabelled, with a labelled one mixed in; unlabelled."""
+    images = SimpleNamespace(labels=np.array([3, -1, 7], np.int32), classes=("",) * 20)
+    rows, partner_rows = np.array([0, 0, 1, 1]), np.array([0, 2, 2, 1])
+    shares = torch.tensor([1.0, 0.75, 0.5, 1.0])
+    student, answers = torch.tensor(logits[0][:4]), torch.tensor(logits[1][:4] / 2).softmax(1)
+    batch = Batch(rows, np.zeros(4, int), student, partner_rows, shares)
+    asked = []
+
+    def teacher(batch, temperature):
+        asked.append(temperature)
+        return answers
+
+    loss = distillation_loss({"ssld": 2.0, "hard": 0.5}, 2.0, teacher, images)(lambda pixels: pixels, batch)
+    surprise = -np.log(softmax64(logits[0][:4]))
+    hard = (surprise[0, 3] + 0.75 * surprise[1, 3] + 0.25 * surprise[1, 7] + 0.5 * surprise[2, 7]) / 4
+    soft = 2.0 * losses.weighted({"ssld": 1.0}, student, answers, 2.0).item()
+    assert loss.item() == pytest.approx(soft + 0.5 * hard, rel=1e-6)
+    assert asked == [2.0]
+
+
+# --- PaddleClas
+
+
 @pytest.mark.skipif(not REFERENCE.is_dir(), reason="PaddleClas' values are not here")
 @pytest.mark.parametrize("case", ["small", "imagenet", "peaked", "equal"])
 def test_paddleclas_values(case):
     expected = json.loads((REFERENCE / "losses.json").read_text())[case]
     arrays = np.load(REFERENCE / "losses.npz")
-    student, teacher = (torch.tensor(arrays[f"{case}_{which}"]) for which in ("student", "teacher"))
-    assert losses.ssld(student, teacher.softmax(1)).item() == pytest.approx(expected["DMLLoss"], rel=1e-5)
-    # PaddleClas' KLDivLoss multiplies by the temperature squared.
-    kl = 16 * losses.kl(student / 4, (teacher / 4).softmax(1)).item()
-    assert kl == pytest.approx(expected["KLDivLoss_T4"], rel=1e-5, abs=1e-5)
+    student, teacher, labels = (torch.tensor(arrays[f"{case}_{which}"]) for which in ("student", "teacher", "label"))
+    answers = teacher.softmax(1)
+    found = {
+        "DMLLoss": losses.ssld(student, answers),
+        "KLDivLoss_T4": losses.weighted({"kl": 1.0}, student, (teacher / 4).softmax(1), 4.0),
+        "DKDLoss_T1_a1_b1": losses.dkd(student, answers, labels.long()),
+        "DIST_b1_g1_T1": losses.dist(student, answers),
+    }
+    # Where both agree, what is left is rounding: of the order of 1e-6 here and there.
+    assert {name: loss.item() for name, loss in found.items()} == pytest.approx(expected, rel=1e-5, abs=5e-6)

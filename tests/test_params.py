@@ -80,6 +80,35 @@ def test_a_wrong_value_names_its_key(data, key, value, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("value", "weights"),
+    [("kl", {"kl": 1.0}), ({"ssld": 1, "hard": 0.1}, {"ssld": 1.0, "hard": 0.1}), ({"ssld": 1, "kl": 0}, None)],
+)
+def test_a_loss_is_a_name_or_weights(data, value, weights):
+    data["finetune"]["loss"] = value
+    assert params.check(data).finetune.loss == (weights or value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("sslld", "p.yaml: distill.loss: no loss is called 'sslld'; did you mean ssld?"),
+        ({"ssld": 1.0, "hrd": 0.1}, "p.yaml: distill.loss: no loss is called 'hrd'; did you mean hard?"),
+        ({"ssld": -1.0}, "p.yaml: distill.loss.ssld: should be greater than or equal to 0, not -1.0"),
+        ({"ssld": None}, "p.yaml: distill.loss.ssld: should be a valid number, not None"),
+        (["ssld"], "p.yaml: distill.loss: should be the name of a loss, or weights of several such as {ssld: 1.0, "),
+        ({"hard": 1.0, "ssld": 0}, "p.yaml: distill.loss: a weight above 0 is needed of a loss other than hard: "),
+        ({}, "p.yaml: distill.loss: a weight above 0 is needed of a loss other than hard: "),
+    ],
+)
+def test_a_wrong_loss_is_named(data, value, message):
+    data["distill"]["loss"] = value
+    with pytest.raises(ValueError) as error:
+        params.check(data, "p.yaml")
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("content", ["[1, 2", "just words", "", "- a\n- b"])
 def test_a_file_that_is_no_mapping_is_one_line(tmp_path, content):
     file = tmp_path / "p.yaml"

@@ -14,7 +14,7 @@ from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
 from pipeline.core.engine import Loss
 from pipeline.core.networks import Classifier
-from pipeline.core.params import Distill, Params
+from pipeline.core.params import HARD, Distill, Params
 from pipeline.core.softlabels import SoftLabels, dense, make_keys
 from pipeline.core.teaching import answer, description, open_labels
 from pipeline.core.views import ViewSpec
@@ -41,17 +41,23 @@ def online(classifier: Classifier, precision: str) -> Teacher:
     return teach
 
 
-def distillation_loss(kind: str, temperature: float, teacher: Teacher) -> Loss:
-    """Make a loss against the teacher's answers.
+def distillation_loss(weights: dict[str, float], temperature: float, teacher: Teacher, images: ImageSet) -> Loss:
+    """Make a weighted sum of losses against the teacher's answers and against hard labels.
+
+    Hard labels are taken at T = 1 and not smoothed. Their term is a mean over all views of the batch, in which a view
+    counts as much as the share of it that has a label: a view without label counts 0.
 
     Args:
-        kind: a name in `losses.DISTILLATION`.
-        temperature: divides the logits of both.
+        weights: of names in `losses.DISTILLATION`, and of `HARD`.
+        temperature: T, divides the logits of both.
     """
-    divergence = losses.DISTILLATION[kind]
+    soft, hard = {name: weight for name, weight in weights.items() if name != HARD}, weights.get(HARD, 0.0)
+    targets = training.targets(images, images.labels, smoothing=0.0)
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
-        return divergence(network(batch.pixels).float() / temperature, teacher(batch, temperature))
+        logits = network(batch.pixels).float()
+        total = losses.weighted(soft, logits, teacher(batch, temperature), temperature)
+        return total + hard * losses.cross_entropy(logits, targets(batch)) if hard else total
 
     return loss
 
@@ -90,7 +96,7 @@ def train(
         part=classifier.network,
         rows=rows,
         views=Views(images, spec),
-        loss=distillation_loss(recipe.loss, recipe.temperature, teacher),
+        loss=distillation_loss(recipe.loss, recipe.temperature, teacher, images),
         resolution=spec.resolution,
         card={"model": params.student.model},
         identities={

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -14,6 +14,10 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Range = tuple[Positive, Positive]
+HARD = "hard"  # hard labels, as a loss that is weighed beside those against the teacher
+LOSSES = (
+    "ssld", "js", "kl", "cross_entropy", "dkd", "tckd", "nckd", "dist", "dist_inter", "dist_intra", HARD
+)  # fmt: skip
 
 
 class Section(BaseModel):
@@ -130,9 +134,28 @@ class Baseline(Recipe):
 
 
 class Distill(Recipe):
-    loss: Literal["ssld", "kl"]
+    loss: dict[str, NotNegative]
     temperature: Positive
     online: bool
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _names_are_known(cls, value: Any) -> Any:
+        """Take a plain name as that loss with weight 1."""
+        weights = {value: 1.0} if isinstance(value, str) else value
+        if not isinstance(weights, dict):
+            raise ValueError(f"should be the name of a loss, or weights of several such as {{ssld: 1.0, {HARD}: 0.1}}")
+        for name in weights:
+            if name not in LOSSES:
+                raise ValueError(f"no loss is called {name!r}{_nearest(str(name), list(LOSSES))}")
+        return weights
+
+    @field_validator("loss")
+    @classmethod
+    def _a_teacher_is_heard(cls, weights: dict[str, float]) -> dict[str, float]:
+        if not any(weight for name, weight in weights.items() if name != HARD):
+            raise ValueError(f"a weight above 0 is needed of a loss other than {HARD}: nothing else asks the teacher")
+        return weights
 
 
 class Fixres(Recipe):
@@ -262,7 +285,8 @@ def _explain(error: dict[str, Any]) -> str:
         return f"{key}: missing; every key must be there"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     value = error["input"]
-    return f"{key}: {message}".removeprefix(": ") + ("" if isinstance(value, dict) else f", not {value!r}")
+    told = isinstance(value, dict) or error["type"] == "value_error"
+    return f"{key}: {message}".removeprefix(": ") + ("" if told else f", not {value!r}")
 
 
 def _keys_beside(place: list[str]) -> list[str]:

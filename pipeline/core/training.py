@@ -116,19 +116,27 @@ def better(
     return other, task.before.resolution, kept
 
 
-def labelled_loss(images: ImageSet, labels: np.ndarray, smoothing: float) -> Loss:
-    """Cross-entropy with smoothed hard labels, those of mixed views in proportion.
+def targets(images: ImageSet, labels: np.ndarray, smoothing: float) -> Callable[[Batch], torch.Tensor]:
+    """Make the function that gives a batch's targets (B, C): smoothed hard labels, those of mixed views in proportion.
 
     Args:
         labels: (rows of the image set,) int: the class of each, -1 where there is none.
     """
-    targets = torch.from_numpy(labels.astype(np.int64))
+    of_rows = torch.from_numpy(labels.astype(np.int64))
+
+    def wanted(batch: Batch) -> torch.Tensor:
+        own, other = (of_rows[rows].to(batch.pixels.device) for rows in (batch.rows, batch.partner_rows))
+        return losses.hard_targets(own, other, batch.shares, len(images.classes), smoothing)
+
+    return wanted
+
+
+def labelled_loss(images: ImageSet, labels: np.ndarray, smoothing: float) -> Loss:
+    """Cross-entropy with hard labels; arguments as for `targets`."""
+    wanted = targets(images, labels, smoothing)
 
     def loss(network: nn.Module, batch: Batch) -> torch.Tensor:
-        device = batch.pixels.device
-        own, other = (targets[rows].to(device) for rows in (batch.rows, batch.partner_rows))
-        wanted = losses.hard_targets(own, other, batch.shares, len(images.classes), smoothing)
-        return losses.cross_entropy(network(batch.pixels).float(), wanted)
+        return losses.cross_entropy(network(batch.pixels).float(), wanted(batch))
 
     return loss
 
