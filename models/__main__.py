@@ -10,14 +10,12 @@ HEAD = ("network", "timm", "parameters", "GMACs", "top-1", "top-5", "pixels", "t
 
 def row(network: Network) -> tuple[str, ...]:
     """Give one network's cells as text."""
-    published = network.top1 is not None
     return (
         network.name,
         network.same_as if isinstance(network.same_as, str) else "",
         f"{network.parameters:,}",
         f"{network.macs / 1e9:.2f}",
-        f"{100 * network.top1:.2f} %" if published else "",
-        f"{100 * network.top5:.2f} %" if published else "",
+        *("" if share is None else f"{100 * share:.2f} %" for share in (network.top1, network.top5)),
         str(network.resolution),
         network.teacher or "",
         network.data or "",

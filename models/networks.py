@@ -45,6 +45,7 @@ SSLD = {
 UNTOLD = {"source": PADDLE["source"], "only_paddle": True}
 HASHTAGS = {**PADDLE, "data": "public images with hashtags (arXiv:1805.00932), then ImageNet-1k"}
 HE = {"source": "github.com/KaimingHe/deep-residual-networks (one centre crop)", "data": "ImageNet-1k"}
+PLAIN = {"source": "arXiv:1512.03385, tables 2 and 3 (plain networks: ten crops)", "data": "ImageNet-1k"}
 TORCHVISION = {"source": "torchvision's documentation of its models (first weights)", "data": "ImageNet-1k"}
 
 D18, D34, D101, D152, D200 = (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3), (3, 12, 48, 3)
@@ -117,8 +118,8 @@ TABLE = (
     Network("Res2Net50_26w_4s", _res2(), 25_699_120, 4_255_166_464, 0.7933, 0.9457, **PADDLE),
     Network("Res2Net50_vd_26w_4s", _res2(**VD), 25_718_352, 4_494_807_040, 0.7975, 0.9491, **PADDLE),
     # without shortcuts, as the residual paper's comparison
-    Network("PlainNet18", _with(PlainBasicBlock, D18), 11_515_688, 1_794_805_760),
-    Network("PlainNet34", _with(PlainBasicBlock, D34), 21_623_848, 3_644_493_824),
+    Network("PlainNet18", _with(PlainBasicBlock, D18), 11_515_688, 1_794_805_760, 0.7206, **PLAIN),
+    Network("PlainNet34", _with(PlainBasicBlock, D34), 21_623_848, 3_644_493_824, 0.7146, 0.8998, **PLAIN),
     Network("PlainNet50", _with(PlainBottleneck, D34), 22_780_456, 3_729_522_688),
 )
 # fmt: on

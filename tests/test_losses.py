@@ -165,11 +165,16 @@ def test_a_weighted_sum(logits):
 def sparse(logits, k):
     """The k most probable classes of each row as they are, and the rest's mass."""
     logs = np.log(softmax64(logits))
-    classes = np.argsort(-logs, 1)[:, :k]
-    top = np.take_along_axis(logs, classes, 1)
+    order = np.argsort(-logs, 1)
+    classes = np.sort(order[:, :k], 1)
+    rest = np.exp(np.take_along_axis(logs, order[:, k:], 1)).sum(1)
     with np.errstate(divide="ignore"):
-        rest = np.log(np.delete(-np.sort(-np.exp(logs), 1), np.s_[:k], 1).sum(1))
-    return SparseLabels(classes=classes, log_probabilities=top.astype("f4"), log_rest=rest.astype("f4"))
+        return SparseLabels(
+            counts=np.full(len(logs), k),
+            classes=classes.ravel(),
+            log_probabilities=np.take_along_axis(logs, classes, 1).ravel().astype("f4"),
+            log_rest=np.log(rest).astype("f4"),
+        )
 
 
 @names
