@@ -160,8 +160,8 @@ def epoch(arguments: argparse.Namespace) -> None:
     labels = np.where(project.images.labels >= 0, project.images.labels, 0)  # of any class: the work is the same
     ways = {
         "plain training on hard labels": training.labelled_loss(project.images, labels, 0.0),
-        "from the cache": distillation.distillation_loss("ssld", 1.0, stored),
-        "online, teacher in the loop": distillation.distillation_loss("ssld", 1.0, asked),
+        "from the cache": distillation.distillation_loss({"ssld": 1.0}, 1.0, stored, project.images),
+        "online, teacher in the loop": distillation.distillation_loss({"ssld": 1.0}, 1.0, asked, project.images),
     }
     runs = {name: lambda loss=loss: project.train(loss) for name, loss in ways.items()}
     runs["online, timm's LogitDistillationTask"] = project.train_with_timm
