@@ -25,4 +25,4 @@ def run(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    stage.main(run, __doc__, distributed=True)
+    stage.main(run, __doc__, training=True)

@@ -40,4 +40,4 @@ def run(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    stage.main(run, __doc__, distributed=True)
+    stage.main(run, __doc__, training=True)

@@ -80,4 +80,4 @@ def take(params: Params, images: ImageSet) -> None:
 
 
 if __name__ == "__main__":
-    stage.main(run, __doc__, distributed=True)
+    stage.main(run, __doc__, training=True)

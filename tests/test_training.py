@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 import torch
 from images import prepared, tiny
+from runs import MODEL, run
 from torch import nn
 
-from pipeline.core import engine, networks
+from pipeline.core import networks
 from pipeline.core.batches import TrainingOrder, Views
-from pipeline.core.devices import Processes
 from pipeline.core.engine import learning_rate
 from pipeline.core.training import labelled_loss
 from pipeline.core.views import ViewSpec
-
-CPU = Processes(torch.device("cpu"))
 
 
 class Fourteen:
@@ -49,6 +47,8 @@ def test_processes_share_out_each_batch():
     whole = rows_of(TrainingOrder(Fourteen, np.arange(14), 4, 0, 0), 0, 6)
     shares = [rows_of(TrainingOrder(Fourteen, np.arange(14), 4, 0, 0, rank, 2), 0, 6) for rank in range(2)]
     assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in whole]
+    of_order = TrainingOrder(Fourteen, np.arange(14), 4, 0, 0, 1, 2)
+    assert [of_order.whole_batch(step)[0].tolist() for step in (5, 0)] == [whole[5], whole[0]]
     with pytest.raises(ValueError, match="shared out evenly to 3"):
         TrainingOrder(Fourteen, np.arange(14), 4, 0, 0, 0, 3)
 
@@ -77,25 +77,6 @@ def test_the_schedule_warms_up_and_ends_near_zero():
 def images(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         yield prepared(tmp_path_factory.mktemp("shapes"), patch)
-
-
-def run(images, scratch, loss=None, part=None, **changes):
-    params = tiny(**{f"baseline.{key}": value for key, value in changes.items()})
-    classifier = networks.build("ResNet18_vd", len(images.classes), seed=0)
-    return engine.Run(
-        what="test",
-        classifier=classifier,
-        part=part(classifier) if part else classifier.network,
-        views=Views(images, ViewSpec.of(0, params.views)),
-        order=TrainingOrder(images, images.rows("labelled"), params.baseline.batch_size, 0, 0),
-        loss=loss or labelled_loss(images, images.labels, 0.1),
-        recipe=params.baseline,
-        processes=CPU,
-        validate=lambda classifier: {"val_top1": 0.0},
-        scratch=scratch,
-        checkpoint_seconds=0.0,  # a checkpoint at every step
-        workers=0,
-    )
 
 
 class Killed(Exception):
@@ -132,22 +113,29 @@ def test_a_killed_run_ends_in_the_same_bytes(images, tmp_path, ema, optimizer):
 
 
 def test_only_the_part_is_trained(images, tmp_path):
-    before = networks.build("ResNet18_vd", len(images.classes), seed=0).state_dict()
+    before = networks.build(MODEL, len(images.classes), seed=0).state_dict()
     trained = run(images, tmp_path, part=lambda classifier: classifier.network.get_classifier(), epochs=1)
     trained.train()
     changed = {name for name, value in trained.classifier.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"network.fc.weight", "network.fc.bias"}
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(images, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_samples(images, tmp_path):
     real = labelled_loss(images, images.labels, 0.1)
     steps = iter(range(100))
 
     def loss(network: nn.Module, batch):
         return real(network, batch) * (float("nan") if next(steps) == 3 else 1.0)
 
-    with pytest.raises(ValueError, match="not finite at step 3 of 4"):
-        run(images, tmp_path, loss).train()
+    training = run(images, tmp_path, loss)
+    with pytest.raises(ValueError, match="not finite at step 3 of 4") as error:
+        training.train()
+    rows, replicas = training.order.whole_batch(3)
+    listed = (tmp_path / "not-finite-3.csv").read_text().splitlines()[1:]
+    wanted = zip(images.ids[rows], replicas, map(images.source, rows), strict=True)
+    assert listed == [f"{sample:016x},{replica},{source}" for sample, replica, source in wanted]
+    assert listed[0][:16] in str(error.value)
+    assert "test.lr" in str(error.value)
 
 
 def test_workers_render_the_same_batches(images):

@@ -1,5 +1,6 @@
 """Batches of views, in an order that is a pure function of (seed, epoch), shared out among processes and workers."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -34,6 +35,12 @@ class Batch:
         """Move the tensors to a device."""
         pixels, shares = (tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.shares))
         return replace(self, pixels=pixels, shares=shares)
+
+    def parts(self, count: int) -> list["Batch"]:
+        """Cut the batch into `count` batches of as equal a size as can be; fewer where there are fewer samples."""
+        ends = np.linspace(0, len(self.rows), min(count, len(self.rows)) + 1).round().astype(int).tolist()
+        fields = vars(self)
+        return [Batch(**{name: fields[name][a:b] for name in fields}) for a, b in itertools.pairwise(ends)]
 
 
 class Views(Dataset):
@@ -117,17 +124,22 @@ class TrainingOrder:
             )
         self.seed, self.replicas, self.rank, self.world = seed, replicas, rank, world
         self.steps_per_epoch = len(rows) // self.batch_size
+        self._order = (-1, self.rows)  # the last epoch that was asked for, and its order
 
     def batches(self, first_step: int, steps: int) -> Iterator[RowsAndReplicas]:
         """Give (rows, replicas) of this process for the steps from `first_step` up to `steps`."""
-        order, order_epoch = self.rows, -1
         for step in range(first_step, steps):
-            epoch, at = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order = self.rows[np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.rows))]
-                order_epoch = epoch
-            rows = order[at * self.batch_size : (at + 1) * self.batch_size][self.rank :: self.world]
-            yield rows, np.full(len(rows), epoch % self.replicas if self.replicas else epoch)
+            rows, replicas = self.whole_batch(step)
+            yield rows[self.rank :: self.world], replicas[self.rank :: self.world]
+
+    def whole_batch(self, step: int) -> RowsAndReplicas:
+        """Give (rows, replicas) of all processes together for one step."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        if epoch != self._order[0]:
+            random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            self._order = epoch, self.rows[random.permutation(len(self.rows))]
+        rows = self._order[1][at * self.batch_size : (at + 1) * self.batch_size]
+        return rows, np.full(len(rows), epoch % self.replicas if self.replicas else epoch)
 
 
 def load(dataset: Views, batches: Iterable[RowsAndReplicas], workers: int, device: torch.device) -> DataLoader:

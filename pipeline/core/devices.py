@@ -1,7 +1,9 @@
 """Where a process computes, and beside how many others."""
 
 import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -45,3 +47,24 @@ def wait_for_all(processes: Processes) -> None:
     """Wait until every process has come here."""
     if processes.world > 1:
         dist.barrier()
+
+
+def profiler(device: torch.device, steps: int, file: Path) -> torch.profiler.profile:
+    """Make a profiler whose `step()` is called after each step of a loop; it traces `steps` of them, after the third.
+
+    Args:
+        file: the trace, as Chrome's and Perfetto's pages open it (.json.gz).
+    """
+
+    def write(profile: torch.profiler.profile) -> None:
+        profile.export_chrome_trace(str(file))
+        print(f"trace of {steps} steps: {file}; https://ui.perfetto.dev opens it", file=sys.stderr, flush=True)
+
+    kinds = torch.profiler.ProfilerActivity
+    return torch.profiler.profile(
+        activities=[kinds.CPU, *([kinds.CUDA] if device.type == "cuda" else [])],
+        schedule=torch.profiler.schedule(wait=1, warmup=2, active=steps, repeat=1),
+        on_trace_ready=write,
+        profile_memory=True,
+        record_shapes=True,
+    )

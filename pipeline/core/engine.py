@@ -4,28 +4,33 @@ A run is cut into steps. Everything a step needs follows from its number and the
 ends, on a CPU, in the same bytes as one that was not.
 """
 
+import csv
 import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.core import atomic
+from pipeline.core import atomic, checkpoints, devices, norms
 from pipeline.core.batches import Batch, TrainingOrder, Views, load
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
-from pipeline.core.params import Recipe
-from pipeline.core.progress import Progress
+from pipeline.core.params import Machine, Recipe
+from pipeline.core.progress import Meter, Progress
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 History = list[dict[str, float]]
+LOOK_EVERY = {"cpu": 1, "cuda": 50}  # steps between two looks at the losses: a look makes a GPU wait
 
 
 def learning_rate(step: int, steps: int, warmup_steps: float, highest: float) -> float:
@@ -49,20 +54,19 @@ def optimizer_of(part: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 @dataclass
 class Run:
-    """One training run: what to train, on what, for what, and where it keeps its checkpoint.
+    """One training run: what to train, on what, for what, and where it keeps its checkpoints.
 
     Args:
-        what: its name, for people.
+        what: its name, for people; the recipe's section in params.yaml.
         classifier: trained in place, and left in eval mode with the final weights.
         part: the part of it that is trained; the rest stays frozen and in eval mode.
         views, order: the batches.
         loss: (network, batch) -> mean loss of the batch.
-        recipe: epochs, optimizer, schedule, average, precision.
+        recipe: epochs, optimizer, schedule, average, precision, accumulation.
         validate: classifier -> numbers, after each epoch.
-        scratch: folder of the checkpoint.
-        checkpoint_seconds: time between checkpoints.
-        workers: processes that render views.
-        on_epoch: told each epoch's number and figures, as they come.
+        scratch: folder of the checkpoints.
+        machine: workers, checkpoints, compilation, profile: how to run, not what is computed.
+        on_epoch: told each epoch's number and figures, as they come, with what the epoch cost.
     """
 
     what: str
@@ -75,11 +79,11 @@ class Run:
     processes: Processes
     validate: Callable[[Classifier], dict[str, float]]
     scratch: Path
-    checkpoint_seconds: float
-    workers: int
+    machine: Machine
     on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, figures: None
     history: History = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)  # of the epoch's steps so far
+    cost: dict[str, float] = field(default_factory=dict)  # of the last epoch's steps, as Meter gives it
     step: int = 0
 
     def __post_init__(self) -> None:
@@ -91,9 +95,14 @@ class Run:
         self.classifier.to(self.device, memory_format=self.memory_format)
         self.classifier.requires_grad_(False)
         self.part.requires_grad_(True)
+        if self.processes.world > 1:
+            norms.synchronise(self.classifier, self.device)
+        if self.machine.checkpoint_activations:
+            self.classifier.network.set_grad_checkpointing(True)
         self.optimizer = optimizer_of(self.part, self.recipe)
         decay = self.recipe.ema_decay
         self.ema = ModelEmaV3(self.classifier, decay=decay, use_warmup=True) if decay else None
+        self.meter = Meter(self.device.type)
 
     @property
     def kept(self) -> Classifier:
@@ -104,35 +113,44 @@ class Run:
         """Train from the checkpoint, or from the start, to the end; return each epoch's figures.
 
         Raises:
-            ValueError: the loss is not finite any more; it names the step.
+            ValueError: the loss is not finite any more; it names the step and the samples.
         """
         self._resume()
         network = self._network()
-        batches = load(self.views, self.order.batches(self.step, self.steps), self.workers, self.device)
-        per_epoch, saved = self.order.steps_per_epoch, time.monotonic()
-        total, seen = self.steps * self.order.batch_size, self.step * self.order.batch_size
+        batches = load(self.views, self.order.batches(self.step, self.steps), self.machine.workers, self.device)
+        size, saved = self.order.batch_size, time.monotonic()
         self._set_mode()
-        with Progress(total, "images", self.what, done=seen, quiet=not self.processes.first()) as progress:
-            for batch in batches:
+        self.meter.restart()
+        progress = Progress(
+            self.steps * size, "images", self.what, done=self.step * size, quiet=not self.processes.first()
+        )
+        progress.note = self._note
+        with progress, self._profile() as profile:
+            for batch in self.meter.batches(batches):
                 self.losses.append(self._update(network, batch))
                 self.step += 1
-                if self.step % per_epoch == 0:
+                if self.step % LOOK_EVERY[self.device.type] == 0:
+                    self._check_losses()
+                if self.step % self.order.steps_per_epoch == 0:
                     self._end_epoch()
-                note = f"epoch {(self.step - 1) // per_epoch + 1}/{self.recipe.epochs}"
-                progress.update(self.order.batch_size, note + self._latest())
-                if time.monotonic() - saved >= self.checkpoint_seconds and self.step < self.steps:
+                progress.update(size)
+                if time.monotonic() - saved >= self.machine.checkpoint_seconds and self.step < self.steps:
                     self._save()
                     saved = time.monotonic()
+                if profile:
+                    profile.step()
         if self.ema:
             self.classifier.load_state_dict(self.ema.module.state_dict())
         self.classifier.eval()
         return self.history
 
     def _network(self) -> nn.Module:
-        if self.processes.world == 1:
-            return self.classifier
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(self.classifier, device_ids=ids)
+        network: nn.Module = self.classifier
+        if self.processes.world > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            # BatchNorm's buffers need no broadcast: every process computes the same ones.
+            network = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+        return torch.compile(network) if self.machine.compile else network
 
     def _set_mode(self) -> None:
         self.classifier.eval()
@@ -148,43 +166,87 @@ class Run:
         torch.manual_seed(
             self.order.seed * 1_000_003 + self.step * self.processes.world + self.processes.rank
         )  # dropout
-        bfloat16 = self.recipe.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-            loss = self.loss(network, batch.to(self.device))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        parts = batch.to(self.device).parts(self.recipe.accumulate)
+        losses = []
+        for number, part in enumerate(parts, start=1):
+            apart = self.processes.world > 1 and number < len(parts)  # gradients are exchanged once a step
+            with network.no_sync() if apart else nullcontext():
+                losses.append(self._gradients(network, part, share=len(part.rows) / len(batch.rows)))
         self.optimizer.step()
         if self.ema:
             self.ema.update(self.classifier, step=self.step)
-        mean = loss.detach()
+        mean = torch.stack(losses).sum()
         if self.processes.world > 1:
             dist.all_reduce(mean)
             mean /= self.processes.world
         return mean
 
+    def _gradients(self, network: nn.Module, part: Batch, share: float) -> Tensor:
+        """Add a part's share to the gradients; return its share of the batch's loss."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+            loss = self.loss(network, part) * share
+        if not self.machine.checkpoint_activations:
+            loss.backward()
+            return loss.detach()
+        # Checkpointed layers run once more in the backward pass: BatchNorm's statistics must not move twice.
+        statistics = [buffer for m in self.part.modules() if isinstance(m, _BatchNorm) for buffer in m.buffers()]
+        before = [buffer.clone() for buffer in statistics]
+        loss.backward()
+        for buffer, value in zip(statistics, before, strict=True):
+            buffer.copy_(value)
+        return loss.detach()
+
     def _end_epoch(self) -> None:
         self._check_losses()
+        self.cost = self.meter.figures(self.order.batch_size)
         mean = torch.stack(self.losses).mean()
         epoch = self.step // self.order.steps_per_epoch
         figures = {"train_loss": mean.item(), "lr": self.optimizer.param_groups[0]["lr"], **self.validate(self.kept)}
         self._set_mode()
         self.losses = []
         self.history.append({"epoch": epoch, **figures})
-        self.on_epoch(epoch, figures)
+        self.on_epoch(epoch, {**figures, **self.cost})
+        self.meter.restart()
 
     def _check_losses(self) -> None:
-        """Stop where a loss is not finite; looked at now and then, since reading it makes a GPU wait."""
+        """Stop where a loss is not finite. Every process sees the same mean losses, so all of them stop."""
         finite = torch.isfinite(torch.stack(self.losses)) if self.losses else torch.ones(1, dtype=torch.bool)
-        if not finite.all():
-            first = self.step - len(self.losses) + int(finite.int().argmin())
-            raise ValueError(
-                f"the loss is not finite at step {first:,} of {self.steps:,}; a smaller lr (now {self.recipe.lr}), "
-                "a longer warm-up, or float32 may help"
-            )
+        if finite.all():
+            return
+        first = self.step - len(self.losses) + int(finite.int().argmin())
+        rows, replicas = self.order.whole_batch(first)
+        images, listed = self.views.images, self.scratch / f"not-finite-{first}.csv"
+        if self.processes.first():
+            with atomic.replacing(listed) as beside, beside.open("w", newline="") as file:
+                table = csv.writer(file, lineterminator="\n")
+                table.writerow(["id", "replica", "source"])
+                for row, replica in zip(rows, replicas, strict=True):
+                    table.writerow([f"{images.ids[row]:016x}", replica, images.source(row)])
+        some = ", ".join(f"{images.ids[row]:016x}" for row in rows[:4])
+        raise ValueError(
+            f"the loss is not finite at step {first:,} of {self.steps:,}, whose batch is {some}"
+            f"{', ...' if len(rows) > 4 else ''} ({listed} names all {len(rows)} samples); a smaller {self.what}.lr "
+            f"(now {self.recipe.lr}), a longer warm-up, or float32 may help"
+        )
 
-    def _latest(self) -> str:
+    def _note(self) -> str:
+        """What stands at the end of the progress line: the epoch, how good it is, and what a step costs."""
+        cost = self.meter.figures(self.order.batch_size) if self.meter.steps else self.cost
+        words = [f"epoch {max(self.step - 1, 0) // self.order.steps_per_epoch + 1}/{self.recipe.epochs}"]
         latest = self.history[-1].get("val_top1") if self.history else None
-        return "" if latest is None else f", val top-1 {latest:.4f}"
+        words += [] if latest is None else [f"val top-1 {latest:.4f}"]
+        if cost:
+            words += [f"{1000 * cost['step_seconds']:,.0f} ms a step, {cost['data_wait_share']:.0%} of it for images"]
+            words += [f"{cost['memory_gb']:.1f} GB"]
+        return ", ".join(words)
+
+    def _profile(self) -> Any:
+        """Trace a few steps into a file beside the run's scratch folder, which goes when the run is done."""
+        if not self.machine.profile_steps:
+            return nullcontext()
+        file = self.scratch.parent / f"trace-{self.processes.rank}.json.gz"
+        return devices.profiler(self.device, self.machine.profile_steps, file)
 
     def _save(self) -> None:
         self._check_losses()
@@ -198,15 +260,17 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
         }
-        with atomic.replacing(self.scratch / "checkpoint.pt") as beside:
-            torch.save(state, beside)
+        checkpoints.save(self.scratch, self.step, state, self.machine.keep_checkpoints)
 
     def _resume(self) -> None:
-        file = self.scratch / "checkpoint.pt"
-        if not file.exists():
+        # The first process reads, so that all go on from the same step, whichever machine they run on.
+        state = checkpoints.load(self.scratch) if self.processes.first() else None
+        if self.processes.world > 1:
+            told = [state]
+            dist.broadcast_object_list(told)
+            state = told[0]
+        if state is None:
             return
-        # To the CPU first: AdamW keeps its step counts there, and would wait for a GPU at every step otherwise.
-        state = torch.load(file, map_location="cpu", weights_only=True)
         self.step, self.history = state["step"], json.loads(state["history"])
         self.losses = list(state["losses"].to(self.device))
         self.classifier.load_state_dict(state["classifier"])

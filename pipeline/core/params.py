@@ -31,6 +31,10 @@ class Machine(Section):
     processes: Count | Literal["auto"]
     workers: CountOrZero
     checkpoint_seconds: NotNegative
+    keep_checkpoints: Count
+    checkpoint_activations: bool
+    compile: bool
+    profile_steps: CountOrZero
 
 
 class Digits(Section):
@@ -83,6 +87,7 @@ class Recipe(Section):
 
     epochs: Count
     batch_size: Annotated[int, Field(ge=2)]
+    accumulate: Count
     optimizer: Literal["sgd", "adamw"]
     lr: Positive
     warmup_epochs: NotNegative

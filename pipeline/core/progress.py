@@ -2,7 +2,12 @@
 
 import sys
 import time
-from typing import Self
+from collections.abc import Callable, Iterable, Iterator
+from typing import Self, TypeVar
+
+import psutil
+
+T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = {True: 0.2, False: 5.0}  # on a terminal, elsewhere
 
@@ -18,7 +23,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Counts work done and says so on standard error.
+    """Counts work done and says so on standard error; its attribute `note` is, or gives, what stands at the line's end.
 
     Args:
         total: units of work in all.
@@ -32,7 +37,7 @@ class Progress:
         self.total, self.unit, self.what, self.done, self.quiet = total, unit, what, done, quiet
         self.before, self.said = done, -1
         self.started = self.last_line = time.monotonic()
-        self.note = ""
+        self.note: str | Callable[[], str] = ""
 
     def __enter__(self) -> Self:
         return self
@@ -41,10 +46,9 @@ class Progress:
         if self.said != self.done or sys.stderr.isatty():
             self._say(ended=True)
 
-    def update(self, count: int = 1, note: str = "") -> None:
-        """Add `count` units of finished work; `note` stands at the line's end until the next one."""
+    def update(self, count: int = 1) -> None:
+        """Add `count` units of finished work."""
         self.done += count
-        self.note = note or self.note
         if time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES[sys.stderr.isatty()]:
             self._say()
 
@@ -57,7 +61,8 @@ class Progress:
             words.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
             left = (self.total - self.done) / rate
             words.append(f"{duration(left)} left" if left > 0 else f"took {duration(seconds)}")
-        return ", ".join(words + ([self.note] if self.note else []))
+        note = self.note() if callable(self.note) else self.note
+        return ", ".join(words + ([note] if note else []))
 
     def _say(self, ended: bool = False) -> None:
         if self.quiet:
@@ -68,3 +73,50 @@ class Progress:
             print(f"\r{line}\033[K", end="\n" if ended else "", file=sys.stderr, flush=True)
         else:
             print(line, file=sys.stderr, flush=True)
+
+
+class Meter:
+    """Times the steps of a training: how long one takes, how much of that is waiting for its images, and the memory.
+
+    On a GPU the host runs ahead: a single step's time says little there, that of an epoch is right.
+    """
+
+    def __init__(self, device: str = "cpu"):
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the steps so far."""
+        self.started, self.steps, self.waited = time.monotonic(), 0, 0.0
+
+    def batches(self, batches: Iterable[T]) -> Iterator[T]:
+        """Hand batches on, and time the wait for each."""
+        waiting = time.monotonic()
+        for batch in batches:
+            self.waited += time.monotonic() - waiting
+            self.steps += 1
+            yield batch
+            waiting = time.monotonic()
+
+    def figures(self, images: int) -> dict[str, float]:
+        """Give images/s, seconds a step, the share of them spent waiting for images, and the memory in GB, so far.
+
+        Args:
+            images: of a step.
+        """
+        seconds, steps = max(time.monotonic() - self.started, 1e-9), max(self.steps, 1)
+        return {
+            "images_per_second": images * steps / seconds,
+            "step_seconds": seconds / steps,
+            "data_wait_share": self.waited / seconds,
+            "memory_gb": memory_gb(self.device),
+        }
+
+
+def memory_gb(device: str) -> float:
+    """Give the most memory that torch has held on a GPU, or what this process holds now, in GB."""
+    if device == "cuda":
+        import torch  # not every stage that shows progress needs it
+
+        return torch.cuda.max_memory_allocated() / 1e9
+    return psutil.Process().memory_info().rss / 1e9

@@ -24,32 +24,44 @@ from pipeline.core.params import Params
 
 SCRATCH = Path(".scratch")  # checkpoints and locks: what a stage needs to go on after it was killed
 
+PROFILE_STEPS = 10  # that --profile traces
 
-def main(run: Callable[[Params], None], doc: str | None, distributed: bool = False) -> None:
+
+def main(run: Callable[[Params], None], doc: str | None, distributed: bool = False, training: bool = False) -> None:
     """Run a stage as a program.
 
     Args:
         run: the stage.
         doc: the stage file's docstring, for --help.
         distributed: the stage can be shared out to `machine.processes` processes by torchrun.
+        training: the same, and the stage's section is a recipe.
     """
     name = Path(sys.argv[0]).stem
     parser = argparse.ArgumentParser(
         prog=f"python -m pipeline.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="settings file (default: params.yaml)")
+    if training:
+        parser.add_argument("--profile", action="store_true", help=f"trace {PROFILE_STEPS} steps into .scratch/{name}/")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _stop)
     _die_with_dvc()
     try:
         params = settings.load(arguments.params)
-        if distributed:
+        if training and arguments.profile:
+            machine = params.machine.model_copy(update={"profile_steps": PROFILE_STEPS})
+            params = params.model_copy(update={"machine": machine})
+        if distributed or training:
             _relaunch_with_torchrun(params, name)
         run(params)
     except KeyboardInterrupt:
         print(f"{name}: stopped; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         _exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            error = ValueError(f"out of memory{_whats_there_to_halve(params, name)}")
+        elif not isinstance(error, ValueError | OSError):
+            raise
         if os.environ.get("SSLD_TRACEBACK"):
             raise
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -98,6 +110,24 @@ def code_digest() -> str:
     for file in sorted(file for file in files if file):
         total.update(Path(file).read_bytes())
     return total.hexdigest()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out, on a GPU (torch.OutOfMemoryError) or on the CPU."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in words or "allocate memory" in words)
+    )
+
+
+def _whats_there_to_halve(params: Params, name: str) -> str:
+    section = getattr(params, name, None)
+    if isinstance(section, settings.Recipe):
+        return (
+            f": halve {name}.batch_size (now {section.batch_size}); or, for the same batches, double {name}.accumulate "
+            f"(now {section.accumulate}) or set machine.checkpoint_activations to true"
+        )
+    return f": halve {name}.batch_size (now {section.batch_size})" if hasattr(section, "batch_size") else ""
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

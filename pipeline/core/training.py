@@ -125,7 +125,9 @@ def targets(images: ImageSet, labels: np.ndarray, smoothing: float) -> Callable[
     of_rows = torch.from_numpy(labels.astype(np.int64))
 
     def wanted(batch: Batch) -> torch.Tensor:
-        own, other = (of_rows[rows].to(batch.pixels.device) for rows in (batch.rows, batch.partner_rows))
+        device = batch.pixels.device
+        # Not blocking: a copy that the host waits for would make it wait for all the GPU still has to do.
+        own, other = (of_rows[rows].to(device, non_blocking=True) for rows in (batch.rows, batch.partner_rows))
         return losses.hard_targets(own, other, batch.shares, len(images.classes), smoothing)
 
     return wanted
@@ -136,7 +138,8 @@ def labelled_loss(images: ImageSet, labels: np.ndarray, smoothing: float) -> Los
     wanted = targets(images, labels, smoothing)
 
     def loss(network: nn.Module, batch: Batch) -> torch.Tensor:
-        return losses.cross_entropy(network(batch.pixels).float(), wanted(batch))
+        logits = network(batch.pixels)
+        return losses.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted(batch))
 
     return loss
 
@@ -152,7 +155,7 @@ def validator(params: Params, images: ImageSet, resolution: int, device: torch.d
             return {}
         classifier.eval()
         right, surprise = 0, 0.0
-        for batch in load(views, in_order(rows, 256), 0, device):
+        for batch in load(views, in_order(rows, 256), params.machine.workers, device):
             logits = classifier(batch.pixels.to(device)).float().cpu()
             labels = torch.from_numpy(images.labels[batch.rows].astype(np.int64))
             right += int((logits.argmax(1) == labels).sum())
@@ -184,8 +187,7 @@ def _run(
         processes=processes,
         validate=validator(params, images, task.resolution, processes.device),
         scratch=folder,
-        checkpoint_seconds=params.machine.checkpoint_seconds,
-        workers=params.machine.workers,
+        machine=params.machine,
         on_epoch=on_epoch,
     )
     run.train()

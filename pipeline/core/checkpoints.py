@@ -1,0 +1,60 @@
+"""Checkpoints of a training run: the last few, each whole or not there, a damaged one passed over.
+
+A file is named after its step and its content, `000000120-9f86d081884c7d65.pt`: 16 digits of the SHA-256 of its bytes,
+so that damage is seen before anything is read.
+"""
+
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.core import atomic, networks
+
+DIGITS = 16
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
+    """Write the checkpoint of a step, and remove all but the last `keep`.
+
+    Args:
+        state: tensors, numbers, text, and dicts and lists of them.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the checkpoints before are as they were.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / ".checkpoint.part"
+    try:
+        torch.save(state, beside)
+        atomic.flush(beside)
+        os.replace(beside, folder / f"{step:09d}-{networks.file_digest(beside)[:DIGITS]}.pt")
+        atomic.flush(folder)
+    except RuntimeError as error:  # torch.save says so of a full disk
+        raise OSError(f"{folder}: a checkpoint cannot be written: {str(error).splitlines()[0]}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+    for old in files(folder)[keep:]:
+        old.unlink()
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """Read the last checkpoint that is whole, to the CPU; None where there is none. A damaged one costs a warning."""
+    for file in files(folder):
+        try:
+            if networks.file_digest(file)[:DIGITS] != file.stem.partition("-")[2]:
+                raise ValueError("its bytes are not those that were written")
+            # To the CPU: AdamW keeps its step counts there, and would wait for a GPU at every step otherwise.
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (ValueError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0]
+            print(f"warning: {file}: damaged, passed over ({reason})", file=sys.stderr, flush=True)
+    return None
+
+
+def files(folder: Path) -> list[Path]:
+    """List the checkpoints in a folder, the last step first."""
+    return sorted(folder.glob("*-*.pt"), reverse=True)

@@ -1,0 +1,75 @@
+"""BatchNorm over the batch of all processes, so that their number does not change what a network learns.
+
+On CUDA it is torch's SyncBatchNorm, which knows nothing else. Elsewhere the two moments below are averaged over
+the processes: some elementwise operations more than torch's own BatchNorm, and two small messages a layer and step.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+
+def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
+    """Make every BatchNorm of a network see the batch of all processes; parameters and their names stay.
+
+    Ioffe & Szegedy, arXiv:1502.03167, with the mean and variance of the whole batch. In eval mode nothing changes.
+    """
+    if device.type == "cuda":
+        return convert_sync_batchnorm(network)
+    for module in network.modules():
+        module.__class__ = SHARED.get(type(module), type(module))
+    return network
+
+
+class SharedBatchNorm2d(nn.BatchNorm2d):
+    """torch's BatchNorm2d over the batch of all processes, each of which holds as many images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise features (B, C, H, W)."""
+        return _normalise(self, x)
+
+
+class SharedBatchNormAct2d(BatchNormAct2d):
+    """timm's BatchNorm with its activation, likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise features (B, C, H, W), and apply the activation."""
+        return self.act(self.drop(_normalise(self, x)))
+
+
+SHARED = {nn.BatchNorm2d: SharedBatchNorm2d, BatchNormAct2d: SharedBatchNormAct2d}
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """A tensor added up over all processes, which they all get; so is, on the way back, its gradient."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, summand: Tensor) -> Tensor:
+        total = summand.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        return _SumOverProcesses.apply(gradient)
+
+
+def _normalise(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    if not norm.training:
+        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    wide = x.to(norm.weight.dtype)  # under autocast x is bfloat16, in which no sum is exact enough
+    variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)  # (C,) each, of this process
+    # Processes hold as many images each, so moments can be averaged; in float64 their difference loses nothing.
+    moments = torch.stack([mean.double(), variance.double() + mean.double().square()])
+    first, second = _SumOverProcesses.apply(moments) / dist.get_world_size()
+    mean, variance = first.to(wide.dtype), (second - first.square()).to(wide.dtype)
+    count = x.numel() // x.shape[1] * dist.get_world_size()
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
+    scale = norm.weight * torch.rsqrt(variance + norm.eps)
+    return ((wide - mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]).to(x.dtype)

@@ -1,0 +1,241 @@
+"""The training loop's machinery: checkpoints, accumulation, several processes, memory, figures, traces."""
+
+import gzip
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from images import prepared, tiny
+from runs import run
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from pipeline.core import checkpoints, norms, stage
+from pipeline.core.dataset import ImageSet
+from pipeline.core.devices import Processes
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        yield prepared(tmp_path_factory.mktemp("shapes"), patch)
+
+
+def watched(training, stop=None):
+    """Train, and give each step's loss; stop after so many steps as a kill would."""
+    losses, update = [], training._update
+
+    def counting(network, batch):
+        if len(losses) == stop:
+            raise KeyboardInterrupt
+        losses.append(update(network, batch))
+        return losses[-1]
+
+    training._update = counting
+    if stop is None:
+        training.train()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            training.train()
+    return torch.stack(losses)
+
+
+def same_weights(a, b):
+    other = b.classifier.state_dict()
+    return all(torch.equal(value, other[name]) for name, value in a.classifier.state_dict().items())
+
+
+def test_the_last_checkpoints_are_kept_and_a_damaged_one_is_passed_over(images, tmp_path, capsys):
+    whole = run(images, tmp_path / "whole", epochs=3)
+    whole.train()
+    watched(run(images, tmp_path, machine={"keep_checkpoints": 2}, epochs=3), stop=4)
+    last, before = checkpoints.files(tmp_path)
+    assert [int(file.name[:9]) for file in (last, before)] == [4, 3]
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    resumed = run(images, tmp_path, epochs=3)
+    resumed.train()
+    said = capsys.readouterr()
+    assert f"warning: {last}: damaged, passed over (its bytes are not those that were written)" in said.err
+    assert "going on from step 3 of 6" in said.out
+    assert resumed.history == whole.history
+    assert same_weights(resumed, whole)
+
+
+def test_where_all_checkpoints_are_damaged_the_run_starts_anew(images, tmp_path, capsys):
+    watched(run(images, tmp_path, epochs=1), stop=1)
+    (file,) = checkpoints.files(tmp_path)
+    file.write_bytes(b"")
+    assert checkpoints.load(tmp_path) is None
+    assert str(file) in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_those_before(tmp_path):
+    checkpoints.save(tmp_path, 1, {"step": 1}, keep=1)
+    with pytest.raises(AttributeError):
+        checkpoints.save(tmp_path, 2, {"step": lambda: 2}, keep=1)
+    assert checkpoints.load(tmp_path) == {"step": 1}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 100])  # even parts, uneven ones, one image each
+def test_accumulated_parts_have_the_losses_of_the_whole(images, tmp_path, accumulate):
+    head = lambda classifier: classifier.network.get_classifier()  # noqa: E731  BatchNorm is frozen then
+    whole = watched(run(images, tmp_path / "1", part=head, epochs=3, lr=0.1))
+    parts = watched(run(images, tmp_path / "2", part=head, epochs=3, lr=0.1, accumulate=accumulate))
+    assert whole.std() > 0.02
+    assert torch.allclose(whole, parts, atol=1e-5)
+
+
+def test_checkpointed_activations_change_no_byte(images, tmp_path):
+    plain = run(images, tmp_path / "1", epochs=2)
+    saving = run(images, tmp_path / "2", epochs=2, machine={"checkpoint_activations": True})
+    assert torch.equal(watched(plain), watched(saving))
+    assert same_weights(plain, saving)
+
+
+def test_a_compiled_run_resumes(images, tmp_path, monkeypatch):
+    compiled, compile_ = [], torch.compile
+
+    def quick(network):  # tracing is what could go wrong here; C++ takes minutes
+        compiled.append(network)
+        return compile_(network, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", quick)
+    whole = run(images, tmp_path / "whole", machine={"compile": True})
+    whole.train()
+    watched(run(images, tmp_path / "killed", machine={"compile": True}), stop=2)
+    resumed = run(images, tmp_path / "killed", machine={"compile": True})
+    resumed.train()
+    assert len(compiled) == 3
+    assert resumed.history == whole.history
+    assert same_weights(resumed, whole)
+
+
+def share_of_steps(rank, world, prepared_folder, folder):
+    """One process of a run of 50 steps; the first writes the losses."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world)
+    losses = watched(fifty_steps(ImageSet.open(prepared_folder), folder / "run", Processes(CPU, rank, world)))
+    if rank == 0:
+        np.save(folder / "losses.npy", losses.numpy())
+    dist.destroy_process_group()
+
+
+def fifty_steps(images, scratch, processes):
+    return run(images, scratch, processes=processes, machine={"checkpoint_seconds": 1e9}, epochs=25, lr=0.0003)
+
+
+def test_two_processes_have_the_losses_of_one(images, tmp_path):
+    one = watched(fifty_steps(images, tmp_path, Processes(CPU)))
+    assert len(one) == 50
+    mp.start_processes(share_of_steps, (2, images.folder.absolute(), tmp_path), nprocs=2, start_method="spawn")
+    assert np.abs(np.load(tmp_path / "losses.npy") - one.numpy()).max() <= 1e-5
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process only."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, BatchNormAct2d])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_shared_norm_is_torchs(alone, kind, dtype):
+    weights = torch.float64 if dtype == torch.float64 else torch.float32
+    torch.manual_seed(0)
+    plain, shared = kind(5).to(weights), norms.synchronise(kind(5).to(weights), CPU)
+    x = (torch.randn(6, 5, 4, 3) * 2 + 3).to(dtype)
+    there = x.clone().requires_grad_()
+    x.requires_grad_()
+    towards = torch.randn(6, 5, 4, 3).to(dtype)
+    close = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02}
+    for mode in (True, False):
+        plain.train(mode)
+        shared.train(mode)
+        a, b = plain(x), shared(there)
+        assert a.dtype == b.dtype == dtype
+        torch.testing.assert_close(a, b, **close)
+        a.backward(towards)
+        b.backward(towards)
+        torch.testing.assert_close(x.grad, there.grad, **close)
+    assert type(shared) is not kind
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(value, shared.state_dict()[name], **close)
+
+
+def torchs_error():
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def gpus_error():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def pythons_error():
+    raise MemoryError
+
+
+@pytest.mark.parametrize("fill", [torchs_error, gpus_error, pythons_error])
+def test_out_of_memory_names_what_to_halve(fill, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["distill"])
+    monkeypatch.setattr(stage.settings, "load", lambda path: tiny())
+    monkeypatch.setattr(stage, "_exit", sys.exit)
+    monkeypatch.setattr(stage.signal, "signal", lambda *arguments: None)
+    with pytest.raises(SystemExit):
+        stage.main(lambda params: fill(), None, training=True)
+    assert capsys.readouterr().err == (
+        "distill: error: out of memory: halve distill.batch_size (now 8); or, for the same batches, double "
+        "distill.accumulate (now 1) or set machine.checkpoint_activations to true\n"
+    )
+
+
+def test_another_error_is_not_called_out_of_memory():
+    assert not stage.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not stage.out_of_memory(ValueError("out of memory"))
+
+
+def test_what_an_epoch_costs_is_told_and_is_not_history(images, tmp_path):
+    told = []
+    training = run(images, tmp_path, epochs=2)
+    training.on_epoch = lambda epoch, figures: told.append(figures)
+    training.train()
+    assert len(told) == 2
+    for figures in told:
+        assert figures["images_per_second"] == pytest.approx(8 / figures["step_seconds"])
+        assert 0 < figures["data_wait_share"] < 1
+        assert 0.05 < figures["memory_gb"] < 50
+    assert set(told[0]) - set(training.history[0]) == {
+        "images_per_second",
+        "step_seconds",
+        "data_wait_share",
+        "memory_gb",
+    }
+
+
+def test_the_line_says_what_a_step_costs(images, tmp_path, capsys):
+    run(images, tmp_path, epochs=2).train()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("test: 32/32 images (100 %), ")
+    assert re.search(r"epoch 2/2, val top-1 0.0000, [1-9][\d,]* ms a step, \d+% of it for images, \d\.\d GB$", line)
+
+
+def test_a_profile_is_a_trace_of_the_steps_asked_for(images, tmp_path):
+    plain = run(images, tmp_path / "plain", epochs=3)
+    plain.train()
+    traced = run(images, tmp_path / "run", epochs=3, machine={"profile_steps": 2})
+    traced.train()
+    events = json.loads(gzip.decompress((tmp_path / "trace-0.json.gz").read_bytes()))["traceEvents"]
+    steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep#")}
+    assert len(steps) == 2
+    assert same_weights(traced, plain)
