@@ -290,8 +290,7 @@ class Project:
                 processes=self.processes,
                 validate=lambda classifier: {},
                 scratch=Path(scratch),
-                checkpoint_seconds=1e9,
-                workers=self.params.machine.workers,
+                machine=self.params.machine.model_copy(update={"checkpoint_seconds": 1e9}),
             ).train()
 
 

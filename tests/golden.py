@@ -2,7 +2,7 @@
 
 They pin down what a training run computes, from the draw of a view to the optimizer: a change that is meant to change
 nothing must leave them as they are, and one that is meant to must say so by making them anew.
-Run: python tests/golden.py (writes tests/golden.json)
+Run: PYTHONPATH=. python tests/golden.py (writes tests/golden.json)
 """
 
 import json

@@ -1,16 +1,19 @@
 """Views are pure functions of (seed, sample id, replica), and look as the specification says."""
 
 import dataclasses
+import io
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from made_images import encode
 from PIL import Image
 from torchvision.transforms import v2
 
-from pipeline.core import views
+from pipeline.core import images, views
+from pipeline.core.images import Encoded
 from pipeline.core.views import ViewSpec
 
 SPEC = ViewSpec(
@@ -33,12 +36,16 @@ def photo(seed=0, size=(60, 44)):
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
 
+def file(image, kind="PNG", **options):
+    return Encoded(encode(image, kind, **options), *image.size)
+
+
 def pixels(spec, sample, replica):
     view = views.draw(spec, sample, replica, PARTNERS)
     partner = None
     if view.partner is not None:
-        partner = views.draw(spec, view.partner, replica, PARTNERS), photo(view.partner % 1000)
-    return views.render(spec, view, photo(sample), partner)
+        partner = views.draw(spec, view.partner, replica, PARTNERS), file(photo(view.partner % 1000))
+    return views.render(spec, view, file(photo(sample)), partner)
 
 
 def test_the_same_arguments_give_the_same_pixels_whatever_happened_before():
@@ -116,9 +123,9 @@ def test_a_mixed_view_is_made_of_the_two_views_alone():
         view = views.draw(SPEC, sample, 3, PARTNERS)
         if view.partner is None:
             continue
-        own = views.render(unmixed, view._replace(mixing=""), photo(sample), None).astype(float)
+        own = views.render(unmixed, view._replace(mixing=""), file(photo(sample)), None).astype(float)
         other_view = views.draw(SPEC, view.partner, 3, PARTNERS)._replace(mixing="")
-        other = views.render(unmixed, other_view, photo(view.partner % 1000), None).astype(float)
+        other = views.render(unmixed, other_view, file(photo(view.partner % 1000)), None).astype(float)
         mixed = pixels(SPEC, sample, 3)
         kinds.add(view.mixing)
         if view.mixing == "mixup":
@@ -148,3 +155,63 @@ def test_the_test_view_is_torchvisions_centre_crop():
     found = views.render_test(image, 28, 0.875).astype(int)
     # Only at the border can the two differ: there the resampling sees beyond the crop.
     assert np.abs(found - expected)[:, 2:-2, 2:-2].max() <= 1
+
+
+PLAIN = dataclasses.replace(SPEC, randaugment_ops=0, mix_probability=0.0, flip=1.0)
+
+
+def test_a_view_is_the_crop_resized_as_pil_does_it():
+    for sample in range(20):
+        view, image = views.draw(PLAIN, sample, 0, PARTNERS), photo(sample, (90, 70))
+        left, top, right, bottom = views._crop_box(view, 90, 70)
+        crop = image.crop((int(left), int(top), round(right), round(bottom)))
+        expected = crop.resize((24, 24), Image.Resampling.BICUBIC).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        found = views.render(PLAIN, view, file(image), None)
+        assert np.abs(found - np.asarray(expected).transpose(2, 0, 1).astype(int)).max() <= 1
+
+
+def test_a_large_jpeg_is_decoded_no_larger_than_its_crop_needs(monkeypatch):
+    decoded, pixels = [], images.pixels
+    monkeypatch.setattr(images, "pixels", lambda *asked: decoded.append(pixels(*asked)) or decoded[-1])
+    whole = dataclasses.replace(PLAIN, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0)
+    for side, expected in ((20, 20), (47, 47), (48, 24), (56, 28), (192, 24), (200, 25), (2000, 250)):
+        image = file(photo(3, (side, side)), "JPEG", quality=95)
+        found = views.render(whole, views.draw(whole, 3, 0, PARTNERS), image, None)
+        assert decoded[-1].shape == (expected, expected, 3)
+        smooth = images.decode(image.content).resize((24, 24), Image.Resampling.BICUBIC)
+        smooth = np.asarray(smooth).transpose(2, 0, 1).astype(int)
+        assert np.abs(found - smooth).mean() < 4
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4, 8])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_scaled_jpeg_is_what_pil_decodes_it_to(scale, mode):
+    image = file(photo(1, (81, 64)).convert(mode), "JPEG", quality=95)
+    reference = Image.open(io.BytesIO(image.content))
+    reference.draft(None, (81 // scale, 64 // scale))
+    assert reference.size == (-(-81 // scale), -(-64 // scale))
+    assert np.array_equal(images.pixels(image, 1 / scale), np.asarray(reference.convert("RGB")))
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_pixels_are_those_of_decode(orientation, mode):
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = orientation
+    content = encode(photo(1, (81, 64)).convert(mode), "JPEG", quality=95, exif=exif)
+    whole = images.decode(content)
+    assert np.array_equal(images.pixels(Encoded(content, *whole.size)), np.asarray(whole))
+
+
+def test_pixels_of_other_files_come_in_full():
+    image = file(photo(1))
+    assert np.array_equal(images.pixels(image, 0.2), np.asarray(images.decode(image.content)))
+
+
+@pytest.mark.parametrize("strength", [1.0, -1.0, 0.3])
+def test_a_translation_is_torchvisions(strength):
+    image = photo(2, (33, 33))
+    for name, right, down in (("translate_x", strength, 0), ("translate_y", 0, strength)):
+        offset = [round(150 / 331 * 33 * right), round(150 / 331 * 33 * down)]
+        expected = v2.functional.affine(image, 0.0, offset, 1.0, [0.0, 0.0], v2.InterpolationMode.BILINEAR, fill=0)
+        assert np.array_equal(np.asarray(views.OPERATIONS[name](image, strength)), np.asarray(expected))

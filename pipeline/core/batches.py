@@ -73,15 +73,15 @@ class Views(Dataset):
         return ids
 
     def _render(self, row: int, replica: int) -> tuple[np.ndarray, int, float]:
-        image = self.images.image(row)
         if self.spec is None:
-            return views.render_test(image, self.resolution, self.crop), row, 1.0
+            return views.render_test(self.images.image(row), self.resolution, self.crop), row, 1.0
+        image = self.images.encoded_image(row)
         view = views.draw(self.spec, int(self.images.ids[row]), replica, self.partners)
         if view.partner is None:
             return views.render(self.spec, view, image, None), row, 1.0
         other = int(self.images.row_of(np.array([view.partner], np.uint64))[0])
         of_partner = views.draw(self.spec, view.partner, replica, self.partners)
-        return views.render(self.spec, view, image, (of_partner, self.images.image(other))), other, view.share
+        return views.render(self.spec, view, image, (of_partner, self.images.encoded_image(other))), other, view.share
 
 
 class TrainingOrder:

@@ -9,18 +9,26 @@ import dataclasses
 import hashlib
 import json
 import math
+import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 from scipy.special import betaincinv
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from pipeline.core import images
+from pipeline.core.images import Encoded
 from pipeline.core.params import Views as Section
 
-VERSION = 1  # of the functions below: a change that changes pixels must raise it, so that stored labels are refused
+VERSION = 2  # of the functions below: a change that changes pixels must raise it, so that stored labels are refused
+
+
+EIGHT_NUMBERS = struct.Struct(">8Q")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +105,14 @@ def draw(spec: ViewSpec, sample_id: int, replica: int, partners: np.ndarray) -> 
     return View(crops, flip, operations, partner, mixing, share, box)
 
 
-def render(spec: ViewSpec, view: View, image: Image.Image, partner: tuple[View, Image.Image] | None) -> np.ndarray:
+def render(spec: ViewSpec, view: View, image: Encoded, partner: tuple[View, Encoded] | None) -> np.ndarray:
     """Make the pixels (3, R, R) uint8 of a view.
 
     Args:
         spec: what views may look like.
         view: as drawn for the image.
-        image: the decoded sample, RGB.
-        partner: the partner's own view of the same replica (its mixing is not followed) and its decoded image.
+        image: the sample.
+        partner: the partner's own view of the same replica (its mixing is not followed) and its image.
     """
     pixels = _render_alone(spec, view, image)
     if not view.mixing:
@@ -134,14 +142,13 @@ def _uniforms(seed: int, sample_id: int, replica: int) -> Iterator[float]:
     key = b"".join(number.to_bytes(8, "big") for number in (seed, sample_id, replica))
     block = 0
     while True:
-        digest = hashlib.blake2b(block.to_bytes(4, "big"), key=key).digest()
-        for start in range(0, 64, 8):
-            yield (int.from_bytes(digest[start : start + 8], "big") >> 11) * 2.0**-53
+        for number in EIGHT_NUMBERS.unpack(hashlib.blake2b(block.to_bytes(4, "big"), key=key).digest()):
+            yield (number >> 11) * 2.0**-53
         block += 1
 
 
 def _crop_try(spec: ViewSpec, uniform: Iterator[float]) -> tuple[float, float, float, float]:
-    area, ratio, left, top = (next(uniform) for _ in range(4))
+    area, ratio, left, top = next(uniform), next(uniform), next(uniform), next(uniform)
     low, high = spec.crop_scale
     log_low, log_high = math.log(spec.crop_ratio[0]), math.log(spec.crop_ratio[1])
     return low + area * (high - low), math.exp(log_low + ratio * (log_high - log_low)), left, top
@@ -177,14 +184,24 @@ def _cutmix_box(side: int, share: float, centre_x: float, centre_y: float) -> tu
     return left, top, right, bottom
 
 
-def _render_alone(spec: ViewSpec, view: View, image: Image.Image) -> np.ndarray:
-    box = _crop_box(view, image.width, image.height)
-    image = image.resize((spec.resolution, spec.resolution), Image.Resampling.BICUBIC, box)
+def _render_alone(spec: ViewSpec, view: View, image: Encoded) -> np.ndarray:
+    side, box = spec.resolution, _crop_box(view, image.width, image.height)
+    needed = side / min(box[2] - box[0], box[3] - box[1])  # the share of the image's size at which no side is enlarged
+    pixels = images.pixels(image, min(needed, 1.0))  # (H', W', 3)
+    across, down = pixels.shape[1] / image.width, pixels.shape[0] / image.height
+    left, top = int(box[0] * across), int(box[1] * down)
+    right, bottom = max(round(box[2] * across), left + 1), max(round(box[3] * down), top + 1)
+    # torch's resampling is integer arithmetic: the same bytes with and without vector instructions.
+    crop = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[None]
+    crop = F.interpolate(crop, (side, side), mode="bicubic", antialias=True)[0]
     if view.flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        crop = crop.flip(2)
+    if not view.operations:
+        return crop.numpy()
+    augmented = Image.fromarray(crop.permute(1, 2, 0).numpy())
     for name, strength in view.operations:
-        image = OPERATIONS[name](image, strength * spec.randaugment_magnitude / 10)
-    return np.asarray(image).transpose(2, 0, 1)
+        augmented = OPERATIONS[name](augmented, strength * spec.randaugment_magnitude / 10)
+    return np.asarray(augmented).transpose(2, 0, 1)
 
 
 def _operation(which: float, strength: float) -> tuple[str, float]:
@@ -192,10 +209,14 @@ def _operation(which: float, strength: float) -> tuple[str, float]:
     return tuple(OPERATIONS)[int(which * len(OPERATIONS))], 1.0 if strength < 0.5 else -1.0
 
 
-def _affine(image: Image.Image, angle: float = 0, right: float = 0, down: float = 0, shear=(0.0, 0.0)) -> Image.Image:
-    return functional.affine(
-        image, angle, [round(right), round(down)], 1.0, list(shear), InterpolationMode.BILINEAR, fill=0, center=None
-    )
+def _affine(image: Image.Image, angle: float = 0, shear: tuple[float, float] = (0.0, 0.0)) -> Image.Image:
+    return functional.affine(image, angle, [0, 0], 1.0, list(shear), InterpolationMode.BILINEAR, fill=0, center=None)
+
+
+def _moved(image: Image.Image, right: float, down: float) -> Image.Image:
+    moved = Image.new("RGB", image.size)
+    moved.paste(image, (round(right), round(down)))
+    return moved
 
 
 # Each takes an image and a strength in -1..1; the ranges are those of torchvision's RandAugment.
@@ -203,8 +224,8 @@ OPERATIONS = {
     "identity": lambda image, s: image,
     "shear_x": lambda image, s: _affine(image, shear=(math.degrees(math.atan(0.3 * s)), 0.0)),
     "shear_y": lambda image, s: _affine(image, shear=(0.0, math.degrees(math.atan(0.3 * s)))),
-    "translate_x": lambda image, s: _affine(image, right=150 / 331 * image.width * s),
-    "translate_y": lambda image, s: _affine(image, down=150 / 331 * image.height * s),
+    "translate_x": lambda image, s: _moved(image, 150 / 331 * image.width * s, 0),
+    "translate_y": lambda image, s: _moved(image, 0, 150 / 331 * image.height * s),
     "rotate": lambda image, s: _affine(image, angle=30 * s),
     "brightness": lambda image, s: functional.adjust_brightness(image, 1 + 0.9 * s),
     "color": lambda image, s: functional.adjust_saturation(image, 1 + 0.9 * s),

@@ -1,0 +1,22 @@
+"""The machine that a benchmark ran on, in a few words."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+
+def machine() -> str:
+    """Name the processor, its cores that this process may use, the GPU where there is one, and torch."""
+    info = Path("/proc/cpuinfo")  # Linux alone has it
+    named = [line.split(":")[1].strip() for line in _lines(info) if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    words = [f"{named[0] if named else platform.processor() or platform.machine()}, {cores} cores"]
+    if torch.cuda.is_available():
+        words.append(torch.cuda.get_device_name())
+    return ", ".join([*words, f"torch {torch.__version__}"])
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []
