@@ -28,5 +28,5 @@ def test_the_losses_are_the_golden_ones(images, one_thread, tmp_path, name):
     golden = json.loads(FILE.read_text())[name]
     assert len(golden) == 20
     assert np.abs(np.array(steps(images, name, tmp_path)) - golden).max() <= 1e-9, (
-        "training computes something else than it did; if that is meant, say why and run: PYTHONPATH=. python tests/golden.py"
+        "training computes something else than it did; if that is meant, say why and make them anew (tests/golden.py)"
     )

@@ -1,0 +1,236 @@
+"""What the training engine costs beside what the network costs; one command a question, a Markdown table each.
+
+step    a student's step on synthetic images, beside a bare hand-written loop of the same network and precision, in turn
+epoch   an epoch on a project's real images, beside the same on synthetic ones, in turn
+memory  the memory of a training run, by the number of images of its data set
+Run: python benchmarks/engine.py step | epoch [--prepared data/prepare] | memory [--records 1000 10000]
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from machine import machine
+
+from pipeline.core import devices, engine, networks, params, shards
+from pipeline.core.batches import Batch, TrainingOrder, Views
+from pipeline.core.dataset import ImageSet
+from pipeline.core.views import ViewSpec
+
+ROOT = Path(__file__).parent.parent
+CLASSES = 1000
+
+
+class Synthetic(Dataset):
+    """Batches of random pixels, made once."""
+
+    def __init__(self, batch_size: int, resolution: int):
+        self.pixels = torch.randint(0, 256, (batch_size, 3, resolution, resolution), dtype=torch.uint8)
+        self.shares = torch.ones(batch_size)
+
+    def __getitem__(self, batch: tuple[np.ndarray, np.ndarray]) -> Batch:
+        return Batch(*batch, self.pixels[: len(batch[0])], batch[0], self.shares[: len(batch[0])])
+
+
+def loss(network: nn.Module, batch: Batch) -> torch.Tensor:
+    """Any loss will do that costs next to nothing."""
+    logits = network(batch.pixels).float()
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
+
+
+def make_run(arguments: argparse.Namespace, views: Dataset, ids: np.ndarray, scratch: str, workers: int) -> engine.Run:
+    settings = params.load(ROOT / "params.yaml")
+    changes = {"epochs": 1, "warmup_epochs": 0, "batch_size": arguments.batch_size, "precision": arguments.precision}
+    return engine.Run(
+        what="benchmark",
+        classifier=(classifier := networks.build(arguments.model, CLASSES, seed=0)),
+        part=classifier.network,
+        views=views,
+        order=TrainingOrder(SimpleNamespace(ids=ids), np.arange(len(ids)), arguments.batch_size, 0, 0),
+        loss=loss,
+        recipe=settings.distill.model_copy(update=changes),
+        processes=devices.join(arguments.device),
+        validate=lambda classifier: {},
+        scratch=Path(scratch),
+        machine=settings.machine.model_copy(
+            update={"checkpoint_seconds": 1e9, "workers": workers, "compile": arguments.compile}
+        ),
+    )
+
+
+def timed(run: engine.Run) -> float:
+    """Train, and give the images/s."""
+    started = time.perf_counter()
+    with contextlib.redirect_stderr(io.StringIO()):
+        run.train()
+    return run.steps * run.order.batch_size / (time.perf_counter() - started)
+
+
+class BareLoop:
+    """The same training, with nothing around it."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.device = devices.join(arguments.device).device
+        self.bfloat16 = arguments.precision == "bfloat16"
+        order = torch.channels_last if self.bfloat16 or self.device.type == "cuda" else torch.contiguous_format
+        self.network = networks.build(arguments.model, CLASSES, seed=0).to(self.device, memory_format=order).train()
+        self.forward = torch.compile(self.network) if arguments.compile else self.network
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), fused=True)
+        size = (arguments.batch_size, 3, arguments.resolution, arguments.resolution)
+        self.pixels = torch.randint(0, 256, size, dtype=torch.uint8).to(self.device)
+        self.labels = torch.zeros(arguments.batch_size, dtype=torch.int64, device=self.device)
+
+    def step(self) -> torch.Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            loss = F.cross_entropy(self.forward(self.pixels).float(), self.labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+    def rate(self, steps: int) -> float:
+        """Train `steps` steps, and give the images/s."""
+        started = time.perf_counter()
+        for _ in range(steps):
+            loss = self.step()
+        loss.item()
+        return steps * len(self.pixels) / (time.perf_counter() - started)
+
+
+def step(arguments: argparse.Namespace) -> None:
+    bare = BareLoop(arguments)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        bare.step()
+    flops = counter.get_total_flops() / arguments.batch_size
+    views = Synthetic(arguments.batch_size, arguments.resolution)
+    ids = np.arange(arguments.steps * arguments.batch_size, dtype=np.uint64)
+    rates: dict[str, list[float]] = {"this engine": [], "bare loop": []}
+    for number in range(arguments.rounds + 1):
+        with tempfile.TemporaryDirectory() as scratch:
+            ours = timed(make_run(arguments, views, ids, scratch, workers=0))
+        theirs = bare.rate(arguments.steps)
+        if number:  # the first round warms up
+            rates["this engine"].append(ours)
+            rates["bare loop"].append(theirs)
+    title(arguments)
+    table(rates, "bare loop", flops, arguments.peak_tflops)
+
+
+def epoch(arguments: argparse.Namespace) -> None:
+    images, settings = ImageSet.open(arguments.prepared), params.load(ROOT / "params.yaml")
+    rows = images.rows("labelled", "unlabelled")
+    arguments.resolution = settings.views.resolution
+    real = Views(images, ViewSpec.of(settings.seed, settings.views))
+    rates: dict[str, list[float]] = {"real images": [], "synthetic images": []}
+    ways = {"real images": real, "synthetic images": Synthetic(arguments.batch_size, arguments.resolution)}
+    for _ in range(arguments.rounds):
+        for name, views in ways.items():
+            with tempfile.TemporaryDirectory() as scratch:
+                run = make_run(arguments, views, images.ids, scratch, arguments.workers)
+                run.order = TrainingOrder(images, rows, arguments.batch_size, 0, 0)
+                run.steps = run.order.steps_per_epoch
+                rates[name].append(timed(run))
+    title(arguments, f"{len(rows)} images, {arguments.workers} workers")
+    table(rates, "synthetic images")
+
+
+def memory(arguments: argparse.Namespace) -> None:
+    title(arguments)
+    print("| images | MB at the end of training | more than with the fewest |\n|---|---|---|")
+    least = None
+    for count in arguments.records:
+        with tempfile.TemporaryDirectory() as folder:
+            write_images(Path(folder), count)
+            command = [sys.executable, __file__, "train", "--prepared", folder, "--steps", str(arguments.steps)]
+            command += ["--model", arguments.model, "--batch-size", str(arguments.batch_size)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+        found = float(done.stdout.splitlines()[-1])
+        least = found if least is None else least
+        print(f"| {count:,} | {found:.0f} | {found - least:.0f} |", flush=True)
+
+
+def write_images(folder: Path, count: int) -> None:
+    """Write a data set of one small photograph, told apart by bytes after its end that no decoder reads."""
+    encoded = io.BytesIO()
+    Image.effect_mandelbrot((32, 32), (-2, -1.5, 1, 1.5), 100).convert("RGB").save(encoded, "JPEG")
+    base = encoded.getvalue()
+    number_of = {hashlib.sha256(base + str(n).encode()).hexdigest(): n for n in range(count)}
+    samples = [
+        shards.Sample(digest, len(base) + len(str(n)), 32, 32, "labelled", 0, -1, f"{n}.jpg")
+        for digest, n in number_of.items()
+    ]
+    give = lambda wanted: ((sample, base + str(number_of[sample.sha256]).encode()) for sample in wanted)  # noqa: E731
+    shards.write(folder, samples, ["one"], 256_000_000, give)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Train some steps on a data set, and print the MB that this process holds, files in the page cache left out."""
+    images, settings = ImageSet.open(arguments.prepared), params.load(ROOT / "params.yaml")
+    views = Views(images, ViewSpec.of(0, settings.views))
+    with tempfile.TemporaryDirectory() as scratch:
+        run = make_run(arguments, views, images.ids, scratch, workers=0)
+        run.steps = arguments.steps
+        timed(run)
+    held = psutil.Process().memory_info()
+    print((held.rss - getattr(held, "shared", 0)) / 1e6)
+
+
+def title(arguments: argparse.Namespace, more: str = "") -> None:
+    words = [arguments.model, f"{arguments.resolution} pixels", f"batch {arguments.batch_size}", arguments.precision]
+    print(", ".join(filter(None, [*words, more, machine(), f"{torch.get_num_threads()} threads"])) + "\n")
+
+
+def table(rates: dict[str, list[float]], other: str, flops: float = 0, peak_tflops: float = 0) -> None:
+    """Print images/s, each round's ratio to `other`, and where they are known FLOP/s and their share of the peak."""
+    print(f"| | images/s, median | least | most | times {other} |{' TFLOP/s | MFU |' if flops else ''}")
+    print("|---" * (7 if flops else 5) + "|")
+    for name, values in rates.items():
+        ratio = np.median(np.array(values) / np.array(rates[other]))
+        words = [name, f"{np.median(values):.1f}", f"{min(values):.1f}", f"{max(values):.1f}", f"{ratio:.3f}"]
+        if flops:
+            reached = np.median(values) * flops / 1e12
+            words += [f"{reached:.2f}", f"{reached / peak_tflops:.1%}" if peak_tflops else ""]
+        print("| " + " | ".join(words) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("step", "epoch", "memory", "train"))
+    parser.add_argument("--model", default="ResNet50_vd")
+    parser.add_argument("--resolution", type=int, default=32, help="pixels a side of synthetic images")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peak-tflops", type=float, default=0, help="of the device in this precision, for MFU")
+    parser.add_argument("--prepared", type=Path, default=ROOT / "data/prepare", help="what `prepare` wrote")
+    parser.add_argument("--workers", type=int, default=0, help="processes that render real images")
+    parser.add_argument("--records", type=int, nargs="+", default=[1000, 10000], help="numbers of images")
+    arguments = parser.parse_args()
+    {"step": step, "epoch": epoch, "memory": memory, "train": train}[arguments.what](arguments)
+
+
+if __name__ == "__main__":
+    main()
