@@ -1,7 +1,8 @@
 """Scores: the teacher's answer on one clean view of each pool image, and of each validation and test image.
 
-Reads data/prepare and data/teacher. Writes data/score: ids.npy (N,) uint64, logits.npy (N, C) float32 and
-embeddings.npy (N, D) float16, row by row the same images. Run: python -m pipeline.score
+Reads data/prepare and data/teacher. Writes data/score: ids.npy (N,) uint64, logits.npy (N, C) float32, embeddings.npy
+(N, D) float16 and thumbnails.npy (N, 32, 32) uint8, row by row the same images, those of the pool first. Thumbnails are
+made here because decoding is what takes the time. Run: python -m pipeline.score
 """
 
 import hashlib
@@ -11,24 +12,39 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.core import atomic, devices, networks, stage
-from pipeline.core.batches import Views, in_order, load
+from pipeline.core.batches import RowsAndReplicas, Views, in_order, load
 from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
 from pipeline.core.params import Params
 from pipeline.core.progress import Progress
+from pipeline.core.thumbnails import thumbnails
+from pipeline.core.views import render_test
 
 PART_IMAGES = 4096  # images scored between two files: what a killed run loses at most
-COLUMNS = ("ids", "logits", "embeddings")
+COLUMNS = ("ids", "logits", "embeddings", "thumbnails")
+
+
+class ViewsAndThumbnails(Views):
+    """Decodes each image once: give it (rows, replicas), get clean views (B, 3, R, R) and thumbnails (B, 32, 32)."""
+
+    def __getitem__(self, batch: RowsAndReplicas) -> tuple[Tensor, Tensor]:
+        views, small = [], []
+        for row in batch[0]:
+            image = self.images.image(int(row))
+            views.append(render_test(image, self.resolution, self.crop))
+            small.append(thumbnails([image])[0])
+        return torch.from_numpy(np.stack(views)), torch.from_numpy(np.stack(small))
 
 
 def run(params: Params) -> None:
     images = ImageSet.open(Path("data/prepare"))
     processes = devices.join(params.machine.device)
     classifier, card = networks.load(Path("data/teacher"), processes.device)
-    rows = images.rows("unlabelled", "val", "test")
+    rows = np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])
     asked = [
         images.digest,
         card["digest"],
@@ -58,7 +74,7 @@ def score_parts(
     classifier: Classifier, images: ImageSet, rows: np.ndarray, params: Params, folder: Path, processes: Processes
 ) -> None:
     """Score the parts that are not there yet, every world-th in each process; each part is one .npz file."""
-    views = Views(images, None, params.views.resolution, params.views.test_crop)
+    views = ViewsAndThumbnails(images, None, params.views.resolution, params.views.test_crop)
     parts = [rows[start : start + PART_IMAGES] for start in range(0, len(rows), PART_IMAGES)]
     missing = [(n, part) for n, part in enumerate(parts) if not _file(folder, n).exists()]
     devices.wait_for_all(processes)  # all see the same parts missing before the first one comes
@@ -66,14 +82,19 @@ def score_parts(
     with Progress(sum(len(part) for _, part in mine), "images", "score", quiet=not processes.first()) as progress:
         for number, part in mine:
             answers = []
-            for batch in load(views, in_order(part, params.score.batch_size), params.machine.workers, processes.device):
-                pixels = batch.pixels.to(processes.device)
-                with torch.autocast(pixels.device.type, torch.bfloat16, enabled=params.teacher.precision == "bfloat16"):
-                    answers.append([tensor.float().cpu().numpy() for tensor in classifier.embed(pixels)])
-                progress.update(len(batch.rows))
-            logits, embeddings = (np.concatenate(column) for column in zip(*answers, strict=True))
+            for pixels, small in load(
+                views, in_order(part, params.score.batch_size), params.machine.workers, processes.device
+            ):
+                with torch.autocast(
+                    processes.device.type, torch.bfloat16, enabled=params.teacher.precision == "bfloat16"
+                ):
+                    answer = classifier.embed(pixels.to(processes.device, non_blocking=True))
+                answers.append([*(tensor.float().cpu().numpy() for tensor in answer), small.numpy()])
+                progress.update(len(pixels))
+            logits, embeddings, small = (np.concatenate(column) for column in zip(*answers, strict=True))
+            columns = (images.ids[part], logits, embeddings.astype(np.float16), small)
             with atomic.replacing(_file(folder, number)) as beside, beside.open("wb") as file:
-                np.savez(file, ids=images.ids[part], logits=logits, embeddings=embeddings.astype(np.float16))
+                np.savez(file, **dict(zip(COLUMNS, columns, strict=True)))
     devices.wait_for_all(processes)
 
 

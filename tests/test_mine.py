@@ -1,69 +1,136 @@
-"""Mining: near-copies out, the best of each class in."""
+"""Mining: the best of each class in, what was refused and why, counts that add up, a sheet that shows it."""
+
+import csv
+import json
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from images import shape
+from images import prepared, tiny
 from PIL import Image
 
 from pipeline import mine
-from pipeline.core import copies
+from pipeline.core import mined, ranking, sheet
+from pipeline.core.thumbnails import thumbnails
 
 
-def photo(seed):
-    noise = np.random.default_rng(seed).integers(0, 256, (9, 9, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((96, 96), Image.Resampling.BICUBIC)
+def take(classes, best, allowed=None, ids=None, per_class=2):
+    """Call best_of_each_class with lists: (N, K), or (N,) for one class an image."""
+    classes, best = np.array(classes), np.array(best, np.float32)
+    if classes.ndim == 1:
+        classes, best = classes[:, None], best[:, None]
+    allowed = np.ones(classes.shape, bool) if allowed is None else np.array(allowed).reshape(classes.shape)
+    ids = np.arange(len(classes), dtype=np.uint64) if ids is None else np.array(ids, np.uint64)
+    return ranking.best_of_each_class(classes, best, ids, allowed, per_class)
 
 
-def shifted(image, right, down):
-    return image.transform(image.size, Image.Transform.AFFINE, (1, 0, right, 0, 1, down))
-
-
-def test_rescaled_and_shifted_copies_are_found_and_others_are_not():
-    guarded = [photo(seed) for seed in range(20)]
-    pool = [guarded[3].resize((48, 48)), shifted(guarded[5], 3, -3), photo(100), photo(101), guarded[7]]
-    similarity, which = copies.nearest(copies.thumbnails(pool), copies.thumbnails(guarded))
-    assert (similarity >= 0.95).tolist() == [True, True, False, False, True]
-    assert which[[0, 1, 4]].tolist() == [3, 5, 7]
-
-
-def test_similarity_is_the_best_correlation_over_shifts():
-    thumbs = copies.thumbnails([shape("circle", seed, 32) for seed in range(12)])
-    pool, guarded = thumbs[:8], thumbs[8:]
-    similarity, _ = copies.nearest(pool, guarded)
-    for at, image in enumerate(pool):
-        best = -1.0
-        for other in guarded:
-            inner = other[2:-2, 2:-2].ravel()
-            for down in range(5):
-                for right in range(5):
-                    best = max(best, np.corrcoef(image[down : down + 28, right : right + 28].ravel(), inner)[0, 1])
-        assert similarity[at] == pytest.approx(best, abs=1e-4)
-
-
-def test_images_of_one_colour_and_empty_lists_are_no_copies():
-    black = copies.thumbnails([Image.new("RGB", (20, 20))])
-    assert copies.nearest(black, black)[0].tolist() == [0.0]
-    none = copies.thumbnails([])
-    assert copies.nearest(black, none)[1].tolist() == [-1]
-    assert len(copies.nearest(none, black)[0]) == 0
-
-
-def test_each_class_takes_its_best():
-    classes = np.array([0, 0, 0, 0, 1, 1, 2])
-    best = np.array([0.9, 0.8, 0.7, 0.95, 0.6, 0.4, 0.9])
-    allowed = np.array([True, True, True, False, True, True, True])
-    taken = mine.best_of_each_class(classes, best, np.arange(7, dtype=np.uint64), allowed, per_class=2, min_score=0.5)
-    assert taken.tolist() == [True, True, False, False, True, False, True]
+def test_each_class_takes_its_best_of_what_is_allowed():
+    taken = take([0, 0, 0, 0, 1, 1, 2], [0.9, 0.8, 0.7, 0.95, 0.6, 0.4, 0.9], [1, 1, 1, 0, 1, 0, 1])
+    assert taken[:, 0].tolist() == [True, True, False, False, True, False, True]
 
 
 def test_equal_scores_are_decided_by_id_not_by_place():
-    ids = np.array([30, 10, 20], np.uint64)
-    same = np.full(3, 0.9)
-    taken = mine.best_of_each_class(np.zeros(3, int), same, ids, np.ones(3, bool), per_class=2, min_score=0.0)
-    assert taken.tolist() == [False, True, True]
+    assert take([0, 0, 0], [0.9, 0.9, 0.9], ids=[30, 10, 20])[:, 0].tolist() == [False, True, True]
 
 
-def test_the_summary_counts_every_image_once():
-    counts = mine.summary(("a", "b", "c"), np.array([0, 0, 2]), np.array(["low score", "near-copy", "low score"]), 5)
-    assert counts["per_class"] == {"a": 2, "b": 0, "c": 1}
-    assert counts["refused"] == {"low score": 2, "near-copy": 1}
+def test_an_image_may_serve_several_classes():
+    taken = take([[0, 1], [0, 1], [1, 0]], [[0.6, 0.4], [0.7, 0.3], [0.8, 0.2]], per_class=2)
+    assert taken.tolist() == [[True, True], [True, False], [True, False]]
+
+
+def test_the_best_classes_are_those_of_the_softmax(monkeypatch):
+    monkeypatch.setattr(ranking, "ROWS", 7)  # more than one part
+    logits = np.random.default_rng(0).normal(0, 3, (20, 6)).astype(np.float32)
+    classes, best = ranking.best_classes(logits, 3)
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert (classes == np.argsort(-shares, axis=1)[:, :3]).all()
+    assert np.allclose(best, -np.sort(-shares, axis=1)[:, :3], atol=1e-6)
+    assert ranking.best_classes(logits, 99)[0].shape == (20, 6)
+
+
+@pytest.fixture
+def scored(tmp_path, monkeypatch):
+    """The shapes, with made-up scores: each pool image is surest of the class in its file's name, some not very."""
+    images = prepared(tmp_path, monkeypatch)
+    rows = np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 1, (len(rows), 4)).astype(np.float32)
+    folder = Path("data/score")
+    folder.mkdir()
+    np.save(folder / "ids.npy", images.ids[rows])
+    np.save(folder / "logits.npy", logits)
+    np.save(folder / "thumbnails.npy", thumbnails(images.image(int(row)) for row in rows))
+    return images
+
+
+def tables():
+    return [pq.read_table(f"data/mine/{name}.parquet").to_pydict() for name in ("mined", "refused")]
+
+
+def test_every_pool_image_is_mined_or_refused_for_a_reason(scored, capsys):
+    mine.run(tiny(**{"mine.per_class": 3, "mine.min_score": 0.4, "mine.copy_similarity": 0.97}))
+    taken, refused = tables()
+    assert sorted(taken["id"] + refused["id"]) == scored.ids[scored.rows("unlabelled")].tolist()
+    for reason, score, like in zip(refused["reason"], refused["score"], refused["similarity"], strict=True):
+        assert reason == ("near-copy" if like >= 0.97 else "low score" if score < 0.4 else "class is full")
+    assert set(refused["reason"]) == {"near-copy", "low score", "class is full"}
+    assert min(taken["score"]) >= 0.4
+    assert mined.read(Path("data/mine")).tolist() == sorted(taken["id"])
+
+    counts = json.loads(Path("data/mine/summary.json").read_text())
+    assert counts["mined"] == len(taken["id"]) == sum(counts["per_class"].values())
+    assert sum(counts["refused"].values()) == len(refused["id"])
+    with Path("data/mine/classes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    short = [row for row in rows if row["missing"] != "0"]
+    assert [int(row["mined"]) for row in rows] == list(counts["per_class"].values())
+    assert all(int(row["mined"]) == min(3, int(row["offered"])) for row in rows)
+    assert 0 < len(short) == counts["classes_short"]
+    said = capsys.readouterr().out
+    assert all(f"{row['class']} {row['mined']}" in said for row in short)
+
+
+def test_images_that_serve_several_classes_are_counted_in_each_and_mined_once(scored):
+    mine.run(tiny(**{"mine.per_class": 50, "mine.classes_per_image": 2, "mine.min_score": 0.3}))
+    taken, refused = tables()
+    assert len(set(taken["id"])) < len(taken["id"])
+    assert len(set(zip(taken["id"], taken["class"], strict=True))) == len(taken["id"])
+    assert mined.read(Path("data/mine")).tolist() == sorted(set(taken["id"]))
+    counts = json.loads(Path("data/mine/summary.json").read_text())
+    assert counts["mined"] == len(set(taken["id"]))
+    assert not set(refused["id"]) & set(taken["id"])
+
+
+def test_mining_again_gives_the_same_bytes(scored):
+    mine.run(tiny())
+    first = {file.name: file.read_bytes() for file in Path("data/mine").iterdir()}
+    mine.run(tiny())
+    assert {file.name: file.read_bytes() for file in Path("data/mine").iterdir()} == first
+    assert set(first) == {"mined.parquet", "refused.parquet", "classes.csv", "summary.json", "sheet.png"}
+
+
+def test_scores_of_other_images_are_refused(scored):
+    ids = np.load("data/score/ids.npy")
+    np.save("data/score/ids.npy", ids[::-1])
+    with pytest.raises(ValueError, match="the scores are of other images; run `dvc repro score`"):
+        mine.run(tiny())
+    Path("data/score/ids.npy").unlink()
+    with pytest.raises(ValueError, match="no scores here"):
+        mine.run(tiny())
+
+
+def test_a_sheet_shows_every_tile_inside_the_page():
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    tiles = [sheet.Tile((at % 3,), ("words",)) for at in range(40)]
+    page = sheet.draw(
+        lambda row: Image.new("RGB", (8, 8), colours[row]),
+        "A sheet",
+        [sheet.Section("Some", "of them", [sheet.Line(tiles, "a name " * 20)])],
+    )
+    pixels = np.asarray(page).reshape(-1, 3)
+    for at, colour in enumerate(colours):
+        count = sum(tile.rows == (at,) for tile in tiles)
+        assert (pixels == colour).all(1).sum() == count * (
+            sheet.SIDE - 2
+        ) ** 2  # a frame of one pixel is drawn over each

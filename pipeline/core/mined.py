@@ -7,12 +7,12 @@ import pyarrow.parquet as pq
 
 
 def read(folder: Path) -> np.ndarray:
-    """Give the ids (M,) uint64 of the mined images, ascending.
+    """Give the ids (M,) uint64 of the mined images, ascending, each once.
 
     Raises:
         ValueError: mining has not been done.
     """
     try:
-        return np.sort(pq.read_table(folder / "mined.parquet", columns=["id"])["id"].to_numpy())
+        return np.unique(pq.read_table(folder / "mined.parquet", columns=["id"])["id"].to_numpy())
     except FileNotFoundError:
         raise ValueError(f"{folder}: no mined.parquet here; run `dvc repro mine`, or `dvc pull`") from None

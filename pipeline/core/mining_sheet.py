@@ -1,0 +1,87 @@
+"""The contact sheet of mining: some images that were mined and some that were refused, and why."""
+
+import numpy as np
+from PIL import Image
+
+from pipeline.core import sheet
+from pipeline.core.dataset import ImageSet
+from pipeline.core.ranking import ClassCount
+from pipeline.core.sheet import Line, Section, Tile
+
+CLASSES = 20  # shown at most, evenly spread
+TILES = 6  # a class shows so many of its surest images, and of its least sure
+COPIES, KEPT, REFUSED = 24, 12, 24  # pairs of near-copies and of the most alike of the rest; images for a reason
+
+Table = dict[str, np.ndarray]
+
+
+def draw(images: ImageSet, mined: Table, judged: Table, refused: np.ndarray, counts: list[ClassCount]) -> Image.Image:
+    """Draw the sheet.
+
+    Args:
+        images: all of them.
+        mined: id, class and score; a row an image and class.
+        judged: id, reason, class, score, similarity, nearest and alignment of all pool images.
+        refused: (N,) bool, whether no class took the image.
+        counts: of each class.
+    """
+    copied = judged["reason"] == "near-copy"
+    like = np.argsort(-judged["similarity"], kind="stable")
+    copies, others = like[copied[like]][::-1], like[~copied[like] & (judged["nearest"][like] > 0)]
+    sections = [
+        _classes(images, mined, counts),
+        Section(
+            f"Refused: near-copy ({len(copies):,})",
+            "Left the pool image, right the validation or test image it copies; the least alike first.",
+            [Line([_pair(images, judged, at) for at in _some(copies, COPIES)])],
+        ),
+        Section(
+            "Not refused: the most alike of the rest",
+            "If these are copies, mine.copy_similarity is too high; if some of those above are none, it is too low.",
+            [Line([_pair(images, judged, at) for at in others[:KEPT]])],
+        ),
+    ]
+    for reason in ("low score", "class is full"):
+        found = np.flatnonzero(refused & (judged["reason"] == reason))
+        found = found[np.argsort(-judged["score"][found], kind="stable")]
+        tiles = [_scored(images, judged, at, counts) for at in _some(found, REFUSED)]
+        note = "The most probable class and the teacher's score for it, the highest first."
+        sections.append(Section(f"Refused: {reason} ({len(found):,})", note, [Line(tiles)]))
+    title = f"Mining: {len(np.unique(mined['id'])):,} of {len(judged['id']):,} pool images taken"
+    return sheet.draw(images.image, title, [each for each in sections if any(line.tiles for line in each.lines)])
+
+
+def _classes(images: ImageSet, mined: Table, counts: list[ClassCount]) -> Section:
+    """A line a class: its surest images, then its least sure."""
+    lines = []
+    for number in _some(np.arange(len(counts)), CLASSES).tolist():
+        of_class = np.flatnonzero(mined["class"] == number)
+        order = of_class[np.lexsort((mined["id"][of_class], -mined["score"][of_class]))]
+        split = min(TILES, -(-len(order) // 2))
+        tiles = [Tile(_rows(images, mined["id"][at]), (f"{mined['score'][at]:.4f}",)) for at in order]
+        tiles = [*tiles[:split], Tile((), ()), *tiles[max(split, len(tiles) - TILES) :]]
+        note = f"{counts[number].mined:,} of {counts[number].wanted:,}"
+        lines.append(Line(tiles, counts[number].name, note))
+    which = f"{len(lines)} of {len(counts):,} classes" if len(lines) < len(counts) else "each class"
+    note = f"For {which}: its {TILES} surest images and its {TILES} least sure, with the teacher's score."
+    return Section("Mined", note, lines)
+
+
+def _pair(images: ImageSet, judged: Table, at: int) -> Tile:
+    rows = _rows(images, judged["id"][at], judged["nearest"][at])
+    return Tile(rows, (f"{judged['similarity'][at]:.4f} {judged['alignment'][at]}",))
+
+
+def _scored(images: ImageSet, judged: Table, at: int, counts: list[ClassCount]) -> Tile:
+    return Tile(_rows(images, judged["id"][at]), (f"{judged['score'][at]:.4f}", counts[judged["class"][at]].name))
+
+
+def _rows(images: ImageSet, *ids: int) -> tuple[int, ...]:
+    return tuple(images.row_of(np.array(ids, np.uint64)).tolist())
+
+
+def _some(places: np.ndarray, most: int) -> np.ndarray:
+    """Choose evenly, the first and the last among them."""
+    if len(places) <= most:
+        return places
+    return places[np.linspace(0, len(places) - 1, most).round().astype(int)]
