@@ -1,10 +1,10 @@
 """Mining: which pool images the student learns from.
 
 Near-copies of validation and test images are left out; of the rest, each class takes the images that the teacher is
-surest of, down to a least score. Reads data/prepare and data/score. Writes data/mine: mined.parquet (id, class,
-score; an image that serves several classes stands there several times), refused.parquet (id, reason, class, score,
-similarity, nearest, alignment), classes.csv (what each class was offered and took), summary.json, and sheet.png, which
-shows some of the images, mined and refused. Run: python -m pipeline.mine
+surest of and that are most like the validation images, down to a least score. Reads data/prepare and data/score. Writes
+data/mine: mined.parquet (id, class, score, likeness; an image that serves several classes stands there several times),
+refused.parquet (id, reason, class, score, likeness, similarity, nearest, alignment), classes.csv (what each class was
+offered and took), summary.json, and sheet.png, which shows some images, mined and refused. Run: python -m pipeline.mine
 """
 
 import csv
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.core import atomic, copies, devices, mining_sheet, ranking, stage
 from pipeline.core.dataset import ImageSet
+from pipeline.core.likeness import likeness
 from pipeline.core.params import Params
 from pipeline.core.progress import Progress
 from pipeline.core.ranking import ClassCount
@@ -26,7 +27,8 @@ SCORE = Path("data/score")
 def run(params: Params) -> None:
     images, settings = ImageSet.open(Path("data/prepare")), params.mine
     device = devices.join(params.machine.device).device
-    ids, logits, thumbs, count = scores(images, SCORE)
+    ids, logits, embeddings, thumbs = scores(images, SCORE)
+    count = len(images.rows("unlabelled"))
     pool = ids[:count]
     with Progress(count, "images", "mine: near-copies") as progress:
         found = copies.nearest(thumbs[:count], thumbs[count:], settings.copy_similarity, device, progress.update)
@@ -34,16 +36,23 @@ def run(params: Params) -> None:
         classes, best = ranking.best_classes(logits[:count], settings.classes_per_image, progress.update)
     copied = found.similarity >= settings.copy_similarity
     allowed = ~copied[:, None] & (best >= settings.min_score)
-    taken = ranking.best_of_each_class(classes, best, pool, allowed, settings.per_class)
+    ratio = np.zeros(count, np.float32)
+    if settings.rank_by == "likeness":
+        validation = np.flatnonzero(images.splits[images.row_of(ids)] == "val")
+        with Progress(count, "images", "mine: likeness") as progress:
+            ratio = likeness(embeddings[:count], embeddings[validation], pool, progress.update)
+    worth = np.log(best) + ratio[:, None]
+    taken = ranking.best_of_each_class(classes, worth, pool, allowed, settings.per_class)
     counts = ranking.count_classes(images.classes, classes, best, allowed, taken, settings.per_class)
     image, place = np.nonzero(taken)
-    mined = {"id": pool[image], "class": classes[image, place], "score": best[image, place]}
+    mined = {"id": pool[image], "class": classes[image, place], "score": best[image, place], "likeness": ratio[image]}
     reason = np.select([copied, best[:, 0] < settings.min_score], ["near-copy", "low score"], "class is full")
     judged = {
         "id": pool,
         "reason": reason,
         "class": classes[:, 0],
         "score": best[:, 0],
+        "likeness": ratio,
         "similarity": found.similarity,
         "nearest": np.append(ids[count:], np.uint64(0))[found.which],  # 0: far from all
         "alignment": np.array([*(each.name for each in copies.ALIGNMENTS), "none"])[found.alignment],
@@ -60,22 +69,23 @@ def run(params: Params) -> None:
         print(f"mine: {line}")
 
 
-def scores(images: ImageSet, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Read ids (N,), logits (N, C) and thumbnails (N, 32, 32), the last two memory-mapped, and P: the first P are the
-    pool's, the others are validation and test images.
+def scores(images: ImageSet, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Read ids (N,), logits (N, C), embeddings (N, D) and thumbnails (N, 32, 32), all but the ids memory-mapped.
+
+    The pool's images come first, then validation and test images, both in ascending order of ids.
 
     Raises:
         ValueError: scoring has not been done, or was done for other images.
     """
     try:
         ids = np.load(folder / "ids.npy")
-        logits, thumbs = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("logits", "thumbnails"))
+        others = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("logits", "embeddings", "thumbnails")]
     except FileNotFoundError:
         raise ValueError(f"{folder}: no scores here; run `dvc repro score`, or `dvc pull`") from None
     wanted = np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])
     if not np.array_equal(images.row_of(ids), wanted):
         raise ValueError(f"{folder}: the scores are of other images; run `dvc repro score`")
-    return ids, logits, thumbs, len(images.rows("unlabelled"))
+    return ids, *others
 
 
 def write_counts(path: Path, counts: list[ClassCount]) -> None:

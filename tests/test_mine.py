@@ -9,9 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from images import prepared, tiny
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from pipeline import mine
 from pipeline.core import mined, ranking, sheet
+from pipeline.core.likeness import likeness
 from pipeline.core.thumbnails import thumbnails
 
 
@@ -60,6 +62,7 @@ def scored(tmp_path, monkeypatch):
     folder.mkdir()
     np.save(folder / "ids.npy", images.ids[rows])
     np.save(folder / "logits.npy", logits)
+    np.save(folder / "embeddings.npy", random.normal(size=(len(rows), 8)).astype(np.float16))
     np.save(folder / "thumbnails.npy", thumbnails(images.image(int(row)) for row in rows))
     return images
 
@@ -118,6 +121,47 @@ def test_scores_of_other_images_are_refused(scored):
     Path("data/score/ids.npy").unlink()
     with pytest.raises(ValueError, match="no scores here"):
         mine.run(tiny())
+
+
+def test_ranked_by_probability_each_class_takes_its_surest_images(scored):
+    mine.run(tiny(**{"mine.per_class": 4, "mine.rank_by": "probability", "mine.copy_similarity": 1.0}))
+    taken, refused = tables()
+    assert set(taken["likeness"]) == {0.0}
+    for number in range(4):
+        of_class = [score for score, at in zip(taken["score"], taken["class"], strict=True) if at == number]
+        left = [score for score, at in zip(refused["score"], refused["class"], strict=True) if at == number]
+        assert len(of_class) == 4
+        assert min(of_class) >= max(left, default=0)
+
+
+def foreign_pool(foreign: int = 600):
+    """Embeddings of a pool (600 images belong, the others differ in some directions) and of validation; ids; truth."""
+    random = np.random.default_rng(0)
+    shift = np.where(np.arange(32) < 6, 1.0, 0.0)
+    pool = random.normal(size=(600 + foreign, 32)) + np.r_[np.zeros(600), np.ones(foreign)][:, None] * shift
+    order = random.permutation(len(pool))
+    ids = np.sort(random.integers(0, 2**63, len(pool), dtype=np.uint64))
+    return pool[order].astype(np.float16), random.normal(size=(300, 32)).astype(np.float16), ids, order < 600
+
+
+def test_likeness_tells_what_belongs_without_having_been_told():
+    pool, validation, ids, belongs = foreign_pool()
+    ratio = likeness(pool, validation, ids)
+    assert roc_auc_score(belongs, ratio) > 0.93  # 0.96 is the most that the two densities allow
+    assert belongs[np.argsort(-ratio)[:300]].mean() > 0.97
+
+
+def test_likeness_does_not_know_the_images_it_was_fitted_to(monkeypatch):
+    monkeypatch.setattr("pipeline.core.likeness.STRENGTH", 1.0)  # enough to learn 120 images by heart
+    random = np.random.default_rng(0)
+    pool, validation = random.normal(size=(2, 120, 32))
+    ratio = likeness(pool, validation, np.arange(120, dtype=np.uint64))
+    assert 0.4 < (ratio > 0).mean() < 0.6  # both sides are alike; in what it was fitted to, it is 0.3
+
+
+def test_likeness_needs_images_to_learn_from():
+    with pytest.raises(ValueError, match="there are 600 pool and 9 validation images"):
+        likeness(np.zeros((600, 4)), np.zeros((9, 4)), np.arange(600, dtype=np.uint64))
 
 
 def test_a_sheet_shows_every_tile_inside_the_page():

@@ -9,7 +9,7 @@ from pipeline.core.ranking import ClassCount
 from pipeline.core.sheet import Line, Section, Tile
 
 CLASSES = 20  # shown at most, evenly spread
-TILES = 6  # a class shows so many of its surest images, and of its least sure
+TILES = 6  # of a class: the first and the last that it took, so many of each
 COPIES, KEPT, REFUSED = 24, 12, 24  # pairs of near-copies and of the most alike of the rest; images for a reason
 
 Table = dict[str, np.ndarray]
@@ -20,8 +20,8 @@ def draw(images: ImageSet, mined: Table, judged: Table, refused: np.ndarray, cou
 
     Args:
         images: all of them.
-        mined: id, class and score; a row an image and class.
-        judged: id, reason, class, score, similarity, nearest and alignment of all pool images.
+        mined: id, class, score and likeness; a row an image and class.
+        judged: id, reason, class, score, likeness, similarity, nearest and alignment of all pool images.
         refused: (N,) bool, whether no class took the image.
         counts: of each class.
     """
@@ -52,18 +52,19 @@ def draw(images: ImageSet, mined: Table, judged: Table, refused: np.ndarray, cou
 
 
 def _classes(images: ImageSet, mined: Table, counts: list[ClassCount]) -> Section:
-    """A line a class: its surest images, then its least sure."""
+    """A line a class: the first images that it took, then the last."""
     lines = []
     for number in _some(np.arange(len(counts)), CLASSES).tolist():
         of_class = np.flatnonzero(mined["class"] == number)
-        order = of_class[np.lexsort((mined["id"][of_class], -mined["score"][of_class]))]
+        worth = np.log(mined["score"][of_class]) + mined["likeness"][of_class]
+        order = of_class[np.lexsort((mined["id"][of_class], -worth))]
         split = min(TILES, -(-len(order) // 2))
         tiles = [Tile(_rows(images, mined["id"][at]), (f"{mined['score'][at]:.4f}",)) for at in order]
         tiles = [*tiles[:split], Tile((), ()), *tiles[max(split, len(tiles) - TILES) :]]
         note = f"{counts[number].mined:,} of {counts[number].wanted:,}"
         lines.append(Line(tiles, counts[number].name, note))
     which = f"{len(lines)} of {len(counts):,} classes" if len(lines) < len(counts) else "each class"
-    note = f"For {which}: its {TILES} surest images and its {TILES} least sure, with the teacher's score."
+    note = f"For {which}: the first {TILES} images that it took and the last {TILES}, with the teacher's score."
     return Section("Mined", note, lines)
 
 

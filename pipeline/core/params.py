@@ -117,6 +117,7 @@ class Score(Section):
 class Mine(Section):
     per_class: Count
     classes_per_image: Count
+    rank_by: Literal["likeness", "probability"]
     min_score: Share
     copy_similarity: Annotated[float, Field(gt=0, le=1)]
 

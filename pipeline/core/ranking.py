@@ -55,13 +55,13 @@ def best_classes(
 
 
 def best_of_each_class(
-    classes: np.ndarray, best: np.ndarray, ids: np.ndarray, allowed: np.ndarray, per_class: int
+    classes: np.ndarray, worth: np.ndarray, ids: np.ndarray, allowed: np.ndarray, per_class: int
 ) -> np.ndarray:
     """Say which images each class takes: its `per_class` best, equal ones by id.
 
     Args:
         classes: (N, K) classes that each image may serve.
-        best: (N, K) its score in each.
+        worth: (N, K) by which each class ranks them.
         ids: (N,) uint64.
         allowed: (N, K) bool; others are not taken.
         per_class: most images of a class.
@@ -71,7 +71,7 @@ def best_of_each_class(
     """
     image, place = np.nonzero(allowed)
     of_class = classes[image, place]
-    order = np.lexsort((ids[image], -best[image, place], of_class))
+    order = np.lexsort((ids[image], -worth[image, place], of_class))
     grouped = of_class[order]
     rank = np.arange(len(order)) - np.searchsorted(grouped, grouped)
     chosen = order[rank < per_class]
@@ -88,7 +88,15 @@ def count_classes(
     taken: np.ndarray,
     per_class: int,
 ) -> list[ClassCount]:
-    """Count what each class was offered and took; arguments as in `best_of_each_class`, taken as it gives it."""
+    """Count what each class was offered and took.
+
+    Args:
+        names: of the classes.
+        classes: (N, K) classes that each image may serve.
+        best: (N, K) its score in each.
+        allowed, taken: (N, K) bool, what went into `best_of_each_class` and what came out.
+        per_class: most images of a class.
+    """
     offered, mined = (np.bincount(classes[which], minlength=len(names)) for which in (allowed, taken))
     lowest = np.full(len(names), np.inf, np.float32)
     np.minimum.at(lowest, classes[taken], best[taken])
