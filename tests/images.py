@@ -64,6 +64,7 @@ def small_settings() -> dict[str, object]:
         "cache.shard_views": 16,
         "mine.per_class": 8,
         "mine.min_score": 0.0,
+        "mine.copy_similarity": 1.0,  # drawn shapes are very like each other
         "baseline.epochs": 2,
         "baseline.batch_size": 8,
         "distill.epochs": 2,
