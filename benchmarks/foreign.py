@@ -23,11 +23,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import yaml
 
-sys.path.insert(0, ".")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline import mine, prepare, score, teacher
 from pipeline.core import params
 from pipeline.core.dataset import ImageSet
 
+ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {
     "prepare.labelled_root": "photos",
     "prepare.val": None,
@@ -58,9 +59,9 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     settings = {**SETTINGS, "teacher.epochs": arguments.epochs}
-    wanted = params.check(params.with_changes(yaml.safe_load(Path("params.yaml").read_text()), settings))
+    wanted = params.check(params.with_changes(yaml.safe_load((ROOT / "params.yaml").read_text()), settings))
     key = f"{arguments.classes or 'half'}-{arguments.train}-{arguments.pool}-{arguments.epochs}"
-    archive, workspace = arguments.archive.resolve(), Path(".scratch/foreign") / key
+    archive, workspace = arguments.archive.resolve(), ROOT / ".scratch/foreign" / key
     workspace.mkdir(parents=True, exist_ok=True)
     os.chdir(workspace)
     if not Path("photos").exists():

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance
 from scipy.fft import dctn
 
-sys.path.insert(0, ".")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline.core import copies, sheet
 from pipeline.core.images import decode
 from pipeline.core.progress import Progress, duration
