@@ -37,11 +37,11 @@ def run(params: Params) -> None:
     copied = found.similarity >= settings.copy_similarity
     allowed = ~copied[:, None] & (best >= settings.min_score)
     ratio = np.zeros(count, np.float32)
-    if settings.rank_by == "likeness":
+    if settings.rank_by == "likeness" and count:
         validation = np.flatnonzero(images.splits[images.row_of(ids)] == "val")
         with Progress(count, "images", "mine: likeness") as progress:
             ratio = likeness(embeddings[:count], embeddings[validation], pool, progress.update)
-    worth = np.log(best) + ratio[:, None]
+    worth = np.log(np.maximum(best, 1e-30)) + ratio[:, None]  # float32 has probabilities of 0
     taken = ranking.best_of_each_class(classes, worth, pool, allowed, settings.per_class)
     counts = ranking.count_classes(images.classes, classes, best, allowed, taken, settings.per_class)
     image, place = np.nonzero(taken)

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from images import prepared, tiny
+from images import CLASSES, prepared, tiny
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from pipeline import mine
+from pipeline import mine, prepare
 from pipeline.core import mined, ranking, sheet
+from pipeline.core.dataset import ImageSet
 from pipeline.core.likeness import likeness
 from pipeline.core.thumbnails import thumbnails
 
@@ -52,9 +53,14 @@ def test_the_best_classes_are_those_of_the_softmax(monkeypatch):
 
 
 @pytest.fixture
-def scored(tmp_path, monkeypatch):
-    """The shapes, with made-up scores: each pool image is surest of the class in its file's name, some not very."""
+def scored(tmp_path, monkeypatch) -> ImageSet:
+    """The shapes, with made-up scores."""
     images = prepared(tmp_path, monkeypatch)
+    write_scores(images)
+    return images
+
+
+def write_scores(images):
     rows = np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])
     random = np.random.default_rng(0)
     logits = random.normal(0, 1, (len(rows), 4)).astype(np.float32)
@@ -64,7 +70,6 @@ def scored(tmp_path, monkeypatch):
     np.save(folder / "logits.npy", logits)
     np.save(folder / "embeddings.npy", random.normal(size=(len(rows), 8)).astype(np.float16))
     np.save(folder / "thumbnails.npy", thumbnails(images.image(int(row)) for row in rows))
-    return images
 
 
 def tables():
@@ -111,6 +116,15 @@ def test_mining_again_gives_the_same_bytes(scored):
     mine.run(tiny())
     assert {file.name: file.read_bytes() for file in Path("data/mine").iterdir()} == first
     assert set(first) == {"mined.parquet", "refused.parquet", "classes.csv", "summary.json", "sheet.png"}
+
+
+def test_a_pool_without_images_is_mined_in_vain(tmp_path, monkeypatch):
+    prepared(tmp_path, monkeypatch)
+    prepare.run(tiny(**{"prepare.unlabelled": None, "prepare.labels_per_class": None}))
+    write_scores(ImageSet.open(Path("data/prepare")))
+    mine.run(tiny())
+    assert len(mined.read(Path("data/mine"))) == 0
+    assert json.loads(Path("data/mine/summary.json").read_text())["per_class"] == dict.fromkeys(CLASSES, 0)
 
 
 def test_scores_of_other_images_are_refused(scored):
