@@ -144,8 +144,9 @@ def _compare(
     """Compare thumbnails (n, 1024) and (G, 1024): similarity, which and alignment, (n,) each."""
     similarity = torch.full((len(pool),), -1.0, device=pool.device)
     which, alignment = (torch.full((len(pool),), -1, device=pool.device) for _ in range(2))
+    described = {span: describe(pool, span) for span in {each.pool for each in ALIGNMENTS}}
     for number, (each, target) in enumerate(zip(ALIGNMENTS, targets, strict=True)):
-        queries = describe(pool, each.pool)  # (n, 63)
+        queries = described[each.pool]  # (n, 63)
         best = torch.stack([(queries @ part.T).amax(1) for part in target.split(BLOCKS[pool.device.type][1])]).amax(0)
         near = (best >= threshold - NEAR).nonzero()[:, 0]
         at = (queries[near] @ target.T).argmax(1)  # finding the place is slow, and few need it
