@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import multiprocessing
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import torch
 from timm.task import LogitDistillationTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from machine import machine
 from records import made_logits
 
 from pipeline import cache
@@ -49,7 +49,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds of `write` and `epoch` (default: 3)")
     arguments = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
+    print(f"{machine()}\n")
     os.chdir(arguments.project)
     COMMANDS[arguments.what](arguments)
 

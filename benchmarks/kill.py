@@ -14,7 +14,6 @@ import hashlib
 import importlib
 import multiprocessing
 import os
-import platform
 import random
 import shutil
 import sys
@@ -22,10 +21,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from machine import machine
+
 from pipeline.core import params
 
 STAGES = ("teacher", "score", "cache", "baseline", "distill", "finetune", "fixres")
@@ -68,7 +68,7 @@ def main() -> None:
             outcomes.append((ended, left, digest(folder / "data" / arguments.stage) == expected))
     same = sum(outcome[2] for outcome in outcomes)
     with_work = sum(not ended and left > 0 for ended, left, _ in outcomes)
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
+    print(f"{machine()}\n")
     print("| stage | s uninterrupted | kills | of them with work to go on from | the same bytes in the end |")
     print("|---|---|---|---|---|")
     print(f"| {arguments.stage} | {seconds:.1f} | {len(outcomes)} | {with_work} | {same} of {len(outcomes)} |")

@@ -8,8 +8,6 @@ A seed that has been run with the same settings is read from .scratch/runs and n
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,6 +16,8 @@ from pathlib import Path
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from machine import machine
+
 from pipeline.core import params
 
 COLUMNS = ("top1", "nll", "ece", "errors")
@@ -31,10 +31,7 @@ def main() -> None:
     arguments = parser.parse_args()
     changes = {key: yaml.safe_load(value) for key, _, value in (it.partition("=") for it in arguments.set_param)}
     scores = [run(seed, changes) for seed in arguments.seeds]
-    print(
-        f"{len(scores)} seeds ({', '.join(map(str, arguments.seeds))}); {platform.processor() or platform.machine()}, "
-        f"{os.cpu_count()} cores\n"
-    )
+    print(f"{len(scores)} seeds ({', '.join(map(str, arguments.seeds))}); {machine()}\n")
     print("| network | " + " | ".join(COLUMNS) + " |\n|---|" + "---|" * len(COLUMNS))
     for network in NETWORKS:
         cells = [cell([score[network][column] for score in scores]) for column in COLUMNS]
