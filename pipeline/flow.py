@@ -73,13 +73,14 @@ def ssld(changes: dict[str, Any] = {}, stages: list[str] | None = None, retries:
             say("asking DVC what has changed")
             run_stages(graph, dvc.outdated(folder), processes, retries)
             results = folder / "data/evaluate"
+            if changes:
+                results = workspace.keep_results(folder, root, runtime.flow_run.name)
             if "evaluate" in graph:  # else what lies there is of another run
-                if changes:
-                    results = workspace.keep_results(folder, root, runtime.flow_run.name)
                 show_results(results)
     except (ValueError, OSError) as error:
         return Failed(message=str(error))
-    return Completed(message=f"{len(graph)} stages are up to date" + f"; results are in {results}" * results.exists())
+    told = bool(changes) or "evaluate" in graph
+    return Completed(message=f"{len(graph)} stages are up to date" + f"; results are in {results}" * told)
 
 
 def run_stages(graph: dvc.Graph, outdated: set[str], processes: Processes, retries: int) -> None:

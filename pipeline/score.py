@@ -60,7 +60,7 @@ def run(params: Params) -> None:
         score_parts(classifier, images, rows, params, parts, processes)
         return
     with stage.only_writer("score"):
-        stage.only_folder(parts)
+        stage.run_folder(parts)
         devices.wait_for_all(processes)
         score_parts(classifier, images, rows, params, parts, processes)
         with atomic.replacing_folder(Path("data/score")) as folder:

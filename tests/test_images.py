@@ -206,3 +206,15 @@ def test_png_encoding_is_lossless_and_stored_uncompressed():
     content = images.encode_png(picture(1))
     assert (decoded(content) == pixels(1)).all()
     assert len(content) > pixels(1).nbytes  # no compressor's version decides on the bytes
+
+
+def test_stray_bytes_and_xmp_orientation_give_the_same_pixels_to_every_stage():
+    plain = encode(picture(1), "JPEG")
+    stray = plain[:-2] + bytes([1, 2, 3]) + plain[-2:]  # before the end marker
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    turned = plain[:2] + b"\xff\xe1" + (len(xmp) + 2).to_bytes(2, "big") + xmp + plain[2:]
+    for content in (plain, stray, turned):
+        upright = images.decode(content)
+        encoded = images.Encoded(content, upright.width, upright.height)
+        assert np.array_equal(images.pixels(encoded), np.array(upright))
+    assert images.decode(turned).size == images.decode(plain).size[::-1]

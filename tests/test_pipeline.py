@@ -201,10 +201,14 @@ def test_more_labels_and_back(project):
     execute(project, "git", "add", "--all")
     execute(project, "git", "commit", "--quiet", "--allow-empty", "--message", "before")
     before = digest(project / "photos"), digest(project / "data/prepare")
+    summary = json.loads((project / "data/prepare/summary.json").read_text())
     write_folder(project / "photos", train=12, val=0, test=0, unlabelled=0)
+    change(project, **{"prepare.labels_per_class": 6})
     execute(project, "dvc", "add", "--quiet", "photos")
     execute(project, "dvc", "repro", "prepare")
     assert (digest(project / "photos"), digest(project / "data/prepare")) != before
+    more = json.loads((project / "data/prepare/summary.json").read_text())
+    assert more["splits"]["labelled"] == summary["splits"]["labelled"] * 6 // 4
     execute(project, "git", "checkout", "--quiet", "--force", "HEAD")
     execute(project, "dvc", "checkout", "--quiet")
     assert (digest(project / "photos"), digest(project / "data/prepare")) == before

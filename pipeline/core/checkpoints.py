@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: the last few, each whole or not there, a damaged one passed over.
+"""Checkpoints of a training run: the last few, each whole or not there, a damaged one removed.
 
 A file is named after its step and its content, `000000120-9f86d081884c7d65.pt`: 16 digits of the SHA-256 of its bytes,
 so that damage is seen before anything is read.
@@ -42,7 +42,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
 
 
 def load(folder: Path) -> dict[str, Any] | None:
-    """Read the last checkpoint that is whole, to the CPU; None where there is none. A damaged one costs a warning."""
+    """Read the last checkpoint that is whole, to the CPU; None without one. Damaged ones are removed, and named."""
     for file in files(folder):
         try:
             if networks.file_digest(file)[:DIGITS] != file.stem.partition("-")[2]:
@@ -51,7 +51,8 @@ def load(folder: Path) -> dict[str, Any] | None:
             return torch.load(file, map_location="cpu", weights_only=True)
         except (ValueError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0]
-            print(f"warning: {file}: damaged, passed over ({reason})", file=sys.stderr, flush=True)
+            print(f"warning: {file}: damaged, removed ({reason})", file=sys.stderr, flush=True)
+            file.unlink(missing_ok=True)  # else it would be kept as the last one, in the place of a good one
     return None
 
 

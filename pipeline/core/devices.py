@@ -26,7 +26,7 @@ def join(device: str) -> Processes:
     """Take a device and, under torchrun, join the other processes.
 
     Raises:
-        ValueError: CUDA was asked for and is not there.
+        ValueError: CUDA was asked for and is not there, or there are fewer devices than processes on this machine.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,8 +34,14 @@ def join(device: str) -> Processes:
         raise ValueError("machine.device is cuda, but torch sees no CUDA device; set it to auto or cpu")
     if "RANK" not in os.environ:
         return Processes(torch.device(device))
-    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local + 1} of this machine has no CUDA device of its own: torch sees "
+                f"{torch.cuda.device_count()}; set machine.processes to that, or to auto"
+            )
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
     if not dist.is_initialized():

@@ -67,6 +67,9 @@ class Run:
         scratch: folder of the checkpoints.
         machine: workers, checkpoints, compilation, profile: how to run, not what is computed.
         on_epoch: told each epoch's number and figures, as they come, with what the epoch cost.
+
+    Raises:
+        ValueError: the network cannot compute activations again, and is asked to.
     """
 
     what: str
@@ -98,7 +101,13 @@ class Run:
         if self.processes.world > 1:
             norms.synchronise(self.classifier, self.device)
         if self.machine.checkpoint_activations:
-            self.classifier.network.set_grad_checkpointing(True)
+            try:
+                self.classifier.network.set_grad_checkpointing(True)
+            except (AssertionError, AttributeError):
+                raise ValueError(
+                    f"{self.what}: its network cannot compute activations again; set machine.checkpoint_activations "
+                    "to false"
+                ) from None
         self.optimizer = optimizer_of(self.part, self.recipe)
         decay = self.recipe.ema_decay
         self.ema = ModelEmaV3(self.classifier, decay=decay, use_warmup=True) if decay else None

@@ -110,14 +110,15 @@ def pixels(image: Encoded, shrink: float = 1.0) -> np.ndarray:
         *_, colours, _ = simplejpeg.decode_jpeg_header(content)
         if colours in ("YCbCr", "Gray"):
             least = {"min_width": math.ceil(image.width * shrink), "min_height": math.ceil(image.height * shrink)}
-            return simplejpeg.decode_jpeg(content, "RGB", **(least if shrink <= 0.5 else {}))  # as PIL, but faster
+            with contextlib.suppress(ValueError):  # it is stricter than PIL: stray bytes are an error to it
+                return simplejpeg.decode_jpeg(content, "RGB", **(least if shrink <= 0.5 else {}))  # as PIL, but faster
     return np.array(decode(content))
 
 
 def _turned(content: bytes) -> bool:
-    """Whether EXIF data turns the image."""
+    """Whether EXIF data, or XMP in its place, turns the image."""
     scan = _scan(content)
-    if content.find(b"Exif\0\0", 0, scan) < 0:
+    if content.find(b"Exif\0\0", 0, scan) < 0 and content.find(b"http://ns.adobe.com/xap/", 0, scan) < 0:
         return False
     return Image.open(io.BytesIO(content), formats=FORMATS).getexif().get(ORIENTATION, 1) != 1
 

@@ -60,6 +60,19 @@ def build(name: str, num_classes: int, seed: int) -> Classifier:
         return Classifier(models.build(name, num_classes=num_classes))
 
 
+def check_takes(classifier: Classifier, name: str, resolution: int) -> None:
+    """Make sure that a network takes square images of so many pixels a side; nothing is computed.
+
+    Raises:
+        ValueError: it does not, as transformers at another resolution than their own.
+    """
+    try:
+        models.macs(classifier.network, resolution)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{name} does not take images of {resolution} pixels: {reason}") from None
+
+
 def build_student(name: str, init: str | None, num_classes: int, seed: int) -> Classifier:
     """Build a student with random weights, or with those of a file.
 

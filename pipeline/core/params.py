@@ -95,6 +95,15 @@ class Recipe(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
     precision: Literal["float32", "bfloat16"]
 
+    @model_validator(mode="after")
+    def _parts_have_two_images(self) -> "Recipe":
+        if self.batch_size < 2 * self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} in {self.accumulate} parts (accumulate) leaves a part fewer than two "
+                "images, and BatchNorm needs two"
+            )
+        return self
+
 
 class Teacher(Recipe):
     model: str

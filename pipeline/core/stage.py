@@ -7,7 +7,6 @@ import argparse
 import fcntl
 import hashlib
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -95,12 +94,16 @@ def only_writer(name: str) -> Iterator[Path]:
         yield folder
 
 
-def only_folder(folder: Path) -> None:
-    """Make a folder, and remove its siblings: what runs with other settings left."""
+def run_folder(folder: Path) -> None:
+    """Make a run's folder; say so where runs with other settings or other code have left theirs beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for other in folder.parent.iterdir():
-        if other.is_dir() and other != folder:
-            shutil.rmtree(other)
+    others = [other for other in folder.parent.iterdir() if other.is_dir() and other != folder and any(other.iterdir())]
+    if others:
+        print(
+            f"{folder.parent.name}: {len(others)} unfinished runs with other settings or other code stay in "
+            f"{folder.parent}; `make clean` removes them",
+            flush=True,
+        )
 
 
 def code_digest() -> str:

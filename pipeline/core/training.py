@@ -73,14 +73,19 @@ class Before:
 
 
 def train(task: Task, params: Params, images: ImageSet, processes: Processes) -> None:
-    """Train a stage's network, from its checkpoint where there is one, and write data/<stage>."""
+    """Train a stage's network, from its checkpoint where there is one, and write data/<stage>.
+
+    Raises:
+        ValueError: the network does not take the resolution, or the loss is not finite any more.
+    """
+    networks.check_takes(task.classifier, task.card["model"], task.resolution)
     folder = stage.SCRATCH / task.name / _name(task, params)
     if not processes.first():
         devices.wait_for_all(processes)  # until the first process has made sure that the checkpoint is this run's
         _run(task, params, images, processes, folder, lambda epoch, figures: None)
         return
     with stage.only_writer(task.name):
-        stage.only_folder(folder)
+        stage.run_folder(folder)
         devices.wait_for_all(processes)
         described = {f"{task.name}.{key}": value for key, value in task.recipe.model_dump().items()}
         described |= {"seed": params.seed, "model": task.card["model"], "images": len(task.rows)}
@@ -155,7 +160,7 @@ def validator(params: Params, images: ImageSet, resolution: int, device: torch.d
             return {}
         classifier.eval()
         right, surprise = 0, 0.0
-        for batch in load(views, in_order(rows, 256), params.machine.workers, device):
+        for batch in load(views, in_order(rows, params.evaluate.batch_size), params.machine.workers, device):
             logits = classifier(batch.pixels.to(device)).float().cpu()
             labels = torch.from_numpy(images.labels[batch.rows].astype(np.int64))
             right += int((logits.argmax(1) == labels).sum())

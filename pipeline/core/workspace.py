@@ -144,7 +144,7 @@ def link_inputs(root: Path, folder: Path) -> None:
     read |= {folder / text for text in _texts(yaml.safe_load((folder / "params.yaml").read_text()))}
 
     def link(path: Path, source: Path) -> None:
-        if path == folder or any(path.is_relative_to(out) for out in made) or not source.exists():
+        if path in (folder, source) or any(path.is_relative_to(out) for out in made) or not source.exists():
             return
         if not os.path.lexists(path):
             path.parent.mkdir(parents=True, exist_ok=True)
