@@ -143,7 +143,7 @@ class Coding:
 
         low = np.repeat(layout["low"], counts)
         code = field >> low
-        classes = (field & ((1 << low) - 1)) | (self._high(content, starts, layout, counts, number) << low)
+        classes = field + ((self._high(content, starts, layout, counts, number) - code) << low)
 
         step = head["range"].astype(np.float32) * np.float32(-RANGE_STEP / (2**self.bits - 1))
         below = code.astype(np.float32) * np.repeat(step, counts)
