@@ -10,9 +10,10 @@ from images import prepared, tiny
 from runs import MODEL, run
 from torch import nn
 
+import models
 from pipeline.core import networks
 from pipeline.core.batches import TrainingOrder, Views
-from pipeline.core.engine import learning_rate
+from pipeline.core.engine import learning_rate, optimizer_of
 from pipeline.core.training import labelled_loss
 from pipeline.core.views import ViewSpec
 
@@ -110,6 +111,53 @@ def test_a_killed_run_ends_in_the_same_bytes(images, tmp_path, ema, optimizer):
         whole.classifier.state_dict().items(), resumed.classifier.state_dict().values(), strict=True
     ):
         assert torch.equal(a, b), name
+
+
+STAGES = ("conv1.", "bn1."), ("layer1.",), ("layer2.",), ("layer3.",), ("layer4.",)  # and the classifier, fc
+MULTIPLIERS = (0.0, 0.1, 0.2, 0.5, 2.0)
+
+
+def multiplier_of(name):
+    """What the multiplier of a ResNet's weight should be."""
+    found = [value for value, starts in zip(MULTIPLIERS, STAGES, strict=True) if name.startswith(starts)]
+    assert found or name.startswith("fc.")
+    return found[0] if found else 1.0
+
+
+@pytest.mark.parametrize("model", ["ResNet50_vd", "ResNet18", "PlainNet18", "Res2Net50_vd_26w_4s", MODEL])
+def test_every_weight_has_its_stages_multiplier_once(model):
+    network, recipe = models.build(model, num_classes=4), tiny(**{"baseline.lr_multipliers": MULTIPLIERS}).baseline
+    groups = optimizer_of(network, recipe).param_groups
+    found = [(id(p), group["lr_multiplier"], group["weight_decay"]) for group in groups for p in group["params"]]
+    decay = recipe.weight_decay
+    wanted = [(id(p), multiplier_of(name), decay if p.ndim >= 2 else 0.0) for name, p in network.named_parameters()]
+    assert sorted(found) == sorted(wanted)
+
+
+def test_a_stages_first_step_is_as_large_as_its_multiplier(images, tmp_path):
+    settings = {"epochs": 1, "optimizer": "sgd", "lr": 0.001, "weight_decay": 0.0, "warmup_epochs": 0}
+    start = networks.build(MODEL, len(images.classes), seed=0).network.state_dict()
+    steps = []
+    for multipliers in (None, MULTIPLIERS):
+        training = run(images, tmp_path / str(len(steps)), lr_multipliers=multipliers, **settings)
+        training.steps = 1
+        training.train()
+        steps.append({name: p.detach() - start[name] for name, p in training.classifier.network.named_parameters()})
+    for name, step in steps[0].items():
+        assert torch.allclose(steps[1][name], step * multiplier_of(name), atol=1e-6), name
+    moved = {multiplier_of(name) for name, step in steps[0].items() if step.abs().max() > 1e-5}
+    assert moved == {*MULTIPLIERS, 1.0}
+
+
+def test_the_history_has_the_rate_of_multiplier_1(images, tmp_path):
+    whole, cut = (run(images, tmp_path / str(it), epochs=2, lr_multipliers=it) for it in (None, MULTIPLIERS))
+    assert [epoch["lr"] for epoch in whole.train()] == [epoch["lr"] for epoch in cut.train()]
+
+
+def test_multipliers_for_another_number_of_stages_are_refused():
+    recipe = tiny(**{"distill.lr_multipliers": MULTIPLIERS}).distill
+    with pytest.raises(ValueError, match=r"^lr_multipliers has 5 numbers.* EfficientNet has 6 groups of layers"):
+        optimizer_of(models.build("test_efficientnet", num_classes=4), recipe)
 
 
 def test_only_the_part_is_trained(images, tmp_path):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.models import group_parameters
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,7 +26,7 @@ from pipeline.core import atomic, checkpoints, devices, norms
 from pipeline.core.batches import Batch, TrainingOrder, Views, load
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
-from pipeline.core.params import Machine, Recipe
+from pipeline.core.params import Machine, Recipe, StudentRecipe
 from pipeline.core.progress import Meter, Progress
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -41,15 +42,45 @@ def learning_rate(step: int, steps: int, warmup_steps: float, highest: float) ->
 
 
 def optimizer_of(part: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Make the optimizer of a network's trained part; weights of one dimension (biases, norms) do not decay."""
-    weights = [p for p in part.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in weights if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    """Make the optimizer of a network's trained part; weights of one dimension (biases, norms) do not decay.
+
+    Each group's `lr_multiplier` is that of its network stage; the classifier's is 1.
+    """
+    groups = []
+    for multiplier, weights in _stages(part, recipe):
+        decayed, others = [p for p in weights if p.ndim >= 2], [p for p in weights if p.ndim < 2]
+        groups.append({"params": decayed, "weight_decay": recipe.weight_decay, "lr_multiplier": multiplier})
+        groups.append({"params": others, "weight_decay": 0.0, "lr_multiplier": multiplier})
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True, fused=True)
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+
+
+def _stages(part: nn.Module, recipe: Recipe) -> list[tuple[float, list[nn.Parameter]]]:
+    """Give the trained weights with their learning-rate multipliers, the classifier's first.
+
+    Five numbers, as PaddleClas' lr_mult_list: for the stem (a vd network's three convolutions), then for each of the
+    four residual stages, norms and shortcuts included (ppcls/arch/backbone/legendary_models/resnet.py). timm says which
+    weight is of which stage; networks of another family with five stages are cut in the same way.
+
+    Raises:
+        ValueError: the network has another number of stages.
+    """
+    multipliers = recipe.lr_multipliers if isinstance(recipe, StudentRecipe) else None
+    if multipliers is None:
+        return [(1.0, [p for p in part.parameters() if p.requires_grad])]
+    stage_of = group_parameters(part, part.group_matcher(coarse=True), reverse=True)
+    count = len(set(stage_of.values()))
+    if count != len(multipliers) + 1:
+        raise ValueError(
+            f"lr_multipliers has {len(multipliers)} numbers, for a stem and four stages; {type(part).__name__} has "
+            f"{count - 1} groups of layers before its classifier: set it to null"
+        )
+    weights: list[list[nn.Parameter]] = [[] for _ in range(count)]
+    for name, p in part.named_parameters():
+        if p.requires_grad:
+            weights[stage_of[name]].append(p)
+    return [(1.0, weights[-1]), *zip(multipliers, weights[:-1], strict=True)]
 
 
 @dataclass
@@ -171,7 +202,7 @@ class Run:
             self.step, self.steps, self.recipe.warmup_epochs * self.order.steps_per_epoch, self.recipe.lr
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_multiplier"]
         torch.manual_seed(
             self.order.seed * 1_000_003 + self.step * self.processes.world + self.processes.rank
         )  # dropout

@@ -105,6 +105,12 @@ class Recipe(Section):
         return self
 
 
+class StudentRecipe(Recipe):
+    """What a stage has besides that trains a student, which may go on from weights made elsewhere."""
+
+    lr_multipliers: tuple[NotNegative, NotNegative, NotNegative, NotNegative, NotNegative] | None
+
+
 class Teacher(Recipe):
     model: str
     source: Literal["fit", "timm", "checkpoint"]
@@ -145,11 +151,11 @@ class Student(Section):
     init: str | None
 
 
-class Baseline(Recipe):
+class Baseline(StudentRecipe):
     label_smoothing: Share
 
 
-class Distill(Recipe):
+class Distill(StudentRecipe):
     loss: dict[str, NotNegative]
     temperature: Positive
     online: bool
@@ -163,7 +169,7 @@ class Distill(Recipe):
             raise ValueError(f"should be the name of a loss, or weights of several such as {{ssld: 1.0, {HARD}: 0.1}}")
         for name in weights:
             if name not in LOSSES:
-                raise ValueError(f"no loss is called {name!r}{_nearest(str(name), list(LOSSES))}")
+                raise ValueError(f"no loss is called {name!r}{nearest(str(name), list(LOSSES))}")
         return weights
 
     @field_validator("loss")
@@ -270,7 +276,7 @@ def with_changes(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
         elif not name and section in changed and not isinstance(changed[section], dict):
             changed[section] = value
         else:
-            raise ValueError(f"{key}: unknown key{_nearest(key, _known_keys(data))}")
+            raise ValueError(f"{key}: unknown key{nearest(key, _known_keys(data))}")
     return changed
 
 
@@ -287,7 +293,8 @@ def _known_keys(data: dict[str, Any]) -> list[str]:
     return inner + list(data)
 
 
-def _nearest(key: str, known: list[str]) -> str:
+def nearest(key: str, known: list[str]) -> str:
+    """Say what was meant by a wrong name, or what there is."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
 
@@ -296,7 +303,7 @@ def _explain(error: dict[str, Any]) -> str:
     place = [str(part) for part in error["loc"]]
     key = ".".join(place)
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(key, _keys_beside(place))}"
+        return f"{key}: unknown key{nearest(key, _keys_beside(place))}"
     if error["type"] == "missing":
         return f"{key}: missing; every key must be there"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
