@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install repro test lint flow serve ui lock clean
+.PHONY: help install repro recipe plan test lint flow serve ui lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -26,6 +26,12 @@ repro: .venv/installed  ## run the whole pipeline: images in, a registered stude
 	$(BIN)/dvc repro
 	$(BIN)/python -m pipeline.register --if-missing
 	@echo "Done. The report: data/evaluate/report.html. The registry: make ui. The figures: $(BIN)/dvc metrics show"
+
+recipe: .venv/installed  ## set params.yaml to a recipe: RECIPE=cifar10; without one, list them
+	@$(BIN)/python -m pipeline.recipes $(if $(RECIPE),apply $(RECIPE))
+
+plan: .venv/installed  ## say what a recipe would cost, without running it: RECIPE=imagenet_ssld
+	@$(BIN)/python -m pipeline.plan $(or $(RECIPE),digits)
 
 test: .venv/installed  ## run the tests
 	$(BIN)/python -m pytest

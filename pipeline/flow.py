@@ -9,6 +9,7 @@ Cancelling a run, or Ctrl-C, ends its processes; the same run again goes on wher
 
     python -m pipeline.flow                            run it here and now, with a temporary Prefect server
     python -m pipeline.flow -S distill.epochs=2        ... with a changed parameter
+    python -m pipeline.flow --recipe cifar10           ... with the settings of a recipe
     python -m pipeline.flow serve                      serve it as deployment ssld/local until Ctrl-C; then, elsewhere:
         export PREFECT_API_URL=http://127.0.0.1:4200/api
         prefect deployment run ssld/local --param 'changes={"distill.epochs": 2}'
@@ -48,6 +49,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from pipeline import recipes
 from pipeline.core import dvc, prefect_server, store, workspace
 from pipeline.core.process import Processes
 
@@ -203,12 +205,14 @@ def main() -> int:
     )
     parser.add_argument("what", nargs="?", choices=["run", "serve"], default="run", help="default: run")
     parser.add_argument("-S", "--set-param", metavar="KEY=VALUE", action="append", default=[], help="with run")
+    parser.add_argument("--recipe", metavar="NAME", help="with run: the settings of a recipe; -S changes them further")
     parser.add_argument("--stages", nargs="+", metavar="STAGE", help="with run: only these, and what they need")
     arguments = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):  # by default they would skip all cleaning up
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
-        changes = dict(map(change, arguments.set_param))
+        changes = recipes.changes(arguments.recipe) if arguments.recipe else {}
+        changes |= dict(map(change, arguments.set_param))
         workspace.check(Path.cwd(), changes)  # a mistake needs no server to be named
         url = prefect_server.ready(port=4200 if arguments.what == "serve" else 0)
         with temporary_settings({PREFECT_API_URL: url}):

@@ -23,10 +23,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedSeq
 
-from pipeline.core import dvc, params
+from pipeline.core import atomic, dvc, params
 from pipeline.core.stage import SCRATCH
 
 RESULTS = ("params.yaml", "dvc.lock", "data/evaluate/metrics.json", "data/evaluate/report.html")
@@ -132,9 +134,12 @@ def write_params(root: Path, folder: Path, changes: dict[str, Any]) -> None:
     text = YAML()
     text.width = 4096
     text.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
+    text.representer.add_representer(float, lambda to, it: to.represent_scalar("tag:yaml.org,2002:float", _decimal(it)))
     document = text.load((root / "params.yaml").read_text())
     _merge(document, _changed(root, changes))
-    with (folder / "params.yaml").open("w") as file:
+    for section in document.values():
+        _align(section)
+    with atomic.replacing(folder / "params.yaml") as beside, beside.open("w") as file:
         text.dump(document, file)
 
 
@@ -178,7 +183,25 @@ def _merge(document: dict[str, Any], new: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(document.get(key), dict):
             _merge(document[key], value)
         elif document.get(key) != value:
-            document[key] = value
+            document[key] = _on_one_line(value) if isinstance(value, list) else value
+
+
+def _align(section: Any) -> None:
+    """Put a section's comments below each other: a value that was too long for their column may be gone."""
+    comments = [tokens[2] for tokens in section.ca.items.values() if tokens[2]] if hasattr(section, "ca") else []
+    for comment in comments:
+        comment.column = min(each.column for each in comments)
+
+
+def _on_one_line(values: list[Any]) -> CommentedSeq:
+    line = CommentedSeq(values)
+    line.fa.set_flow_style()
+    return line
+
+
+def _decimal(value: float) -> str:
+    """Write a number without an exponent: PyYAML reads 7e-05 as text."""
+    return np.format_float_positional(value, trim="0")
 
 
 def _texts(value: Any) -> list[str]:

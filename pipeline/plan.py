@@ -1,0 +1,240 @@
+"""What a recipe would cost: images, views, bytes and hours, worked out without running or reading anything.
+
+Reads the recipe's file and params.yaml. Hours are of the one machine or GPU that the rate is of. A forward pass takes
+two operations a multiply-add, training three times that (the backward pass goes to weights and to activations), fixres
+one pass, the classifier's own training aside. Operations/s come, in this order, from --teacher-rate or --student-rate,
+from --tflops, from rates that the recipe names as measured, or from an assumption of 28 TFLOP/s; the answer says which.
+
+28 TFLOP/s is what ResNet50_vd reaches where it trains at 1,078 images/s of 224 pixels: an RTX 3090 with mixed
+precision and synthetic images, measured by timm's author (github.com/huggingface/pytorch-image-models,
+results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv). Smaller images and batches reach less, newer GPUs more.
+
+    python -m pipeline.plan imagenet_ssld
+    python -m pipeline.plan imagenet_ssld --tflops 200
+    python -m pipeline.plan cifar10 --teacher-rate 900 --student-rate 2500
+"""
+
+import argparse
+import math
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import yaml
+from pydantic import Field, ValidationError
+from torch import nn
+
+import models
+from pipeline import recipes
+from pipeline.core import params
+from pipeline.core.params import Count, CountOrZero, Params, Positive, Section
+
+TFLOPS = 28.0
+GPU_HOUR = 3600.0
+THUMBNAIL = 32 * 32  # bytes
+KEY_BYTES = 9  # of a view's key and its number of classes
+INDEX_ENTRY, LARGE_INDEX_ENTRY, LARGE = 12, 16, 2**32  # bytes of a view in index.sl, and from how many views on
+
+
+class Counts(Section):
+    """A recipe's `plan` section: how many images there are, and how fast they were handled."""
+
+    labelled: Count
+    unlabelled: CountOrZero
+    withheld: CountOrZero
+    val: CountOrZero
+    test: CountOrZero
+    classes: Annotated[int, Field(ge=2)]
+    image_kb: Positive
+    view_bytes: Positive
+    teacher_rate: Positive | None = None  # images/s that the teacher answers, at views.resolution
+    student_rate: Positive | None = None  # images/s that the student trains on, at views.resolution
+    measured_on: str = ""  # what both rates are of
+
+
+class Work(NamedTuple):
+    """What a stage does."""
+
+    stage: str
+    what: str
+    passes: int  # images
+    steps: int  # of the optimizer; 0: none
+    operations: float
+    by: str  # whose rate holds: teacher or student
+
+
+class Speed(NamedTuple):
+    """How fast a network runs."""
+
+    operations: float  # a second
+    where_from: str
+
+
+@cache
+def network(name: str, classes: int) -> nn.Module:
+    """Build a network without weights."""
+    with torch.device("meta"):
+        return models.build(name, classes)
+
+
+def work(settings: Params, counts: Counts) -> list[Work]:
+    """List what the stages do that cost; mining, evaluation and validation cost next to nothing beside them."""
+    teacher, student = (network(part.model, counts.classes) for part in (settings.teacher, settings.student))
+    resolution, larger = settings.views.resolution, settings.fixres.resolution
+    asks, answers = (2 * models.macs(it, resolution) for it in (teacher, student))
+    used = counts.labelled + mined(settings, counts)
+
+    def train(stage: str, images: int, each: float, by: str = "student", what: str = "training") -> Work:
+        recipe = getattr(settings, stage)
+        if getattr(recipe, "online", False):
+            raise ValueError(f"{stage}.online is true: the teacher in the loop is not planned for")
+        passes, batch = recipe.epochs * images, min(recipe.batch_size, images)
+        return Work(stage, what, passes, recipe.epochs * (images // batch), passes * each, by)
+
+    found = []
+    if settings.teacher.source == "fit":
+        seen = counts.labelled + (counts.withheld if settings.teacher.fit_on == "withheld" else 0)
+        found.append(train("teacher", seen, 3 * asks, "teacher"))
+    scored, views = counts.unlabelled + counts.val + counts.test, used * settings.cache.replicas
+    return [
+        *found,
+        Work("score", "teacher's answers", scored, 0, scored * asks, "teacher"),
+        Work("cache", "teacher's answers", views, 0, views * asks, "teacher"),
+        train("baseline", counts.labelled, 3 * answers),
+        train("distill", used, 3 * answers),
+        train("finetune", counts.labelled, 3 * answers),
+        train("fixres", counts.labelled, 2 * models.macs(student, larger), what="of the classifier"),
+    ]
+
+
+def mined(settings: Params, counts: Counts) -> int:
+    """The most images that can be mined."""
+    return min(counts.unlabelled, settings.mine.per_class * counts.classes)
+
+
+def speeds(settings: Params, counts: Counts, arguments: argparse.Namespace) -> dict[str, Speed]:
+    """Give teacher's and student's operations/s, and where they come from."""
+    found, resolution = {}, settings.views.resolution
+    for role, model, passes, verb in (
+        ("teacher", settings.teacher.model, 1, "answers"),
+        ("student", settings.student.model, 3, "trains on"),
+    ):
+        given, named = getattr(arguments, f"{role}_rate"), getattr(counts, f"{role}_rate")
+        if rate := given or (None if arguments.tflops else named):
+            operations = rate * 2 * passes * models.macs(network(model, counts.classes), resolution)
+            words = f"{model} {verb} {rate:,.0f} images/s of {resolution} pixels, {figure(operations / 1e12)} TFLOP/s "
+            words += f"(--{role}-rate)" if given else f"(measured: {counts.measured_on})"
+        else:
+            operations = 1e12 * (arguments.tflops or TFLOPS)
+            origin = "--tflops" if arguments.tflops else "an assumption: no rate was measured; --help says where from"
+            words = f"{model} reaches {figure(operations / 1e12)} TFLOP/s ({origin})"
+        found[role] = Speed(operations, words)
+    return found
+
+
+def sizes(settings: Params, counts: Counts) -> dict[str, float]:
+    """Give the bytes of what stages write: name to bytes. Checkpoints, which go when a run is done, are not counted."""
+    teacher, student = (network(part.model, counts.classes) for part in (settings.teacher, settings.student))
+    weights = [sum(p.numel() for p in it.parameters()) for it in (teacher, student)]
+    scored = counts.unlabelled + counts.val + counts.test
+    views = (counts.labelled + mined(settings, counts)) * settings.cache.replicas
+    index = INDEX_ENTRY if views < LARGE else LARGE_INDEX_ENTRY
+    each = 4 * counts.classes + 2 * teacher.num_features + THUMBNAIL  # logits float32, embeddings float16
+    return {
+        "data/prepare, the images once more": 1000 * counts.image_kb * (counts.labelled + scored),
+        "data/score, logits, embeddings and thumbnails": scored * each,
+        "data/cache, soft labels with keys and index": views * (counts.view_bytes + index),
+        "networks: the teacher and four students": 4 * (weights[0] + 4 * weights[1]),
+    }
+
+
+def records(settings: Params, counts: Counts) -> dict[str, float]:
+    """Give the bytes of the same soft labels as records of several formats; keys and indices are not counted."""
+    views = (counts.labelled + mined(settings, counts)) * settings.cache.replicas
+    kept = min(100, counts.classes)
+    return {
+        "this project's": views * (counts.view_bytes - KEY_BYTES),
+        f"TinyViT's, k = {kept}": views * (4 * kept + 4),
+        f"FKD's marginal smoothing, k = {min(10, counts.classes)}": views * 4 * min(10, counts.classes),
+        "all probabilities as float16": views * 2 * counts.classes,
+    }
+
+
+def figure(value: float) -> str:
+    """Write a number with three digits that count, and no exponent."""
+    digits = max(0, 2 - math.floor(math.log10(value))) if value else 0
+    return f"{float(f'{value:.3g}'):,.{digits}f}"
+
+
+def report(settings: Params, counts: Counts, arguments: argparse.Namespace) -> str:
+    """Say it all in lines for people."""
+    tasks, speed = work(settings, counts), speeds(settings, counts, arguments)
+    hours = {task.stage: task.operations / speed[task.by].operations / GPU_HOUR for task in tasks}
+    used, replicas = counts.labelled + mined(settings, counts), settings.cache.replicas
+    lines = [
+        f"images   {counts.labelled:,} labelled, {counts.unlabelled:,} in the pool, of which at most "
+        f"{mined(settings, counts):,} are mined; {counts.val:,} validation, {counts.test:,} test; "
+        f"{counts.classes:,} classes",
+        f"views    {used * replicas:,} with soft labels: {used:,} images, {replicas} of each",
+        "",
+        f"{'stage':<10}{'network':<24}{'':<19}{'images':>15}{'steps':>12}{'hours':>10}",
+    ]
+    for task in tasks:
+        model = settings.teacher.model if task.by == "teacher" else settings.student.model
+        steps = f"{task.steps:,}" if task.steps else ""
+        lines.append(
+            f"{task.stage:<10}{model:<24}{task.what:<19}{task.passes:>15,}{steps:>12}{figure(hours[task.stage]):>10}"
+        )
+    for role in ("teacher", "student"):
+        total = sum(hours[task.stage] for task in tasks if task.by == role)
+        lines.append(f"{role + ', in all':<80}{figure(total):>10}")
+    size = sizes(settings, counts)
+    lines += ["", f"{'disk':<51}{'GB':>10}"]
+    lines += [f"{name:<51}{figure(value / 1e9):>10}" for name, value in size.items()]
+    lines += [f"{'in all, checkpoints not counted':<51}{figure(sum(size.values()) / 1e9):>10}"]
+    lines += ["", f"{'soft labels, records alone, in several formats':<51}{'GB':>10}"]
+    lines += [f"{name:<51}{figure(value / 1e9):>10}" for name, value in records(settings, counts).items()]
+    lines += ["", "Nothing was run. The hours are of one machine, kept busy, worked out from"]
+    lines += [f"  {each.where_from}" for each in speed.values()]
+    lines += ["and multiply-adds: 2 operations each to answer, 6 to train, 2 for fixres. --help says more."]
+    return "\n".join(lines)
+
+
+def read(name: str, root: Path = Path(".")) -> tuple[Params, Counts]:
+    """Give a recipe's settings and counts.
+
+    Raises:
+        ValueError: no such recipe, or a wrong key or value in it.
+    """
+    changed = params.with_changes(yaml.safe_load((root / "params.yaml").read_text()), recipes.changes(name, root))
+    try:
+        return params.check(changed), Counts.model_validate(recipes.read(name, root).plan)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, known = str(first["loc"][0]), list(Counts.model_fields)
+        told = params.nearest(key, known) if first["type"] == "extra_forbidden" else f": {first['msg']}"
+        raise ValueError(f"recipes/{name}.yaml: {recipes.PLAN}.{key}{told}") from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", help="of the recipe; `python -m pipeline.recipes` lists them")
+    parser.add_argument("--tflops", type=float, help=f"10^12 operations/s of both networks (default: {TFLOPS:g})")
+    parser.add_argument("--teacher-rate", type=float, metavar="N", help="images/s that the teacher answers, measured")
+    parser.add_argument("--student-rate", type=float, metavar="N", help="images/s that the student trains on, measured")
+    arguments = parser.parse_args()
+    for option in ("tflops", "teacher_rate", "student_rate"):
+        if (getattr(arguments, option) or 1) <= 0:
+            parser.error(f"--{option.replace('_', '-')} is a number above 0")
+    try:
+        print(report(*read(arguments.name), arguments))
+    except (ValueError, OSError) as error:
+        sys.exit(f"plan: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
