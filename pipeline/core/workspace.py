@@ -21,12 +21,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import numpy as np
 import yaml
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedSeq
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from pipeline.core import atomic, dvc, params
 from pipeline.core.stage import SCRATCH
@@ -137,8 +138,6 @@ def write_params(root: Path, folder: Path, changes: dict[str, Any]) -> None:
     text.representer.add_representer(float, lambda to, it: to.represent_scalar("tag:yaml.org,2002:float", _decimal(it)))
     document = text.load((root / "params.yaml").read_text())
     _merge(document, _changed(root, changes))
-    for section in document.values():
-        _align(section)
     with atomic.replacing(folder / "params.yaml") as beside, beside.open("w") as file:
         text.dump(document, file)
 
@@ -177,20 +176,21 @@ def _changed(root: Path, changes: dict[str, Any]) -> dict[str, Any]:
     return params.with_changes(yaml.safe_load((root / "params.yaml").read_text()), changes)
 
 
-def _merge(document: dict[str, Any], new: dict[str, Any]) -> None:
+def _merge(document: CommentedMap, new: dict[str, Any]) -> None:
     """Write what differs into a commented document, in place."""
     for key, value in new.items():
         if isinstance(value, dict) and isinstance(document.get(key), dict):
             _merge(document[key], value)
         elif document.get(key) != value:
             document[key] = _on_one_line(value) if isinstance(value, list) else value
+            _align(document, key)
 
 
-def _align(section: Any) -> None:
-    """Put a section's comments below each other: a value that was too long for their column may be gone."""
-    comments = [tokens[2] for tokens in section.ca.items.values() if tokens[2]] if hasattr(section, "ca") else []
-    for comment in comments:
-        comment.column = min(each.column for each in comments)
+def _align(section: CommentedMap, key: str) -> None:
+    """Put a key's comment below the section's others: a value that was too long for their column may be gone."""
+    comments = {name: tokens[2] for name, tokens in section.ca.items.items() if tokens[2]}
+    if key in comments and len(comments) > 1:
+        comments[key].column = mode(comment.column for name, comment in comments.items() if name != key)
 
 
 def _on_one_line(values: list[Any]) -> CommentedSeq:
