@@ -196,6 +196,7 @@ def report(settings: Params, counts: Counts, arguments: argparse.Namespace) -> s
     lines += [f"{'in all, checkpoints not counted':<51}{figure(sum(size.values()) / 1e9):>10}"]
     lines += ["", f"{'soft labels, records alone, in several formats':<51}{'GB':>10}"]
     lines += [f"{name:<51}{figure(value / 1e9):>10}" for name, value in records(settings, counts).items()]
+    lines += ["(what each loses of the teacher's answer: python benchmarks/records.py)"]
     lines += ["", "Nothing was run. The hours are of one machine, kept busy, worked out from"]
     lines += [f"  {each.where_from}" for each in speed.values()]
     lines += ["and multiply-adds: 2 operations each to answer, 6 to train, 2 for fixres. --help says more."]
