@@ -173,7 +173,10 @@ def peers(arguments: argparse.Namespace) -> None:
     project, count = Project(), arguments.views or 2048
     asked = project.asked().part(slice(0, count))
     batches = load(project.views, cache._batches([asked], 256), 0, project.device)
-    answers = [teaching.answer(project.classifier, b.pixels, project.params.teacher.precision).cpu() for b in batches]
+    answers = [
+        teaching.answer(project.classifier, b.pixels.to(project.device), project.params.teacher.precision).cpu()
+        for b in batches
+    ]
     logits, order = torch.cat(answers), np.random.default_rng(0).permutation(len(asked.keys))
     header("format", "s to write", "bytes a view", "s to read an epoch")
     with tempfile.TemporaryDirectory() as name:

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -53,26 +54,36 @@ def main() -> None:
         for _ in range(2):  # the first warms up
             copy(arguments.project, folder, arguments.stage)
             begin = time.monotonic()
-            start(folder).join()
+            finish(start(folder))
             seconds = time.monotonic() - begin
         expected = digest(folder / "data" / arguments.stage)
         for _ in range(arguments.kills):
             copy(arguments.project, folder, arguments.stage)
             process = start(folder)
             process.join(chance.uniform(0, seconds))
-            ended = process.exitcode is not None
+            if process.exitcode is not None:
+                finish(process)  # it was done before its moment came
             process.kill()
             process.join()
             left = left_behind(folder, arguments.stage)
-            start(folder).join()
-            outcomes.append((ended, left, digest(folder / "data" / arguments.stage) == expected))
+            killed = process.exitcode == -signal.SIGKILL
+            finish(start(folder))
+            outcomes.append((killed, left, digest(folder / "data" / arguments.stage) == expected))
     same = sum(outcome[2] for outcome in outcomes)
-    with_work = sum(not ended and left > 0 for ended, left, _ in outcomes)
+    kills = sum(killed for killed, _, _ in outcomes)
+    with_work = sum(killed and left > 0 for killed, left, _ in outcomes)
     print(f"{machine()}\n")
-    print("| stage | s uninterrupted | kills | of them with work to go on from | the same bytes in the end |")
+    print("| stage | s uninterrupted | killed | of them with work to go on from | the same bytes in the end |")
     print("|---|---|---|---|---|")
-    print(f"| {arguments.stage} | {seconds:.1f} | {len(outcomes)} | {with_work} | {same} of {len(outcomes)} |")
+    print(f"| {arguments.stage} | {seconds:.1f} | {kills} | {with_work} | {same} of {len(outcomes)} |")
     sys.exit(same != len(outcomes))
+
+
+def finish(process: multiprocessing.Process) -> None:
+    """Wait for a process, and stop where it has failed: nothing would be compared."""
+    process.join()
+    if process.exitcode:
+        sys.exit(f"the stage ended with {process.exitcode} where nobody stopped it; run it by hand to see why")
 
 
 def copy(project: Path, folder: Path, stage: str) -> None:

@@ -3,7 +3,8 @@
     python benchmarks/seeds.py                      three seeds of the settings in params.yaml
     python benchmarks/seeds.py 0 1 2 3 4 -S distill.loss=kl
 
-A seed that has been run with the same settings is read from .scratch/runs and not run again.
+A seed that has been run with the same settings, by whatever version of the code, is read from .scratch/runs and not run
+again: remove that folder where the code has changed.
 """
 
 import argparse
@@ -56,7 +57,8 @@ def finished(wanted: params.Params) -> Path | None:
     """The folder of a run that ended well with these settings, the machine's own left out."""
     for file in Path(".scratch/runs").glob("*/params.yaml"):
         try:
-            if params.load(file).model_copy(update={"machine": wanted.machine}) == wanted:
+            same = params.load(file).model_copy(update={"machine": wanted.machine}) == wanted
+            if same and (file.parent / "metrics.json").exists():
                 return file.parent
         except ValueError:  # of another version of the settings
             continue

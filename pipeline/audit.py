@@ -95,7 +95,7 @@ def audit(params: Params, share: float, seed: int) -> Findings:
 
 def wrong(findings: Findings) -> np.ndarray:
     """(N,) bool: the views whose stored answer is not the teacher's."""
-    return findings.lost > findings.lost_by_coding + TOLERANCE
+    return ~(findings.lost <= findings.lost_by_coding + TOLERANCE)
 
 
 def report(findings: Findings) -> str:

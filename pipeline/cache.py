@@ -136,6 +136,8 @@ def set_aside_others(folder: Path, scratch: Path, description: Description) -> N
     """Make sure that the folder holds labels of this description alone; move others aside, and fetch these back."""
     folder.mkdir(parents=True, exist_ok=True)
     store.unfinish(folder)  # until this run has ended
+    for left in folder.glob(".*.part"):  # by a killed run
+        left.unlink()
     others = {path: name for path, name in store.fingerprints(folder).items() if name != description.fingerprint}
     for path, name in others.items():
         (scratch / name).mkdir(exist_ok=True)

@@ -76,7 +76,7 @@ def ssld(changes: dict[str, Any] = {}, stages: list[str] | None = None, retries:
             run_stages(graph, dvc.outdated(folder), processes, retries)
             results = folder / "data/evaluate"
             if changes:
-                results = workspace.keep_results(folder, root, runtime.flow_run.name)
+                results = workspace.keep_results(folder, root, runtime.flow_run.name, scored="evaluate" in graph)
             if "evaluate" in graph:  # else what lies there is of another run
                 show_results(results)
     except (ValueError, OSError) as error:

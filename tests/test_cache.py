@@ -118,7 +118,7 @@ def test_a_lost_shard_alone_is_computed_again(here, capsys):
 def test_other_views_set_the_labels_aside_and_find_them_again(here, capsys):
     before = shards()
     go(cache, **{"views.flip": 0.5})
-    assert not before.keys() <= shards().keys() or shards() != before
+    assert shards() != before
     go(cache)
     assert "0 views to ask" in capsys.readouterr().out.splitlines()[-1]
     assert shards() == before

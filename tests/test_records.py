@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.core.softlabels.records import MOST_CLASSES, Coding, Records, dense
+from pipeline.core.softlabels.records import Coding, Records, dense
 
 
 def some_logits(count, classes, seed=0, spread=3.0):
@@ -121,5 +121,7 @@ def test_a_record_that_cannot_be_is_refused():
     records = coding.encode(some_logits(3, 1000))
     with pytest.raises(ValueError, match="another number of classes"):
         coding.decode(Records(records.counts, np.zeros_like(records.content)))
-    assert MOST_CLASSES == 255  # a number of classes is one byte
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="not finite"):
+            coding.encode(torch.full((1, 1000), wrong))
     assert len(coding.decode(Records(np.zeros(0, np.uint8), np.zeros(0, np.uint8))).counts) == 0

@@ -62,7 +62,7 @@ def test_only_what_the_change_touches_runs_and_only_results_stay(reproduced):
     with opened(reproduced) as folder:
         assert dvc.outdated(folder) == {"distill", "evaluate"}
         toy_project.execute(folder, "dvc", "repro", "--quiet")
-        kept = workspace.keep_results(folder, reproduced, "brave-otter")
+        kept = workspace.keep_results(folder, reproduced, "brave-otter", scored=True)
     assert not folder.exists()
     assert {file.name for file in kept.iterdir()} == {"params.yaml", "dvc.lock", "metrics.json", "report.html"}
     assert yaml.safe_load((kept / "params.yaml").read_text())["distill"]["epochs"] == 3

@@ -143,7 +143,7 @@ class Cache(Section):
     min_probability: Share
     bits: int = Field(ge=2, le=16)
     batch_size: Count
-    shard_views: Count
+    shard_views: int = Field(ge=1, le=1_000_000)
 
 
 class Student(Section):

@@ -32,7 +32,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from pipeline.core import atomic, dvc, params
 from pipeline.core.stage import SCRATCH
 
-RESULTS = ("params.yaml", "dvc.lock", "data/evaluate/metrics.json", "data/evaluate/report.html")
+SETTINGS, SCORES = ("params.yaml", "dvc.lock"), ("data/evaluate/metrics.json", "data/evaluate/report.html")
 
 
 def check(root: Path, changes: dict[str, Any]) -> None:
@@ -89,11 +89,15 @@ def name(changes: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(flat, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def keep_results(folder: Path, root: Path, run: str) -> Path:
-    """Copy what a run is remembered by from its workspace to the user's tree; give the folder."""
+def keep_results(folder: Path, root: Path, run: str, scored: bool) -> Path:
+    """Copy what a run is remembered by from its workspace to the user's tree; give the folder.
+
+    Args:
+        scored: the run brought the scores up to date; else those in its workspace are of another one.
+    """
     kept = root / SCRATCH / "runs" / run
     kept.mkdir(parents=True, exist_ok=True)
-    for result in RESULTS:
+    for result in (*SETTINGS, *(SCORES if scored else ())):
         if (folder / result).exists():
             shutil.copy2(folder / result, kept)
     return kept

@@ -27,7 +27,7 @@ def main() -> None:
     try:
         summary = read_summary(arguments.folder)
         SoftLabels(arguments.folder, read_description(arguments.folder)).verify()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(json.dumps(summary, indent=2) if arguments.json else describe(arguments.folder, summary))
 

@@ -81,7 +81,13 @@ class Coding:
         return self._layout["size"]
 
     def encode(self, logits: Tensor) -> Records:
-        """Turn logits (B, C) into records; among equal probabilities the lower class numbers are kept."""
+        """Turn logits (B, C) into records; among equal probabilities the lower class numbers are kept.
+
+        Raises:
+            ValueError: a logit is not finite.
+        """
+        if not torch.isfinite(logits).all():
+            raise ValueError("the teacher's answer is not finite: no soft label can be made of it")
         log_probabilities = torch.log_softmax(logits.double(), dim=1)
         values, order = log_probabilities.sort(dim=1, descending=True, stable=True)
         values, order = values[:, : self.top_k], order[:, : self.top_k]

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def make_keys(ids: np.ndarray, replicas: np.ndarray, partners: np.ndarray) -> np
     """Make the keys (N,) uint64 of views: of samples' ids, replicas, and the ids mixed in (their own where none is).
 
     A key is a hash (the finaliser of SplitMix64, Steele et al., OOPSLA 2014, over the three numbers). Two of a cache of
-    150 million views are the same with a probability of 1 in 1,600; `finish` would say so.
+    150 million views are the same with a probability of 1 in 1,600; `finish` says so of two that one run wants.
     """
     mixed = ids.astype(np.uint64)
     for part in (partners.astype(np.uint64), replicas.astype(np.uint64)):
@@ -208,8 +209,10 @@ def finish(folder: Path, description: Description, wanted: np.ndarray) -> None:
         ValueError: one is missing, or two views have one key.
     """
     labels = SoftLabels(folder, description)
-    if (labels.find(wanted) < 0).any() or len(np.unique(wanted)) != len(wanted):
-        raise ValueError(f"{folder}: a view is missing, or two have one key; run `dvc repro cache`, or change the seed")
+    if (labels.find(wanted) < 0).any():
+        raise ValueError(f"{folder}: a view is missing; run `dvc repro cache`")
+    if len(np.unique(wanted)) != len(wanted):
+        raise ValueError(f"{folder}: two views have one key, so one would be taught as the other; leave out an image")
     positions = labels._order.astype(np.uint32 if len(labels) < 2**32 else np.uint64)
     header = {
         "fingerprint": description.fingerprint,
@@ -218,7 +221,7 @@ def finish(folder: Path, description: Description, wanted: np.ndarray) -> None:
         "shards": [shard.path.name for shard in labels.shards],
     }
     sealed.write(folder / INDEX, INDEX_MAGIC, header, [labels._keys, positions])
-    size = sum(shard.path.stat().st_size for shard in labels.shards)
+    size = sum(path.stat().st_size for path in (folder / INDEX, *_shard_files(folder)))
     content = {
         "format": FORMAT_VERSION,
         "fingerprint": description.fingerprint,
@@ -270,9 +273,11 @@ def fingerprints(folder: Path) -> dict[Path, str]:
     found = {}
     for path in _shard_files(folder):
         try:
-            found[path] = str(sealed.read_header(path, shards.MAGIC)[0]["fingerprint"])
+            name = str(sealed.read_header(path, shards.MAGIC)[0]["fingerprint"])
         except (ValueError, KeyError, TypeError):
             continue
+        if re.fullmatch("[0-9a-f]{64}", name):  # else it is damaged
+            found[path] = name
     return found
 
 
