@@ -14,8 +14,6 @@ which they take 1 in 1,000 of the pool for a copy of an image of another class.
 import argparse
 import hashlib
 import io
-import os
-import platform
 import resource
 import sys
 import tempfile
@@ -29,6 +27,8 @@ from PIL import Image, ImageDraw, ImageEnhance
 from scipy.fft import dctn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from machine import machine
+
 from pipeline.core import copies, sheet
 from pipeline.core.images import decode
 from pipeline.core.progress import Progress, duration
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--guarded", type=int, default=1000, help="guarded images for --time (default: 1000)")
     arguments = parser.parse_args()
     images, classes = read(arguments.archive, arguments.images)
-    print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
+    print(f"\n{machine()}")
     if arguments.time is not None:
         measure(images, arguments.time, arguments.guarded)
     elif arguments.leave_one_out:

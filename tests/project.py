@@ -1,9 +1,7 @@
 """A project of its own for a test: the code as it stands here, small settings, real Git and real DVC."""
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import commands
@@ -13,16 +11,7 @@ from images import ROOT, small_settings
 from pipeline.core import params
 
 CODE = ("dvc.yaml", "params.yaml", ".gitignore", ".dvcignore", "pipeline", "models", "data/.gitignore", "data/weights")
-ENVIRONMENT = {
-    **os.environ,
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    "DVC_NO_ANALYTICS": "1",
-    "OMP_NUM_THREADS": "1",
-    "GIT_AUTHOR_NAME": "test",
-    "GIT_AUTHOR_EMAIL": "test@localhost",
-    "GIT_COMMITTER_NAME": "test",
-    "GIT_COMMITTER_EMAIL": "test@localhost",
-}
+ENVIRONMENT = {**commands.ENVIRONMENT, "OMP_NUM_THREADS": "1"}
 
 
 def execute(folder: Path, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from images import prepared, tiny
+from images import tiny
 from runs import run
 from timm.layers import BatchNormAct2d
 from torch import nn
@@ -20,12 +20,6 @@ from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        yield prepared(tmp_path_factory.mktemp("shapes"), patch)
 
 
 def watched(training, stop=None):

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import toy_project
+from commands import wait_until
 from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilter, LogFilter
 from prefect.deployments import run_deployment
@@ -226,13 +227,6 @@ def alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-def wait_until(done, seconds):
-    begin = time.monotonic()
-    while not done():
-        assert time.monotonic() - begin < seconds
-        time.sleep(0.1)
 
 
 def test_a_relative_store_is_the_users_own_in_a_workspace_too(tmp_path, monkeypatch):

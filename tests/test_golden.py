@@ -6,13 +6,6 @@ import numpy as np
 import pytest
 import torch
 from golden import FILE, RECIPES, steps
-from images import prepared
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        yield prepared(tmp_path_factory.mktemp("shapes"), patch)
 
 
 @pytest.fixture

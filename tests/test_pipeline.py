@@ -5,12 +5,12 @@ import json
 import os
 import signal
 import subprocess
-import time
 from contextlib import contextmanager, suppress
 
 import numpy as np
 import psutil
 import pytest
+from commands import wait_until
 from images import CLASSES, write_folder
 from project import ENVIRONMENT, change, execute, make
 
@@ -134,7 +134,7 @@ def kill_when_it_has_written(folder, stage):
         ["python", "-m", f"pipeline.{stage}"], cwd=folder, env=ENVIRONMENT, start_new_session=True
     )
     places = [folder / ".scratch" / stage, folder / "data" / stage]
-    wait_until(lambda: any(f.suffix in (".pt", ".sl") for place in places for f in place.rglob("*")))
+    wait_until(lambda: any(f.suffix in (".pt", ".sl") for place in places for f in place.rglob("*")), 120, every=0.02)
     assert process.poll() is None, "it ended before it could be killed"
     below = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
@@ -142,13 +142,6 @@ def kill_when_it_has_written(folder, stage):
         with suppress(psutil.NoSuchProcess):
             child.kill()
     process.wait()
-
-
-def wait_until(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_a_second_writer_is_told_so(project, tmp_path):
@@ -183,7 +176,7 @@ def test_a_stage_ends_with_the_dvc_that_started_it(project):
     child = psutil.Process(int(parent.stdout.readline()))
     parent.kill()
     parent.wait()
-    wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, seconds=8)
+    wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, seconds=8, every=0.02)
 
 
 def test_push_clone_pull_leaves_nothing_to_do(project, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from images import prepared, tiny
+from images import tiny
 from runs import MODEL, run
 from torch import nn
 
@@ -72,12 +72,6 @@ def test_the_schedule_warms_up_and_ends_near_zero():
     assert max(rates) == pytest.approx(0.5, rel=0.01)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] < 0.001
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        yield prepared(tmp_path_factory.mktemp("shapes"), patch)
 
 
 class Killed(Exception):

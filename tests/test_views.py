@@ -110,6 +110,13 @@ def test_partners_come_from_the_list_and_are_never_the_sample_itself():
     assert all(views.draw(SPEC, int(alone[0]), r, alone).partner is None for r in range(50))
 
 
+def test_a_partner_drawn_alone_is_the_views_own():
+    for spec in (SPEC, dataclasses.replace(SPEC, mixup_alpha=0.0, cutmix_alpha=0.0)):
+        for sample in (*range(100), *PARTNERS.tolist()):
+            alone = views.draw_partner(spec, sample, 3, PARTNERS)
+            assert alone == views.draw(spec, sample, 3, PARTNERS).partner
+
+
 def test_one_partner_more_changes_few_views():
     fewer = np.delete(PARTNERS, 17)
     changed = [views.draw(SPEC, s, 0, PARTNERS) != views.draw(SPEC, s, 0, fewer) for s in range(2000)]

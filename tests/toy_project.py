@@ -7,8 +7,6 @@ It has the real params.yaml, so that changes are checked as they are for the rea
 epochs lasts, so that a test can stop it.
 """
 
-import os
-import sys
 from pathlib import Path
 
 import commands
@@ -23,16 +21,7 @@ EDGES = {
     "evaluate": {"baseline", "distill"},
 }
 
-ENVIRONMENT = {
-    **os.environ,
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    "PYTHONPATH": str(ROOT),
-    "DVC_NO_ANALYTICS": "1",
-    "GIT_AUTHOR_NAME": "test",
-    "GIT_AUTHOR_EMAIL": "test@localhost",
-    "GIT_COMMITTER_NAME": "test",
-    "GIT_COMMITTER_EMAIL": "test@localhost",
-}
+ENVIRONMENT = {**commands.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
 
 DVC_YAML = """
 stages:
