@@ -67,7 +67,7 @@ class Views(Dataset):
         assert self.spec is not None
         ids = self.images.ids[rows]
         for at, (sample_id, replica) in enumerate(zip(ids.tolist(), replicas.tolist(), strict=True)):
-            partner = views.draw(self.spec, sample_id, replica, self.partners).partner
+            partner = views.draw_partner(self.spec, sample_id, replica, self.partners)
             if partner is not None:
                 ids[at] = partner
         return ids

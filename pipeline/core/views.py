@@ -28,6 +28,7 @@ from pipeline.core.params import Views as Section
 VERSION = 2  # of the functions below: a change that changes pixels must raise it, so that stored labels are refused
 
 
+CROP_TRIES = 10  # four numbers each, the first of a view's
 EIGHT_NUMBERS = struct.Struct(">8Q")
 
 
@@ -87,14 +88,14 @@ def draw(spec: ViewSpec, sample_id: int, replica: int, partners: np.ndarray) -> 
             They, and not all samples, so that a growing pool changes no view that was there before.
     """
     uniform = _uniforms(spec.seed, sample_id, replica)
-    crops = tuple(_crop_try(spec, uniform) for _ in range(10))
+    crops = tuple(_crop_try(spec, uniform) for _ in range(CROP_TRIES))
     flip = next(uniform) < spec.flip
     mixed, which, level, place, centre_x, centre_y = (next(uniform) for _ in range(6))
     operations = tuple(_operation(next(uniform), next(uniform)) for _ in range(spec.randaugment_ops))
-    kinds = [kind for kind, alpha in (("mixup", spec.mixup_alpha), ("cutmix", spec.cutmix_alpha)) if alpha > 0]
-    partner = _partner(sample_id, place, partners) if kinds and mixed < spec.mix_probability else None
+    partner = _partner(spec, sample_id, mixed, place, partners)
     if partner is None:
         return View(crops, flip, operations, None, "", 1.0, (0, 0, 0, 0))
+    kinds = _mixing_kinds(spec)
     mixing = kinds[int(which * len(kinds))]
     alpha = spec.mixup_alpha if mixing == "mixup" else spec.cutmix_alpha
     share = float(betaincinv(alpha, alpha, level))  # Beta(alpha, alpha) by inversion: one uniform, one value
@@ -103,6 +104,13 @@ def draw(spec: ViewSpec, sample_id: int, replica: int, partners: np.ndarray) -> 
         box = _cutmix_box(spec.resolution, share, centre_x, centre_y)
         share = 1 - (box[2] - box[0]) * (box[3] - box[1]) / spec.resolution**2
     return View(crops, flip, operations, partner, mixing, share, box)
+
+
+def draw_partner(spec: ViewSpec, sample_id: int, replica: int, partners: np.ndarray) -> int | None:
+    """Draw the view's partner alone, which is all that its key needs: a fifth of the time that `draw` takes."""
+    uniform = _uniforms(spec.seed, sample_id, replica, first_block=4 * CROP_TRIES // 8)
+    _, mixed, _, _, place = (next(uniform) for _ in range(5))
+    return _partner(spec, sample_id, mixed, place, partners)
 
 
 def render(spec: ViewSpec, view: View, image: Encoded, partner: tuple[View, Encoded] | None) -> np.ndarray:
@@ -137,10 +145,10 @@ def render_test(image: Image.Image, resolution: int, crop: float) -> np.ndarray:
     return np.asarray(resized).transpose(2, 0, 1)
 
 
-def _uniforms(seed: int, sample_id: int, replica: int) -> Iterator[float]:
+def _uniforms(seed: int, sample_id: int, replica: int, first_block: int = 0) -> Iterator[float]:
     """Endless numbers in [0, 1): BLAKE2b of (seed, sample, replica, block), the same on every machine and version."""
     key = b"".join(number.to_bytes(8, "big") for number in (seed, sample_id, replica))
-    block = 0
+    block = first_block
     while True:
         for number in EIGHT_NUMBERS.unpack(hashlib.blake2b(block.to_bytes(4, "big"), key=key).digest()):
             yield (number >> 11) * 2.0**-53
@@ -167,8 +175,14 @@ def _crop_box(view: View, width: int, height: int) -> tuple[float, float, float,
     return x, y, x + wide, y + high
 
 
-def _partner(sample_id: int, place: float, partners: np.ndarray) -> int | None:
+def _mixing_kinds(spec: ViewSpec) -> list[str]:
+    return [kind for kind, alpha in (("mixup", spec.mixup_alpha), ("cutmix", spec.cutmix_alpha)) if alpha > 0]
+
+
+def _partner(spec: ViewSpec, sample_id: int, mixed: float, place: float, partners: np.ndarray) -> int | None:
     """The first partner at or after a random place on the ring of ids: another's coming or going rarely matters."""
+    if mixed >= spec.mix_probability or not _mixing_kinds(spec):
+        return None
     if len(partners) == 0 or (len(partners) == 1 and int(partners[0]) == sample_id):
         return None
     at = int(np.searchsorted(partners, np.uint64(int(place * 2.0**53) << 11))) % len(partners)
