@@ -30,12 +30,12 @@ import models
 from pipeline import recipes
 from pipeline.core import params
 from pipeline.core.params import Count, CountOrZero, Params, Positive, Section
+from pipeline.core.softlabels.shards import KEY
 
 TFLOPS = 28.0
 GPU_HOUR = 3600.0
 THUMBNAIL = 32 * 32  # bytes
-KEY_BYTES = 9  # of a view's key and its number of classes
-INDEX_ENTRY, LARGE_INDEX_ENTRY, LARGE = 12, 16, 2**32  # bytes of a view in index.sl, and from how many views on
+KEY_AND_COUNT = KEY.itemsize + 1  # bytes of a view in a shard, besides its record
 
 
 class Counts(Section):
@@ -84,7 +84,7 @@ def work(settings: Params, counts: Counts) -> list[Work]:
     teacher, student = (network(part.model, counts.classes) for part in (settings.teacher, settings.student))
     resolution, larger = settings.views.resolution, settings.fixres.resolution
     asks, answers = (2 * models.macs(it, resolution) for it in (teacher, student))
-    used = counts.labelled + mined(settings, counts)
+    used = taught(settings, counts)
 
     def train(stage: str, images: int, each: float, by: str = "student", what: str = "training") -> Work:
         recipe = getattr(settings, stage)
@@ -97,7 +97,7 @@ def work(settings: Params, counts: Counts) -> list[Work]:
     if settings.teacher.source == "fit":
         seen = counts.labelled + (counts.withheld if settings.teacher.fit_on == "withheld" else 0)
         found.append(train("teacher", seen, 3 * asks, "teacher"))
-    scored, views = counts.unlabelled + counts.val + counts.test, used * settings.cache.replicas
+    scored, views = counts.unlabelled + counts.val + counts.test, soft_labels(settings, counts)
     return [
         *found,
         Work("score", "teacher's answers", scored, 0, scored * asks, "teacher"),
@@ -112,6 +112,16 @@ def work(settings: Params, counts: Counts) -> list[Work]:
 def mined(settings: Params, counts: Counts) -> int:
     """The most images that can be mined."""
     return min(counts.unlabelled, settings.mine.per_class * counts.classes)
+
+
+def taught(settings: Params, counts: Counts) -> int:
+    """The images with soft labels: the labelled and the mined ones."""
+    return counts.labelled + mined(settings, counts)
+
+
+def soft_labels(settings: Params, counts: Counts) -> int:
+    """The views with soft labels."""
+    return taught(settings, counts) * settings.cache.replicas
 
 
 def speeds(settings: Params, counts: Counts, arguments: argparse.Namespace) -> dict[str, Speed]:
@@ -139,8 +149,8 @@ def sizes(settings: Params, counts: Counts) -> dict[str, float]:
     teacher, student = (network(part.model, counts.classes) for part in (settings.teacher, settings.student))
     weights = [sum(p.numel() for p in it.parameters()) for it in (teacher, student)]
     scored = counts.unlabelled + counts.val + counts.test
-    views = (counts.labelled + mined(settings, counts)) * settings.cache.replicas
-    index = INDEX_ENTRY if views < LARGE else LARGE_INDEX_ENTRY
+    views = soft_labels(settings, counts)
+    index = KEY.itemsize + (4 if views < 2**32 else 8)  # a view's key and its position
     each = 4 * counts.classes + 2 * teacher.num_features + THUMBNAIL  # logits float32, embeddings float16
     return {
         "data/prepare, the images once more": 1000 * counts.image_kb * (counts.labelled + scored),
@@ -152,10 +162,10 @@ def sizes(settings: Params, counts: Counts) -> dict[str, float]:
 
 def records(settings: Params, counts: Counts) -> dict[str, float]:
     """Give the bytes of the same soft labels as records of several formats; keys and indices are not counted."""
-    views = (counts.labelled + mined(settings, counts)) * settings.cache.replicas
+    views = soft_labels(settings, counts)
     kept = min(100, counts.classes)
     return {
-        "this project's": views * (counts.view_bytes - KEY_BYTES),
+        "this project's": views * (counts.view_bytes - KEY_AND_COUNT),
         f"TinyViT's, k = {kept}": views * (4 * kept + 4),
         f"FKD's marginal smoothing, k = {min(10, counts.classes)}": views * 4 * min(10, counts.classes),
         "all probabilities as float16": views * 2 * counts.classes,
@@ -172,12 +182,12 @@ def report(settings: Params, counts: Counts, arguments: argparse.Namespace) -> s
     """Say it all in lines for people."""
     tasks, speed = work(settings, counts), speeds(settings, counts, arguments)
     hours = {task.stage: task.operations / speed[task.by].operations / GPU_HOUR for task in tasks}
-    used, replicas = counts.labelled + mined(settings, counts), settings.cache.replicas
     lines = [
         f"images   {counts.labelled:,} labelled, {counts.unlabelled:,} in the pool, of which at most "
         f"{mined(settings, counts):,} are mined; {counts.val:,} validation, {counts.test:,} test; "
         f"{counts.classes:,} classes",
-        f"views    {used * replicas:,} with soft labels: {used:,} images, {replicas} of each",
+        f"views    {soft_labels(settings, counts):,} with soft labels: {taught(settings, counts):,} images, "
+        f"{settings.cache.replicas} of each",
         "",
         f"{'stage':<10}{'network':<24}{'':<19}{'images':>15}{'steps':>12}{'hours':>10}",
     ]

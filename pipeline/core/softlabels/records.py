@@ -23,8 +23,8 @@ WIDTHS = (8, 16, 24)  # bits that a class may take in a record, besides the run 
 class SparseLabels(NamedTuple):
     """The stored answers for B views; the classes of the first, then those of the second, ...: E in all."""
 
-    counts: np.ndarray  # (B,) int64: how many classes are stored of each view, at least 1
-    classes: np.ndarray  # (E,) int64, ascending within a view
+    counts: np.ndarray  # (B,) int32: how many classes are stored of each view, at least 1
+    classes: np.ndarray  # (E,) int32, ascending within a view
     log_probabilities: np.ndarray  # (E,) float32
     log_rest: np.ndarray  # (B,) float32: logarithm of the mass of all other classes; -inf where there is none
 
@@ -132,45 +132,56 @@ class Coding:
         Raises:
             ValueError: a record holds another number of classes than it says.
         """
-        counts, content = records.counts.astype(np.int64), records.content
+        counts, content = records.counts.astype(np.int32), records.content
         layout = self._layout[records.counts]
-        starts = np.cumsum(layout["size"]) - layout["size"]
+        width, low, high_bytes, size = (layout[name].astype(np.int32) for name in layout.dtype.names)
+        starts = _before(size)
         head = content[starts[:, None] + np.arange(HEAD.itemsize)].view(HEAD)[:, 0]
-        first = np.cumsum(counts) - counts
-        number = np.arange(int(counts.sum()))  # of the class among all of the batch
+        first = _before(counts)
+        number = np.arange(counts.sum(), dtype=np.int32)  # of the class among all of the batch
 
-        width = layout["width"] // 8
-        at = np.repeat(starts + HEAD.itemsize + layout["high_bytes"] - first * width, counts)
+        width //= 8
+        at = np.repeat(starts + HEAD.itemsize + high_bytes - first * width, counts)
         at += number if (width == 1).all() else number * np.repeat(width, counts)
-        field = content[at].astype(np.int64)
+        field = content.take(at).astype(np.int32)
         for byte in range(1, int(width.max(initial=1))):
             here = np.flatnonzero(np.repeat(width > byte, counts))
-            field[here] |= content[at[here] + byte].astype(np.int64) << (8 * byte)
+            field[here] |= content.take(at[here] + byte).astype(np.int32) << (8 * byte)
 
-        low = np.repeat(layout["low"], counts)
-        code = field >> low
-        classes = field + ((self._high(content, starts, layout, counts, number) - code) << low)
+        lows = np.repeat(low, counts)
+        code = field >> lows
+        field -= code << lows
+        classes = self._high(content, starts, high_bytes, counts, number)
+        classes <<= lows
+        classes += field
 
         step = head["range"].astype(np.float32) * np.float32(-RANGE_STEP / (2**self.bits - 1))
-        below = code.astype(np.float32) * np.repeat(step, counts)
+        values = np.repeat(step, counts)
+        values *= code
         log_rest = head["log_rest"].astype(np.float32)
         # The stored classes share what the rest leaves, so their common scale need not be stored.
-        total = np.add.reduceat(np.exp(below), first) if len(counts) else np.zeros(0, np.float32)
-        scale = np.log1p(-np.minimum(np.exp(log_rest), 1 - 1e-7)) - np.log(total)
-        return SparseLabels(counts, classes, below + np.repeat(scale, counts), log_rest)
+        total = np.add.reduceat(np.exp(values), first) if len(counts) else np.zeros(0, np.float32)
+        values += np.repeat(np.log1p(-np.minimum(np.exp(log_rest), 1 - 1e-7)) - np.log(total), counts)
+        return SparseLabels(counts, classes, values, log_rest)
 
     def _high(
-        self, content: np.ndarray, starts: np.ndarray, layout: np.ndarray, counts: np.ndarray, number: np.ndarray
+        self, content: np.ndarray, starts: np.ndarray, runs: np.ndarray, counts: np.ndarray, number: np.ndarray
     ) -> np.ndarray:
         """Read the high bits (E,) of all classes: the place of the n-th one in a record's run of bits, less n."""
-        runs = layout["high_bytes"]
-        before = np.cumsum(runs) - runs
-        at = np.repeat(starts + HEAD.itemsize - before, runs) + np.arange(int(runs.sum()))
-        ones = np.flatnonzero(np.unpackbits(content[at], bitorder="little").view(bool))
+        before = _before(runs)
+        at = np.repeat(starts + HEAD.itemsize - before, runs)
+        at += np.arange(len(at), dtype=np.int32)
+        ones = np.flatnonzero(np.unpackbits(content.take(at), bitorder="little").view(bool)).astype(np.int32)
         if len(ones) != len(number):
             raise ValueError("a record holds another number of classes than it says")
-        first = np.cumsum(counts) - counts
-        return ones - number - np.repeat(before * 8 - first, counts)
+        ones -= number
+        ones -= np.repeat(before * 8 - _before(counts), counts)
+        return ones
+
+
+def _before(sizes: np.ndarray) -> np.ndarray:
+    """The sum (N,) of all sizes before each one."""
+    return np.cumsum(sizes, dtype=np.int32) - sizes
 
 
 def dense(
@@ -184,9 +195,14 @@ def dense(
     Args:
         device: where the distributions are made; what travels there are the stored classes alone.
     """
-    counts, classes, values, log_rest = (torch.from_numpy(part).to(device) for part in labels)
-    each = log_rest - torch.log((num_classes - counts).clamp(min=1).float())
-    logits = each[:, None].repeat(1, num_classes)
-    rows = torch.repeat_interleave(torch.arange(len(counts), device=device), counts, output_size=len(classes))
-    logits[rows, classes] = values
-    return torch.softmax(logits / temperature, dim=1)
+    counts, classes, values, log_rest = labels
+    first = _before(counts)
+    top = np.maximum.reduceat(values, first)
+    stored = np.exp((values - np.repeat(top, counts)) / temperature)
+    others = num_classes - counts
+    each = np.exp((log_rest - np.log(np.maximum(others, 1), dtype=np.float32) - top) / temperature)
+    total = np.add.reduceat(stored, first) + others * each
+    stored /= np.repeat(total, counts).astype(np.float32)
+    places = classes + np.repeat(np.arange(len(counts)) * num_classes, counts)  # in the batch, row after row
+    places, stored, each = (torch.from_numpy(x).to(device) for x in (places, stored, (each / total).astype(np.float32)))
+    return each.repeat_interleave(num_classes).scatter_(0, places, stored).view(len(counts), num_classes)
