@@ -41,7 +41,7 @@ def run(params: Params) -> None:
         validation = np.flatnonzero(images.splits[images.row_of(ids)] == "val")
         with Progress(count, "images", "mine: likeness") as progress:
             ratio = likeness(embeddings[:count], embeddings[validation], pool, progress.update)
-    worth = np.log(np.maximum(best, 1e-30)) + ratio[:, None]  # float32 has probabilities of 0
+    worth = ranking.worth(best, ratio[:, None])
     taken = ranking.best_of_each_class(classes, worth, pool, allowed, settings.per_class)
     counts = ranking.count_classes(images.classes, classes, best, allowed, taken, settings.per_class)
     image, place = np.nonzero(taken)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import models
 from pipeline.core import networks
 from pipeline.core.batches import TrainingOrder, Views
 from pipeline.core.engine import learning_rate, optimizer_of
-from pipeline.core.training import labelled_loss
+from pipeline.core.training import Before, better, labelled_loss, validator
 from pipeline.core.views import ViewSpec
 
 
@@ -198,6 +199,28 @@ def test_partners_are_labelled_and_named(images):
     batch = views[rows, np.zeros(len(rows), np.int64)]
     assert (images.splits[batch.partner_rows] == "labelled").all()
     assert np.array_equal(views.partner_ids(rows, batch.replicas), images.ids[batch.partner_rows])
+
+
+def test_the_network_before_is_kept_only_where_it_is_better_on_validation(images, capsys):
+    params, cpu = tiny(), torch.device("cpu")
+    validate = validator(params, images, 16, cpu)
+    networks_of_seeds = [networks.build(MODEL, 4, seed) for seed in range(6)]
+    networks_of_seeds.sort(key=lambda classifier: validate(classifier)["val_top1"])
+    worst, best = networks_of_seeds[0], networks_of_seeds[-1]
+    assert validate(worst)["val_top1"] < validate(best)["val_top1"]
+
+    def chosen(trained, before):
+        task = SimpleNamespace(name="finetune", classifier=trained, resolution=16, before=Before("distill", before, 16))
+        return better(task, params, images, cpu)
+
+    assert chosen(best, before=worst) == (best, 16, None)
+    assert chosen(worst, before=worst) == (worst, 16, None)
+    assert "is kept" not in capsys.readouterr().out
+    network, _, kept = chosen(worst, before=best)
+    assert network is best
+    assert kept["stage"] == "distill"
+    assert kept["val_top1"] > kept["instead_of"]
+    assert "of distill: its network is kept" in capsys.readouterr().out
 
 
 def test_weights_come_from_the_seed_alone():

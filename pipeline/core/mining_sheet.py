@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from pipeline.core import sheet
+from pipeline.core import ranking, sheet
 from pipeline.core.dataset import ImageSet
 from pipeline.core.ranking import ClassCount
 from pipeline.core.sheet import Line, Section, Tile
@@ -56,7 +56,7 @@ def _classes(images: ImageSet, mined: Table, counts: list[ClassCount]) -> Sectio
     lines = []
     for number in _some(np.arange(len(counts)), CLASSES).tolist():
         of_class = np.flatnonzero(mined["class"] == number)
-        worth = np.log(mined["score"][of_class]) + mined["likeness"][of_class]
+        worth = ranking.worth(mined["score"][of_class], mined["likeness"][of_class])
         order = of_class[np.lexsort((mined["id"][of_class], -worth))]
         split = min(TILES, -(-len(order) // 2))
         tiles = [Tile(_rows(images, mined["id"][at]), (f"{mined['score'][at]:.4f}",)) for at in order]

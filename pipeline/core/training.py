@@ -91,7 +91,9 @@ def train(task: Task, params: Params, images: ImageSet, processes: Processes) ->
         described |= {"seed": params.seed, "model": task.card["model"], "images": len(task.rows)}
         with tracking.run(task.name, described, task.identities, folder / "mlflow-run") as tracked:
             run = _run(task, params, images, processes, folder, tracked.log)
-        best, resolution, kept = better(task, params, images, processes.device)
+            best, resolution, kept = better(task, params, images, processes.device)
+            if kept:
+                tracked.tag({f"kept.{key}": value for key, value in kept.items()})
         with atomic.replacing_folder(DATA / task.name) as out:
             card = {"classes": list(images.classes), "resolution": resolution, "kept": kept, **task.card}
             networks.save(out, best, {**card, "identities": task.identities})
