@@ -63,12 +63,12 @@ def header(*names: str) -> None:
     row(*["---"] * len(names))
 
 
-def made_cache(folder: Path, views: int, shard_views: int = 65_536) -> np.ndarray:
-    """Write a finished cache of so many views; the answers repeat, the keys do not. Give the keys."""
+def made_cache(folder: Path, views: int, shard_views: int = 65_536, keys: np.ndarray | None = None) -> np.ndarray:
+    """Write a finished cache of so many views; the answers repeat, the keys do not. Give the keys (None: random)."""
     labels, coding = SoftLabels(folder, ALL), ALL.coding
     parts = [coding.encode(part) for part in made_logits(8192, smooth=False).split(1024)]
     counts, content = (np.concatenate(column) for column in zip(*parts, strict=True))
-    keys = np.random.default_rng(0).integers(0, 2**64, views, dtype=np.uint64)
+    keys = np.random.default_rng(0).integers(0, 2**64, views, dtype=np.uint64) if keys is None else keys
     for start in range(0, views, shard_views):
         part = keys[start : start + shard_views]
         times = -(-len(part) // len(counts))

@@ -2,16 +2,12 @@
 
 step    a student's step on synthetic images, beside a bare hand-written loop of the same network and precision, in turn
 epoch   an epoch on a project's real images, beside the same on synthetic ones, in turn
-memory  the memory of a training run, by the number of images of its data set
-Run: python benchmarks/engine.py step | epoch [--prepared data/prepare] | memory [--records 1000 10000]
+Run: python benchmarks/engine.py step | epoch [--prepared data/prepare]
 """
 
 import argparse
 import contextlib
-import hashlib
 import io
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,10 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from machine import machine
 
-from pipeline.core import devices, engine, networks, params, shards
+from pipeline.core import devices, engine, networks, params
 from pipeline.core.batches import Batch, TrainingOrder, Views
 from pipeline.core.dataset import ImageSet
 from pipeline.core.views import ViewSpec
@@ -154,47 +148,6 @@ def epoch(arguments: argparse.Namespace) -> None:
     table(rates, "synthetic images")
 
 
-def memory(arguments: argparse.Namespace) -> None:
-    title(arguments)
-    print("| images | MB at the end of training | more than with the fewest |\n|---|---|---|")
-    least = None
-    for count in arguments.records:
-        with tempfile.TemporaryDirectory() as folder:
-            write_images(Path(folder), count)
-            command = [sys.executable, __file__, "train", "--prepared", folder, "--steps", str(arguments.steps)]
-            command += ["--model", arguments.model, "--batch-size", str(arguments.batch_size)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-        found = float(done.stdout.splitlines()[-1])
-        least = found if least is None else least
-        print(f"| {count:,} | {found:.0f} | {found - least:.0f} |", flush=True)
-
-
-def write_images(folder: Path, count: int) -> None:
-    """Write a data set of one small photograph, told apart by bytes after its end that no decoder reads."""
-    encoded = io.BytesIO()
-    Image.effect_mandelbrot((32, 32), (-2, -1.5, 1, 1.5), 100).convert("RGB").save(encoded, "JPEG")
-    base = encoded.getvalue()
-    number_of = {hashlib.sha256(base + str(n).encode()).hexdigest(): n for n in range(count)}
-    samples = [
-        shards.Sample(digest, len(base) + len(str(n)), 32, 32, "labelled", 0, -1, f"{n}.jpg")
-        for digest, n in number_of.items()
-    ]
-    give = lambda wanted: ((sample, base + str(number_of[sample.sha256]).encode()) for sample in wanted)  # noqa: E731
-    shards.write(folder, samples, ["one"], 256_000_000, give)
-
-
-def train(arguments: argparse.Namespace) -> None:
-    """Train some steps on a data set, and print the MB that this process holds, files in the page cache left out."""
-    images, settings = ImageSet.open(arguments.prepared), params.load(ROOT / "params.yaml")
-    views = Views(images, ViewSpec.of(0, settings.views))
-    with tempfile.TemporaryDirectory() as scratch:
-        run = make_run(arguments, views, images.ids, scratch, workers=0)
-        run.steps = arguments.steps
-        timed(run)
-    held = psutil.Process().memory_info()
-    print((held.rss - getattr(held, "shared", 0)) / 1e6)
-
-
 def title(arguments: argparse.Namespace, more: str = "") -> None:
     words = [arguments.model, f"{arguments.resolution} pixels", f"batch {arguments.batch_size}", arguments.precision]
     print(", ".join(filter(None, [*words, more, machine(), f"{torch.get_num_threads()} threads"])) + "\n")
@@ -215,7 +168,7 @@ def table(rates: dict[str, list[float]], other: str, flops: float = 0, peak_tflo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("step", "epoch", "memory", "train"))
+    parser.add_argument("what", choices=("step", "epoch"))
     parser.add_argument("--model", default="ResNet50_vd")
     parser.add_argument("--resolution", type=int, default=32, help="pixels a side of synthetic images")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -227,9 +180,8 @@ def main() -> None:
     parser.add_argument("--peak-tflops", type=float, default=0, help="of the device in this precision, for MFU")
     parser.add_argument("--prepared", type=Path, default=ROOT / "data/prepare", help="what `prepare` wrote")
     parser.add_argument("--workers", type=int, default=0, help="processes that render real images")
-    parser.add_argument("--records", type=int, nargs="+", default=[1000, 10000], help="numbers of images")
     arguments = parser.parse_args()
-    {"step": step, "epoch": epoch, "memory": memory, "train": train}[arguments.what](arguments)
+    {"step": step, "epoch": epoch}[arguments.what](arguments)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def run(params: Params) -> None:
     allowed = ~copied[:, None] & (best >= settings.min_score)
     ratio = np.zeros(count, np.float32)
     if settings.rank_by == "likeness" and count:
-        validation = np.flatnonzero(images.splits[images.row_of(ids)] == "val")
+        validation = np.flatnonzero(np.isin(ids, images.ids[images.rows("val")]))
         with Progress(count, "images", "mine: likeness") as progress:
             ratio = likeness(embeddings[:count], embeddings[validation], pool, progress.update)
     worth = ranking.worth(best, ratio[:, None])

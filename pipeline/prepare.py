@@ -1,7 +1,7 @@
 """Stage prepare: anyone's images to a few large shards and a manifest; what cannot be used is listed, never replaced.
 
 Read: the folders, archives, lists or torchvision sets that section `prepare` of params.yaml names.
-Write: data/prepare/: images-NNNNN.tar (the images as they were encoded), manifest.parquet (id, label, split, size and
+Write: data/prepare/: images-NNNNN.tar (the images as they were encoded), manifest.arrow (id, label, split, size and
 source of each), classes.json, refused.csv (every file left out, and why) and summary.json. The same images give the
 same bytes, whatever the order of the files. Where the stage stops because of what it refused, the list is in
 .scratch/prepare/refused.csv.

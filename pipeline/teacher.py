@@ -30,10 +30,10 @@ def run(params: Params) -> None:
 
 def fit(params: Params, images: ImageSet, processes: Processes) -> None:
     """Train the teacher on the labelled images, and on those whose labels are withheld from the student if allowed."""
-    labels = images.labels.copy()
+    labels = images.labels
     if params.teacher.fit_on == "withheld":
         labels = np.where(labels >= 0, labels, images.withheld)
-    training_set = np.isin(images.splits, ("labelled", "unlabelled")) & (labels >= 0)
+    rows = images.rows("labelled", "unlabelled")
     classifier = networks.build(params.teacher.model, len(images.classes), params.seed)
     spec = ViewSpec.of(params.seed, params.views)
     task = training.Task(
@@ -41,7 +41,7 @@ def fit(params: Params, images: ImageSet, processes: Processes) -> None:
         recipe=params.teacher,
         classifier=classifier,
         part=classifier.network,
-        rows=np.flatnonzero(training_set),
+        rows=rows[labels[rows] >= 0],
         views=Views(images, spec),
         loss=training.labelled_loss(images, labels, params.teacher.label_smoothing),
         resolution=params.views.resolution,

@@ -5,8 +5,10 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 from made_images import encode, picture, png, rotated_jpeg, several
 from PIL import Image
+from pyarrow import feather
 
 from pipeline import prepare as stage_prepare
 from pipeline.core.dataset import ImageSet
@@ -103,6 +105,11 @@ ODD = {  # name: content that is unusual and still used
     "train/a/deeper/still.png": png(79),
     "pool/labels do not matter here.png": png(10),  # refused in train, where it stands under two labels
 }
+
+
+def read_manifest(folder: Path) -> pyarrow.Table:
+    """The manifest of a data set, as anyone would read it."""
+    return feather.read_table(folder / "manifest.arrow", memory_map=False)
 
 
 def content_of(images: ImageSet) -> list[tuple]:

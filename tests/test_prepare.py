@@ -12,7 +12,7 @@ import pytest
 import yaml
 from made_images import encode, picture, png, png_bomb, several, with_flipped_bit, zero_filled
 from PIL import Image
-from prepare_kit import NEVER, ODD, SETTINGS, SPLITS, good, hash_of, prepared, with_splits, write
+from prepare_kit import NEVER, ODD, SETTINGS, SPLITS, good, hash_of, prepared, read_manifest, with_splits, write
 
 from pipeline.core.dataset import ImageSet, rank, sample_id
 
@@ -96,10 +96,8 @@ def test_every_bad_file_is_listed_and_every_other_file_is_there(bad_folder, tmp_
 
 
 def test_sizes_in_the_manifest_are_those_of_the_upright_images(bad_folder, tmp_path):
-    import pyarrow.parquet as pq
-
     images, _ = prepared(tmp_path / "out", bad_folder, **SPLITS, **NEVER)
-    rows = pq.read_table(tmp_path / "out/manifest.parquet").to_pylist()
+    rows = read_manifest(tmp_path / "out").to_pylist()
     for number, row in enumerate(rows):
         assert images.image(number).size == (row["width"], row["height"])
         assert row["sha256"] == hashlib.sha256(images.encoded(number)).hexdigest()

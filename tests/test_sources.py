@@ -63,7 +63,7 @@ def test_folder_zip_tar_and_list_give_the_same_data_set(tmp_path):
         assert also_refused == refused, kind
         assert content_of(images) == content_of(first)
         assert images.digest == first.digest
-        for name in ("manifest.parquet", "images-00000.tar", "summary.json"):  # the very same bytes
+        for name in ("manifest.arrow", "images-00000.tar", "summary.json"):  # the very same bytes
             assert (tmp_path / str(number) / name).read_bytes() == (tmp_path / "0" / name).read_bytes(), (kind, name)
     lists = as_lists(tmp_path / "listed", shuffled(files, 5))
     names = {

@@ -54,7 +54,7 @@ class Views(Dataset):
 
     def __init__(self, images: ImageSet, spec: ViewSpec | None, resolution: int = 0, crop: float = 1.0):
         self.images, self.spec, self.resolution, self.crop = images, spec, resolution, crop
-        self.partners = np.sort(images.ids[images.rows("labelled")])
+        self.partners = images.ids[images.rows("labelled")]  # ascending, as all ids are
 
     def __getitem__(self, batch: RowsAndReplicas) -> Batch:
         rows, replicas = batch
@@ -114,7 +114,7 @@ class TrainingOrder:
     ):
         if len(rows) == 0:
             raise ValueError("there is no image to train on: see data/prepare/summary.json for what was found")
-        self.rows = rows[np.argsort(images.ids[rows])]
+        self.rows = rows[np.argsort(images.ids[rows])].astype(np.int32)
         self.batch_size = min(batch_size, len(rows))
         if self.batch_size % world:
             fitting = self.batch_size // world * world
@@ -137,8 +137,8 @@ class TrainingOrder:
         epoch, at = divmod(step, self.steps_per_epoch)
         if epoch != self._order[0]:
             random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self._order = epoch, self.rows[random.permutation(len(self.rows))]
-        rows = self._order[1][at * self.batch_size : (at + 1) * self.batch_size]
+            self._order = epoch, random.permutation(self.rows)
+        rows = self._order[1][at * self.batch_size : (at + 1) * self.batch_size].astype(np.int64)
         return rows, np.full(len(rows), epoch % self.replicas if self.replicas else epoch)
 
 

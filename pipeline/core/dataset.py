@@ -1,7 +1,8 @@
 """The prepared images: shards of encoded bytes and a manifest, read in any order by row number.
 
-Read: a folder that `prepare` wrote: images-NNNNN.tar (plain tar archives), manifest.parquet (a row an image, in
-ascending order of id), classes.json (names; a label is an index into them) and summary.json.
+Read: a folder that `prepare` wrote: images-NNNNN.tar (plain tar archives), manifest.arrow (an Arrow file, which
+pyarrow.feather and pandas read: a row an image, in ascending order of id), classes.json (names; a label is an index
+into them) and summary.json. The manifest is mapped into memory, where all processes share it as part of the page cache.
 A sample's id is its content: the first 8 bytes of the SHA-256 of its encoded bytes.
 """
 
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.core import images
@@ -25,7 +25,7 @@ SCHEMA = pa.schema(
         ("sha256", pa.string()),
         ("label", pa.int32()),  # -1: none
         ("withheld", pa.int32()),  # a label that is known but kept from the student; -1: none
-        ("split", pa.string()),
+        ("split", pa.dictionary(pa.int8(), pa.string())),  # its values are SPLITS
         ("width", pa.int32()),  # of the upright image
         ("height", pa.int32()),
         ("shard", pa.int32()),
@@ -35,6 +35,8 @@ SCHEMA = pa.schema(
     ]
 )
 IDENTITY = ("id", "sha256", "label", "withheld", "split", "width", "height")  # what the digest covers
+MANIFEST = "manifest.arrow"
+DIGEST_ROWS = 65_536  # rows that are made text of at a time
 OPEN_SHARDS = 100  # each takes a file handle, and a process may have 256 of them on macOS
 TAR_BLOCK, TAR_RECORD = 512, 10240
 REMAKE = "make it again with `dvc repro prepare`, or fetch it with `dvc pull`"
@@ -69,9 +71,14 @@ def digest(manifest: pa.Table, classes: tuple[str, ...]) -> str:
     whole = hashlib.sha256(json.dumps(["ssld images 1", *classes]).encode())
     for name in IDENTITY:
         column = manifest[name]
+        if pa.types.is_integer(column.type):
+            for chunk in column.chunks:
+                whole.update(chunk.to_numpy())
+            continue
         # Strings are of one length (sha256) or hashed with their separator (split).
-        text = pa.types.is_string(column.type)
-        whole.update("\n".join(column.to_pylist()).encode() if text else column.to_numpy().tobytes())
+        for start in range(0, len(column), DIGEST_ROWS):
+            text = "\n".join(column[start : start + DIGEST_ROWS].to_pylist())
+            whole.update(("\n" * (start > 0) + text).encode())
     return whole.hexdigest()
 
 
@@ -81,20 +88,23 @@ class ImageSet:
     Attributes:
         folder: where it lies.
         classes: class names; a label is an index into them.
-        ids: (N,) uint64, ascending.
+        ids: (N,) uint64, ascending. Like the arrays below, it is the manifest's file in memory, and cannot be written.
         labels: (N,) int32; -1 where the student may not know it.
         withheld: (N,) int32; the known label of an image of the pool, -1 where there is none.
-        splits: (N,) str; one of SPLITS.
     """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.classes, self._manifest = _read(self.folder)
-        column = {name: self._manifest[name].to_numpy() for name in SCHEMA.names if name not in ("sha256", "source")}
+        column = {
+            field.name: self._manifest[field.name].to_numpy(zero_copy_only=True)
+            for field in SCHEMA
+            if pa.types.is_integer(field.type)
+        }
         self.ids, self.labels, self.withheld = column["id"], column["label"], column["withheld"]
-        self.splits = column["split"].astype(str) if len(self.ids) else np.zeros(0, "U10")
-        self._sizes = np.stack([column["width"], column["height"]], axis=1)  # (N, 2)
-        self._place = np.stack([column["shard"], column["offset"], column["length"]], axis=1)  # (N, 3)
+        self._split = self._manifest["split"].indices.to_numpy()  # (N,) int8, an index into SPLITS
+        self._sizes = column["width"], column["height"]
+        self._place = column["shard"], column["offset"], column["length"]
         self._check_shards()
         self._maps: dict[int, mmap.mmap] = {}
         self._compared = bytearray(len(self.ids))  # 1: this process has seen that the bytes are what the id says
@@ -111,13 +121,18 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_maps": {}}  # another process maps the shards itself
+    def __reduce__(self) -> tuple:
+        return type(self), (self.folder,)  # another process maps the files itself
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over images, labels, splits and class names."""
-        return digest(self._manifest, self.classes)
+        return digest(pa.Table.from_batches([self._manifest]), self.classes)
+
+    @property
+    def splits(self) -> np.ndarray:
+        """The split of each image, (N,) str, one of SPLITS: made anew, 40 bytes an image; `rows` needs none of it."""
+        return np.array(SPLITS)[self._split]
 
     def rows(self, *splits: str) -> np.ndarray:
         """Give the row numbers (M,) int64 of some splits, ascending.
@@ -127,7 +142,7 @@ class ImageSet:
         """
         if unknown := set(splits) - set(SPLITS):
             raise ValueError(f"{', '.join(sorted(unknown))}: unknown split; there are {', '.join(SPLITS)}")
-        return np.flatnonzero(np.isin(self.splits, splits))
+        return np.flatnonzero(np.array([split in splits for split in SPLITS])[self._split])
 
     def row_of(self, ids: np.ndarray) -> np.ndarray:
         """Give the row numbers (M,) int64 of ids.
@@ -156,7 +171,7 @@ class ImageSet:
         Raises:
             ValueError: the shard holds other bytes than `prepare` wrote.
         """
-        shard, offset, length = (int(x) for x in self._place[row])
+        shard, offset, length = (int(column[row]) for column in self._place)
         content = self._map(shard)[offset : offset + length]
         if not self._compared[row] and sample_id(content) != self.ids[row]:
             raise ValueError(
@@ -168,8 +183,8 @@ class ImageSet:
 
     def encoded_image(self, row: int) -> images.Encoded:
         """Give an image's bytes with its size. Raises ValueError as `encoded` does."""
-        width, height = self._sizes[row].tolist()
-        return images.Encoded(self.encoded(row), width, height)
+        width, height = self._sizes
+        return images.Encoded(self.encoded(row), int(width[row]), int(height[row]))
 
     def image(self, row: int) -> Image.Image:
         """Decode an image to upright RGB."""
@@ -185,27 +200,44 @@ class ImageSet:
 
     def _check_shards(self) -> None:
         """Compare each shard's size with what the manifest says, so that a torn copy is found at once."""
-        for shard in np.unique(self._place[:, 0]).tolist():
-            of_shard = self._place[self._place[:, 0] == shard]
-            path, wanted = self.folder / shard_name(shard), shard_size(int((of_shard[:, 1] + of_shard[:, 2]).max()))
+        shards, offsets, lengths = self._place
+        # Images lie in the order of the manifest: the last of a shard stands before the first of the next.
+        last = [*np.flatnonzero(np.diff(shards)).tolist(), len(self) - 1] if len(self) else []
+        for row in last:
+            path, wanted = self.folder / shard_name(int(shards[row])), shard_size(int(offsets[row] + lengths[row]))
             if not path.is_file():
                 raise ValueError(f"{path}: missing; {REMAKE}")
             if path.stat().st_size != wanted:
                 raise ValueError(f"{path}: {path.stat().st_size} bytes instead of {wanted}; {REMAKE}")
 
 
-def _read(folder: Path) -> tuple[tuple[str, ...], pa.Table]:
+def write_manifest(folder: Path, columns: dict[str, list]) -> pa.Table:
+    """Write the manifest of a data set, rows in ascending order of id; give it as a table.
+
+    Args:
+        columns: those of SCHEMA; a split as one of SPLITS.
+    """
+    codes = pa.array([SPLITS.index(split) for split in columns["split"]], pa.int8())
+    split = pa.DictionaryArray.from_arrays(codes, pa.array(SPLITS))
+    manifest = pa.table({**columns, "split": split}, schema=SCHEMA)
+    with pa.OSFile(str(folder / MANIFEST), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        writer.write_table(manifest)
+    return manifest
+
+
+def _read(folder: Path) -> tuple[tuple[str, ...], pa.RecordBatch]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; {REMAKE}")
-    for name in ("classes.json", "manifest.parquet"):
+    for name in ("classes.json", MANIFEST):
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name}: missing; {REMAKE}")
     try:
         classes = tuple(json.loads((folder / "classes.json").read_text(encoding="utf-8")))
-        manifest = pq.read_table(folder / "manifest.parquet")
+        file = pa.ipc.open_file(pa.memory_map(str(folder / MANIFEST)))
+        manifest = file.get_batch(0) if file.num_record_batches == 1 and file.schema == SCHEMA else None
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{folder}: damaged ({' '.join(str(error).split())}); {REMAKE}") from None
-    if manifest.schema != SCHEMA:
-        wrong = sorted(set(SCHEMA.names) ^ set(manifest.schema.names)) or "their types"
-        raise ValueError(f"{folder}/manifest.parquet: its columns are not this version's ({wrong}); {REMAKE}")
+    if manifest is None or manifest["split"].dictionary.to_pylist() != list(SPLITS):
+        wrong = sorted(set(SCHEMA.names) ^ set(file.schema.names)) or "their types"
+        raise ValueError(f"{folder / MANIFEST}: its columns are not this version's ({wrong}); {REMAKE}")
     return classes, manifest

@@ -85,7 +85,7 @@ def read_data(data: Path, images: ImageSet) -> dict[str, Any]:
             reasons = Counter(row["reason"] for row in csv.DictReader(handle))
     return {
         "digest": images.digest,
-        "splits": {split: int((images.splits == split).sum()) for split in ("labelled", "unlabelled", "val", "test")},
+        "splits": {split: len(images.rows(split)) for split in ("labelled", "unlabelled", "val", "test")},
         "refused": sorted(reasons.items(), key=lambda item: (-item[1], item[0])),
         "mine": read_summary(data / "mine" / "summary.json"),
         "cache": read_summary(data / "cache" / "cache.json"),

@@ -1,6 +1,6 @@
 """Writes prepared images: tar shards of encoded bytes, and the manifest that says what lies where.
 
-Write: images-NNNNN.tar, manifest.parquet and classes.json, the same bytes for the same images whatever order they are
+Write: images-NNNNN.tar, manifest.arrow and classes.json, the same bytes for the same images whatever order they are
 given in. `pipeline.core.dataset.ImageSet` reads them.
 """
 
@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.core.dataset import SCHEMA, TAR_BLOCK, shard_name, shard_size
+from pipeline.core.dataset import SCHEMA, TAR_BLOCK, shard_name, shard_size, write_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +75,7 @@ def write(
             file.seek(offset - TAR_BLOCK)
             file.write(_header(sample) + encoded)
     assert not where, "contents gave fewer images than there are samples"
-    manifest = _manifest(samples, places)
-    pq.write_table(manifest, folder / "manifest.parquet", use_dictionary=["split"], compression="zstd")
+    manifest = write_manifest(folder, _columns(samples, places))
     (folder / "classes.json").write_text(json.dumps(classes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return manifest
 
@@ -104,8 +102,8 @@ def _header(sample: Sample) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT)
 
 
-def _manifest(samples: list[Sample], places: list[tuple[int, int]]) -> pa.Table:
+def _columns(samples: list[Sample], places: list[tuple[int, int]]) -> dict[str, list]:
     columns = {name: [getattr(sample, name) for sample in samples] for name in SCHEMA.names if hasattr(Sample, name)}
     columns["shard"] = [shard for shard, _ in places]
     columns["offset"] = [offset for _, offset in places]
-    return pa.table(columns, schema=SCHEMA)
+    return columns

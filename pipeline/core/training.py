@@ -129,12 +129,12 @@ def targets(images: ImageSet, labels: np.ndarray, smoothing: float) -> Callable[
     Args:
         labels: (rows of the image set,) int: the class of each, -1 where there is none.
     """
-    of_rows = torch.from_numpy(labels.astype(np.int64))
 
     def wanted(batch: Batch) -> torch.Tensor:
         device = batch.pixels.device
+        of_rows = (torch.from_numpy(labels[rows].astype(np.int64)) for rows in (batch.rows, batch.partner_rows))
         # Not blocking: a copy that the host waits for would make it wait for all the GPU still has to do.
-        own, other = (of_rows[rows].to(device, non_blocking=True) for rows in (batch.rows, batch.partner_rows))
+        own, other = (of_batch.to(device, non_blocking=True) for of_batch in of_rows)
         return losses.hard_targets(own, other, batch.shares, len(images.classes), smoothing)
 
     return wanted
