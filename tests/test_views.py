@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from made_images import encode
-from PIL import Image
+from PIL import Image, ImageFilter
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 from pipeline.core import images, views
 from pipeline.core.images import Encoded
@@ -222,3 +223,26 @@ def test_a_translation_is_torchvisions(strength):
         offset = [round(150 / 331 * 33 * right), round(150 / 331 * 33 * down)]
         expected = v2.functional.affine(image, 0.0, offset, 1.0, [0.0, 0.0], v2.InterpolationMode.BILINEAR, fill=0)
         assert np.array_equal(np.asarray(views.OPERATIONS[name](image, strength)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (3, 3), (40, 1), (224, 224)])
+def test_smoothing_is_pils(size):
+    for seed in range(5):
+        noise = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+        for pixels in (noise, noise // 255 * 255):
+            wanted = np.asarray(Image.fromarray(pixels).filter(ImageFilter.SMOOTH))
+            assert np.array_equal(views.smooth(pixels), wanted)
+
+
+@pytest.mark.parametrize("strength", [-0.9, -0.3, 0.3, 0.9])
+def test_a_sharpened_view_is_torchvisions(strength):
+    image = photo(3, (31, 24))
+    sharper = views.OPERATIONS["sharpness"](image, strength)
+    assert np.array_equal(np.asarray(sharper), np.asarray(functional.adjust_sharpness(image, 1 + 0.9 * strength)))
+
+
+def test_views_lie_in_memory_as_batches_do():
+    rendered = [
+        views.render(SPEC, views.draw(SPEC, sample, 0, PARTNERS[:0]), file(photo()), None) for sample in range(40)
+    ]
+    assert all(pixels.flags.c_contiguous for pixels in rendered)

@@ -212,10 +212,11 @@ def _render_alone(spec: ViewSpec, view: View, image: Encoded) -> np.ndarray:
         crop = crop.flip(2)
     if not view.operations:
         return crop.numpy()
-    augmented = Image.fromarray(crop.permute(1, 2, 0).numpy())
+    # Plane by plane: for what has three channels, PIL and numpy are slow to change the order of axes.
+    augmented = Image.merge("RGB", [Image.fromarray(plane) for plane in crop.numpy()])
     for name, strength in view.operations:
         augmented = OPERATIONS[name](augmented, strength * spec.randaugment_magnitude / 10)
-    return np.asarray(augmented).transpose(2, 0, 1)
+    return np.ascontiguousarray(np.asarray(augmented).transpose(2, 0, 1))
 
 
 def _operation(which: float, strength: float) -> tuple[str, float]:
@@ -225,6 +226,25 @@ def _operation(which: float, strength: float) -> tuple[str, float]:
 
 def _affine(image: Image.Image, angle: float = 0, shear: tuple[float, float] = (0.0, 0.0)) -> Image.Image:
     return functional.affine(image, angle, [0, 0], 1.0, list(shear), InterpolationMode.BILINEAR, fill=0, center=None)
+
+
+def _sharper(image: Image.Image, factor: float) -> Image.Image:
+    """PIL's ImageEnhance.Sharpness, with `smooth` for its filter."""
+    return Image.blend(Image.fromarray(smooth(np.asarray(image))), image, factor)
+
+
+def smooth(pixels: np.ndarray) -> np.ndarray:
+    """Filter pixels (H, W, 3) uint8 as PIL's ImageFilter.SMOOTH does, to the same bytes, but faster.
+
+    The mean of a pixel, weighed 5, and its 8 neighbours; the edge stays. No sum of 13 weights lies half-way between two
+    numbers, so that rounding in integers is rounding.
+    """
+    wide = pixels.astype(np.uint16)
+    rows = wide[:-2] + wide[1:-1] + wide[2:]
+    sums = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * wide[1:-1, 1:-1]
+    smoothed = pixels.copy()
+    smoothed[1:-1, 1:-1] = (2 * sums + 13) // 26
+    return smoothed
 
 
 def _moved(image: Image.Image, right: float, down: float) -> Image.Image:
@@ -244,7 +264,7 @@ OPERATIONS = {
     "brightness": lambda image, s: functional.adjust_brightness(image, 1 + 0.9 * s),
     "color": lambda image, s: functional.adjust_saturation(image, 1 + 0.9 * s),
     "contrast": lambda image, s: functional.adjust_contrast(image, 1 + 0.9 * s),
-    "sharpness": lambda image, s: functional.adjust_sharpness(image, 1 + 0.9 * s),
+    "sharpness": lambda image, s: _sharper(image, 1 + 0.9 * s),
     "posterize": lambda image, s: functional.posterize(image, 8 - round(4 * abs(s))),
     "solarize": lambda image, s: functional.solarize(image, 255 * (1 - abs(s))),
     "autocontrast": lambda image, s: functional.autocontrast(image),
