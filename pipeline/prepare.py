@@ -1,10 +1,10 @@
 """Stage prepare: anyone's images to a few large shards and a manifest; what cannot be used is listed, never replaced.
 
 Read: the folders, archives, lists or torchvision sets that section `prepare` of params.yaml names.
-Write: data/prepare/: images-NNNNN.tar (the images as they were encoded), manifest.arrow (id, label, split, size and
-source of each), classes.json, refused.csv (every file left out, and why) and summary.json. The same images give the
-same bytes, whatever the order of the files. Where the stage stops because of what it refused, the list is in
-.scratch/prepare/refused.csv.
+Write: data/prepare/: images-NNNNN.tar (the images as they were encoded, or encoded anew where the settings say so),
+manifest.arrow (id, label, split, size and source of each), classes.json, refused.csv (every file left out, and why) and
+summary.json. The same images give the same bytes, whatever the order of the files. Where the stage stops because of
+what it refused, the list is in .scratch/prepare/refused.csv.
 Run: python -m pipeline.prepare [--params FILE]
 """
 
@@ -24,6 +24,7 @@ from pipeline.core.images import Unreadable, decode_first
 from pipeline.core.params import Params
 from pipeline.core.progress import Progress
 from pipeline.core.reading import in_threads
+from pipeline.core.reencoding import Reencoded, Stored
 from pipeline.core.refusals import FURTHER_FRAMES, Refusal, as_csv, check_share, in_words, reasons
 from pipeline.core.shards import Sample
 from pipeline.core.sources import Source, SourceFile, class_names, names, open_source
@@ -51,6 +52,8 @@ def run(params: Params) -> None:
                     test_share=settings.test_share if settings.test is None else 0.0,
                     max_pixels=settings.max_pixels,
                     max_refused_share=settings.max_refused_share,
+                    max_side=settings.max_side,
+                    jpeg_quality=settings.jpeg_quality,
                     shard_bytes=settings.shard_mb * 1_000_000,
                     refusals=refusals,
                 )
@@ -88,6 +91,8 @@ def prepare(
     test_share: float,
     max_pixels: int,
     max_refused_share: float,
+    max_side: int | None,
+    jpeg_quality: int | None,
     shard_bytes: int,
     refusals: list[Refusal],
 ) -> dict[str, Any]:
@@ -102,6 +107,7 @@ def prepare(
         val_share, test_share: shares of train to hold out.
         max_pixels: an image with more is refused.
         max_refused_share: stop when a larger share of the files of one source is refused.
+        max_side, jpeg_quality: how to encode the chosen images anew; None: they stay as they were encoded.
         shard_bytes: most bytes of a shard.
         refusals: every refusal is added to it, also where this ends in an error.
 
@@ -129,8 +135,14 @@ def prepare(
     check_parts(parts, classes, refusals)
 
     refusals += further_frames(parts, pictures)
-    samples = to_samples(parts, pictures, classes)
-    manifest = shards.write(folder, samples, classes, shard_bytes, partial(contents, found))
+    chosen = [each for part in parts.values() for each in part]
+    stored, give = as_they_are(chosen, pictures), partial(contents, found)
+    if jpeg_quality is not None:
+        reencoded = Reencoded(folder, max_side, jpeg_quality)
+        stored, give = reencoded.add(chosen, _most_bytes(max_pixels)), reencoded.contents
+    samples, refused = to_samples(parts, stored, classes)
+    refusals += refused
+    manifest = shards.write(folder, samples, classes, shard_bytes, give)
     atomic.write_text(folder / "refused.csv", as_csv(refusals))
     summary = summarise(samples, classes, files, refusals, dataset.digest(manifest, tuple(classes)))
     atomic.write_json(folder / "summary.json", summary)
@@ -216,27 +228,36 @@ def further_frames(parts: dict[str, list[Found]], pictures: Pictures) -> list[Re
     ]
 
 
-def to_samples(parts: dict[str, list[Found]], pictures: Pictures, classes: list[str]) -> list[Sample]:
-    """Give every chosen image its split and label.
+def as_they_are(chosen: list[Found], pictures: Pictures) -> dict[str, Stored]:
+    """Say what is stored of images that are not encoded anew, by the SHA-256 of their files."""
+    seen = [(each, pictures[each.sha256]) for each in chosen]
+    return {each.sha256: Stored(each.sha256, each.length, picture.width, picture.height) for each, picture in seen}
+
+
+def to_samples(
+    parts: dict[str, list[Found]], stored: dict[str, Stored], classes: list[str]
+) -> tuple[list[Sample], list[Refusal]]:
+    """Give every chosen image its split and label; refuse those that became another's bytes when they were encoded.
 
     Raises:
         ValueError: two images have one id, though their bytes differ.
     """
     label_of = {name: label for label, name in enumerate(classes)}
     samples: dict[int, Sample] = {}
-    for part, chosen in parts.items():
-        for each in chosen:
-            picture, name = pictures[each.sha256], each.file.class_name
+    refusals = []
+    for part in ("test", "val", "labelled", "withheld", "unlabelled"):  # the first of them keeps what two have
+        for each in sorted(parts[part], key=lambda each: each.sha256):
+            content, name = stored[each.sha256], each.file.class_name
             split = "unlabelled" if part == "withheld" else part
             label = -1 if split == "unlabelled" else label_of[name]
             withheld = label_of[name] if part == "withheld" else -1
-            sample = Sample(
-                each.sha256, each.length, picture.width, picture.height, split, label, withheld, each.file.name
-            )
-            if other := samples.get(sample.id):
+            sample = Sample(*content, split, label, withheld, each.file.name)
+            other = samples.setdefault(sample.id, sample)
+            if other.sha256 != sample.sha256:
                 raise ValueError(f"{sample.source} and {other.source} have one id, {sample.id:016x}; remove one")
-            samples[sample.id] = sample
-    return list(samples.values())
+            if other is not sample:
+                refusals.append(choose.refuse(each, "duplicate", f"of {other.source}, once both are encoded anew"))
+    return list(samples.values()), refusals
 
 
 def contents(found: list[Found], samples: list[Sample]) -> Iterator[tuple[Sample, bytes]]:

@@ -27,6 +27,8 @@ SETTINGS = {  # section `prepare` of params.yaml, whatever the user's says
     "labels_per_class": None,
     "max_pixels": 1_000_000,
     "max_refused_share": 0.2,
+    "jpeg_quality": None,
+    "max_side": None,
     "shard_mb": 256,
 }
 SPLITS = {"val": "val", "test": "test", "unlabelled": "pool"}
@@ -46,9 +48,8 @@ def prepared(
 ) -> tuple[ImageSet, list[tuple[str, ...]]]:
     """Prepare into a new folder; give the images, and (file, source, reason) of what was refused."""
     chosen = SETTINGS | {"labelled_root": str(root), "unlabelled_root": str(root)} | changes
-    arguments = {
-        name: chosen[name] for name in ("images_per_class", "labels_per_class", "max_pixels", "max_refused_share")
-    }
+    names = ("images_per_class", "labels_per_class", "max_pixels", "max_refused_share", "max_side", "jpeg_quality")
+    arguments = {name: chosen[name] for name in names}
     for part in ("val", "test"):
         arguments[f"{part}_share"] = chosen[f"{part}_share"] if chosen[part] is None else 0.0
     folder.mkdir(parents=True)

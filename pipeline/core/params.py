@@ -58,7 +58,15 @@ class Prepare(Section):
     labels_per_class: Count | None
     max_pixels: Count
     max_refused_share: Share
+    max_side: Count | None
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)] | None
     shard_mb: Count
+
+    @model_validator(mode="after")
+    def _a_quality_is_named(self) -> "Prepare":
+        if self.max_side is not None and self.jpeg_quality is None:
+            raise ValueError("max_side needs jpeg_quality, 1 to 100: images are encoded anew; 90 is a usual one")
+        return self
 
 
 class Views(Section):
