@@ -29,6 +29,7 @@ class Section(BaseModel):
 class Machine(Section):
     device: Literal["auto", "cpu", "cuda"]
     processes: Count | Literal["auto"]
+    restarts: CountOrZero
     workers: CountOrZero
     checkpoint_seconds: NotNegative
     keep_checkpoints: Count

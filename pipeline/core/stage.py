@@ -4,6 +4,7 @@ A stage file ends with `if __name__ == "__main__": stage.main(run, __doc__)`, wh
 """
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -12,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -44,7 +44,7 @@ def main(run: Callable[[Params], None], doc: str | None, distributed: bool = Fal
         parser.add_argument("--profile", action="store_true", help=f"trace {PROFILE_STEPS} steps into .scratch/{name}/")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _stop)
-    _die_with_dvc()
+    _die_with_parents()
     try:
         params = settings.load(arguments.params)
         if training and arguments.profile:
@@ -57,17 +57,22 @@ def main(run: Callable[[Params], None], doc: str | None, distributed: bool = Fal
         print(f"{name}: stopped; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         _exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        left_alone = _left_alone(error)
         if out_of_memory(error):
             error = ValueError(f"out of memory{_whats_there_to_halve(params, name)}")
+        elif left_alone:
+            error = ValueError(f"another process of this run has ended: {error}")
         elif not isinstance(error, ValueError | OSError):
             raise
         if os.environ.get("SSLD_TRACEBACK"):
             raise
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if not left_alone:
+            _end_torchrun()
         _exit(1)
 
 
-@contextmanager
+@contextlib.contextmanager
 def only_writer(name: str) -> Iterator[Path]:
     """Be the only process that works on a stage's output in this workspace; give its scratch folder.
 
@@ -123,6 +128,15 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
+def _left_alone(error: BaseException) -> bool:
+    """Whether an error says that another process is not there any more, as gloo, NCCL and torch's store say it."""
+    return (
+        "RANK" in os.environ
+        and isinstance(error, RuntimeError)
+        and ("gloo/" in str(error) or type(error).__name__.startswith("Dist"))  # DistBackendError and its like
+    )
+
+
 def _whats_there_to_halve(params: Params, name: str) -> str:
     section = getattr(params, name, None)
     if isinstance(section, settings.Recipe):
@@ -144,22 +158,32 @@ def _exit(code: int) -> None:
     os._exit(code)
 
 
-def _die_with_dvc() -> None:
-    """End this process when the DVC that started it has ended: a killed `dvc repro` leaves its stage running."""
-    if "DVC_STAGE" not in os.environ:
+def _die_with_parents() -> None:
+    """End this process when the torchrun or the DVC that started it has ended: killed, both leave it running."""
+    if "DVC_STAGE" not in os.environ and "RANK" not in os.environ:
         return
-    parent = os.getppid()
-    # torchrun takes the place of the process that DVC started, and its workers watch DVC, not torchrun alone.
-    dvc = int(os.environ.setdefault("SSLD_DVC_PROCESS", str(parent)))
+    parent = watched = os.getppid()
+    if "DVC_STAGE" in os.environ:
+        # torchrun takes the place of the process that DVC started, and its workers watch DVC, not torchrun alone.
+        watched = int(os.environ.setdefault("SSLD_DVC_PROCESS", str(parent)))
 
     def watch() -> None:
-        while os.getppid() == parent and psutil.pid_exists(dvc):
+        while os.getppid() == parent and psutil.pid_exists(watched):
             time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)  # a clean stop if the main thread is listening
         time.sleep(3)
         os._exit(143)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _end_torchrun() -> None:
+    """Keep torchrun from starting the processes again: they would end in the same error."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        attempt = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1]
+        with contextlib.suppress(FileExistsError):
+            (attempt / "ended").touch(exist_ok=False)  # by one process alone: a second signal would break the clean end
+            os.kill(os.getppid(), signal.SIGTERM)
 
 
 def _relaunch_with_torchrun(params: Params, name: str) -> None:
@@ -173,4 +197,8 @@ def _relaunch_with_torchrun(params: Params, name: str) -> None:
         count = 1 if params.machine.device == "cpu" else max(1, torch.cuda.device_count())
     if count > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        os.execv(sys.executable, [*launcher, "-m", f"pipeline.{name}", *sys.argv[1:]])
+        launcher += [f"--max-restarts={params.machine.restarts}", "-m", f"pipeline.{name}"]
+        # Else torchrun keeps one store for all attempts, and those after the first read the addresses of the dead:
+        # https://github.com/pytorch/pytorch/issues/135712
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        os.execv(sys.executable, [*launcher, *sys.argv[1:]])

@@ -1,0 +1,102 @@
+"""Processes that are killed under torchrun: the run goes down, or goes on from its checkpoint, to the same bytes."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from commands import ENVIRONMENT, wait_until
+from images import ROOT, prepared, small_settings
+
+from pipeline.core import params
+
+SETTINGS = {
+    **small_settings(),
+    "machine.processes": 2,
+    "machine.checkpoint_seconds": 0,
+    "student.model": "test_resnet",
+    "baseline.epochs": 10,
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with prepared images, to train a student in with two processes."""
+    prepared(tmp_path, monkeypatch)
+    return tmp_path
+
+
+def start(folder: Path, restarts: int) -> subprocess.Popen:
+    """Start stage baseline."""
+    settings = params.with_changes(yaml.safe_load((ROOT / "params.yaml").read_text()), SETTINGS)
+    (folder / "params.yaml").write_text(yaml.safe_dump(params.with_changes(settings, {"machine.restarts": restarts})))
+    variables = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pipeline.baseline"]
+    return subprocess.Popen(
+        command, cwd=folder, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Wait for the stage; give what it said."""
+    return process.communicate(timeout=300)[0]
+
+
+def kill(process: subprocess.Popen, rank: int, folder: Path) -> None:
+    """Kill one of the stage's two processes, or torchrun (rank -1), when it has written its third checkpoint."""
+    last = lambda: max((int(file.name[:9]) for file in folder.glob(".scratch/baseline/*/*.pt")), default=0)  # noqa: E731
+    before = last()
+    wait_until(lambda: process.poll() is not None or last() >= before + 3, seconds=120, every=0.02)
+    assert process.poll() is None, finish(process)
+    torchrun = psutil.Process(process.pid)
+    ranks = {child.environ().get("RANK"): child for child in torchrun.children()}
+    (ranks[str(rank)] if rank >= 0 else torchrun).send_signal(signal.SIGKILL)
+
+
+def left(folder: Path) -> list[psutil.Process]:
+    """The processes that work in a folder, but for this one."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.cwd() == str(folder):
+                found.append(process)
+        except psutil.Error:
+            continue  # it is gone, or a zombie
+    return found
+
+
+def weights(folder: Path) -> str:
+    return hashlib.sha256((folder / "data/baseline/weights.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_run_with_killed_processes_ends_in_the_same_bytes(folder):
+    assert "going on" not in finish(start(folder, restarts=0))
+    expected = weights(folder)
+    (folder / "data/baseline/weights.safetensors").unlink()
+    for rank in (0, -1):  # the process that writes, then torchrun itself
+        down = start(folder, restarts=0)
+        kill(down, rank, folder)
+        said = finish(down)
+        assert down.returncode != 0, said
+        psutil.wait_procs(left(folder), timeout=20)
+        assert left(folder) == []
+        assert not (folder / "data/baseline/weights.safetensors").exists()
+    restarted = start(folder, restarts=1)
+    kill(restarted, 1, folder)
+    said = finish(restarted)
+    assert restarted.returncode == 0, said
+    assert said.count("baseline: going on from step") == 2
+    assert weights(folder) == expected
+
+
+def test_an_error_that_would_come_again_restarts_nothing(folder):
+    (folder / "data/prepare/classes.json").unlink()
+    process = start(folder, restarts=3)
+    said = finish(process)
+    assert process.returncode != 0
+    assert 1 <= said.count("classes.json: missing; make it again with") <= 2  # of each process
