@@ -1,0 +1,97 @@
+"""Depth study: plain against residual networks as depth grows, the error on training images too.
+
+He et al., arXiv:1512.03385, section 1 and figure 6: past some depth a plain network gets worse, on the very images that
+it is trained on, so it is not overfitting; a residual one does not.
+
+    python studies/depth.py                                 the prepared images of the project in this folder
+    python studies/depth.py --project DIR --depths 8 20     of another, with these depths
+
+Writes depth.png and depth.csv (a row an epoch of each network). Networks that are trained are kept, by whatever version
+of the code, in PROJECT/.scratch/studies: remove that folder where the code has changed.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+from trained import Data, Settings, check, main, network, positive
+
+from pipeline.core import atomic
+
+KINDS = ("plain", "residual")
+COLOURS = {"plain": "tab:red", "residual": "tab:blue"}
+COLUMNS = ("kind", "depth", "seed", "epoch", "train_loss", "train_error", "test_error")
+Row = dict[str, str | float]
+
+
+def study(arguments: argparse.Namespace, settings: Settings, data: Data) -> None:
+    wanted = [(kind, depth, seed) for seed in arguments.seeds for depth in arguments.depths for kind in KINDS]
+    check([(kind, depth) for kind, depth, _ in wanted], settings)
+    table: list[Row] = []
+    for number, (kind, depth, seed) in enumerate(wanted, start=1):
+        print(f"depth: network {number} of {len(wanted)}: {kind}, {depth} layers, seed {seed}", flush=True)
+        _, history = network(kind, depth, seed, settings, data)
+        for epoch in history:
+            figures = {key: round(epoch[key], 6) for key in COLUMNS[4:]}
+            table.append({"kind": kind, "depth": depth, "seed": seed, "epoch": int(epoch["epoch"]), **figures})
+    write(arguments.out / "depth.csv", COLUMNS, table)
+    with atomic.replacing(arguments.out / "depth.png") as beside:
+        plot(table, beside)
+    print("\n| layers | " + " | ".join(f"{kind}: {what}" for kind in KINDS for what in ("training", "test")) + " |")
+    print("|---" * 5 + "|")
+    for depth in arguments.depths:
+        means = [mean(table, kind, depth, what) for kind in KINDS for what in ("train_error", "test_error")]
+        print(f"| {depth} | " + " | ".join(f"{100 * value:.1f} %" for value in means) + " |")
+
+
+def write(path: Path, columns: tuple[str, ...], table: list[Row]) -> None:
+    """Write rows as CSV."""
+    with atomic.replacing(path) as beside, beside.open("w", newline="") as file:
+        rows = csv.DictWriter(file, columns, lineterminator="\n")
+        rows.writeheader()
+        rows.writerows(table)
+
+
+def mean(table: list[Row], kind: str, depth: int, what: str) -> float:
+    """Average a figure of the last epoch over seeds."""
+    last = max(row["epoch"] for row in table)
+    values = [row[what] for row in table if (row["kind"], row["depth"], row["epoch"]) == (kind, depth, last)]
+    return sum(values) / len(values)
+
+
+def plot(table: list[Row], path: Path) -> None:
+    """Draw the final errors over depth, and the training error over epochs; lines are means over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    depths = sorted({row["depth"] for row in table})
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    for kind in KINDS:
+        for what, style in (("train_error", "--"), ("test_error", "-")):
+            label = f"{kind}, {what.removesuffix('_error').replace('train', 'training')} images"
+            values = [100 * mean(table, kind, depth, what) for depth in depths]
+            left.plot(depths, values, style, marker="o", color=COLOURS[kind], label=label)
+    left.set(xlabel="layers", ylabel="error, %", title="After training", xticks=depths)
+    left.legend()
+    for kind in KINDS:
+        for at, depth in enumerate(depths):
+            rows = [row for row in table if (row["kind"], row["depth"]) == (kind, depth)]
+            seeds = {row["seed"] for row in rows}
+            epochs = sorted({row["epoch"] for row in rows})
+            values = [100 * sum(r["train_error"] for r in rows if r["epoch"] == e) / len(seeds) for e in epochs]
+            strength = (at + 1) / len(depths)
+            right.plot(epochs, values, color=COLOURS[kind], alpha=0.2 + 0.8 * strength, linewidth=0.8 + 1.6 * strength)
+            right.annotate(f" {depth}", (epochs[-1], values[-1]), color=COLOURS[kind], va="center", fontsize=8)
+    right.set(xlabel="epoch", title="On training images, by depth")
+    figure.savefig(path, dpi=110, format="png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--depths", type=positive, nargs="+", default=[8, 20, 32, 56], help="6n + 2 (default: 8 20 32 56)"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights and order (default: 0)")
+    main(study, parser)
