@@ -12,6 +12,8 @@ from torch import nn
 
 from models.blocks import PlainBasicBlock
 
+KINDS = ("plain", "residual", "identity")
+
 
 class NarrowResNet(ResNet):
     """timm's ResNet without its fourth stage, and with one 3x3 convolution for a stem that keeps the resolution.
@@ -40,10 +42,10 @@ class NarrowResNet(ResNet):
 def build(kind: str, depth: int, num_classes: int, width: int = 16) -> NarrowResNet:
     """Build a network of `depth` layers with random weights.
 
-    Its residual branches do not start at zero: the paper's do not.
-
     Args:
-        kind: "plain" or "residual".
+        kind: "plain"; "residual", as published; or "identity": residual blocks whose last norm starts at zero, so that
+            each starts as the identity (Goyal et al., arXiv:1706.02677, section 5.1), as this project's other networks
+            do.
         depth: 6n + 2.
         num_classes: logits that it gives.
         width: channels of the first stage; the paper's is 16.
@@ -51,11 +53,12 @@ def build(kind: str, depth: int, num_classes: int, width: int = 16) -> NarrowRes
     Raises:
         ValueError: another kind, a depth that is not 6n + 2 with n from 1 on, or an odd width.
     """
-    blocks = {"plain": PlainBasicBlock, "residual": BasicBlock}
-    if kind not in blocks:
-        raise ValueError(f"{kind!r}: no such kind of network; there are {', '.join(blocks)}")
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r}: no such kind of network; there are {', '.join(KINDS)}")
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"depth {depth}: not 6n + 2 layers; the nearest are 8, 14, 20, 32, 44, 56, 110")
     if width < 2 or width % 2:
         raise ValueError(f"width {width}: should be an even number of channels, from 2 on")
-    return NarrowResNet(blocks[kind], (depth - 2) // 6, width, num_classes=num_classes, zero_init_last=False)
+    block = PlainBasicBlock if kind == "plain" else BasicBlock
+    blocks = (depth - 2) // 6
+    return NarrowResNet(block, blocks, width, num_classes=num_classes, zero_init_last=kind == "identity")

@@ -14,19 +14,20 @@ options, and trained where they are not yet; kept, by whatever version of the co
 
 import argparse
 import copy
+from pathlib import Path
 
 import numpy as np
-from depth import Row, write
+from depth import COLOURS, LABELS, Row, write
 from timm.models.resnet import BasicBlock
 from torch import nn
 from trained import Data, Settings, check, error, main, network, positive
 
+from models import narrow
 from models.blocks import NoShortcut
 from pipeline.core import atomic
 from pipeline.core.progress import Progress
 
 COLUMNS = ("network", "how", "deleted", "draw", "parts", "test_error")
-COLOURS = ("tab:blue", "tab:cyan", "tab:red", "tab:orange")
 
 
 def parts(network: nn.Module) -> list[str]:
@@ -115,57 +116,73 @@ def which(name: str) -> tuple[str, int]:
         ValueError: it is not of the form KIND-DEPTH.
     """
     kind, _, depth = name.partition("-")
-    if kind not in ("plain", "residual") or not depth.isdigit():
-        raise ValueError(f"{name!r}: no network's name; it should be plain-DEPTH or residual-DEPTH, as residual-56")
+    if kind not in narrow.KINDS or not depth.isdigit():
+        raise ValueError(
+            f"{name!r}: no network's name; it should be KIND-DEPTH, as residual-56, of {', '.join(narrow.KINDS)}"
+        )
     return kind, int(depth)
 
 
 def summary(table: list[Row], name: str) -> tuple[float, float, float, float]:
     """Give a network's error: whole; with one part deleted, mean and worst; with about half of them, mean."""
     rows = [row for row in table if row["network"] == name]
-    whole = next(row["test_error"] for row in rows if row["how"] == "none")
     single = [row["test_error"] for row in rows if row["how"] == "one"]
     count = min({row["deleted"] for row in rows}, key=lambda value: abs(value - len(single) / 2))
     half = [row["test_error"] for row in rows if row["how"] == "random" and row["deleted"] == count]
-    return whole, sum(single) / len(single), max(single), sum(half) / len(half)
+    return whole(rows), sum(single) / len(single), max(single), sum(half) / len(half)
 
 
-def plot(table: list[Row], chance: float, path) -> None:
+def whole(rows: list[Row]) -> float:
+    """Give the error of the whole network."""
+    return next(row["test_error"] for row in rows if row["how"] == "none")
+
+
+def plot(table: list[Row], chance: float, path: Path) -> None:
     """Draw the error over the number deleted (mean and range of the draws), and over the place of a single one."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
-    for colour, name in zip(COLOURS, dict.fromkeys(row["network"] for row in table), strict=False):
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.8), layout="constrained", sharey=True)
+    names = sorted({row["network"] for row in table}, key=lambda name: (which(name)[0], -which(name)[1]))
+    for name in names:
         rows = [row for row in table if row["network"] == name]
-        whole = 100 * next(row["test_error"] for row in rows if row["how"] == "none")
-        what = f"{name}: {'blocks' if name.startswith('residual') else 'layers'}"
-        by_count: dict[int, list[float]] = {0: [whole]}
+        kind, depth = which(name)
+        deepest = depth == max(which(other)[1] for other in names if which(other)[0] == kind)
+        line = {"color": COLOURS[kind], "linestyle": "-" if deepest else "--", "linewidth": 1.5}
+        by_count: dict[int, list[float]] = {0: [100 * whole(rows)]}
         for row in rows:
             if row["how"] == "random":
                 by_count.setdefault(row["deleted"], []).append(100 * row["test_error"])
         counts = sorted(by_count)
         means = [np.mean(by_count[count]) for count in counts]
-        left.plot(counts, means, marker="o", color=colour, label=what)
+        what = f"{depth} layers ({counts[-1]} {'layers' if kind == 'plain' else 'blocks'} can go)"
+        left.plot(counts, means, marker="o", markersize=4, label=f"{LABELS[kind]}, {what}", **line)
         low, high = ([edge(by_count[count]) for count in counts] for edge in (min, max))
-        left.fill_between(counts, low, high, color=colour, alpha=0.15, linewidth=0)
-        single = [100 * row["test_error"] for row in rows if row["how"] == "one"]
+        left.fill_between(counts, low, high, color=COLOURS[kind], alpha=0.1, linewidth=0)
+        single = [row for row in rows if row["how"] == "one"]
         places = np.linspace(0, 1, len(single)) if len(single) > 1 else [0.5]
-        right.plot(places, single, marker="o", color=colour, label=what)
-        right.axhline(whole, color=colour, linewidth=0.8, linestyle=":")
+        values = [100 * row["test_error"] for row in single]
+        right.plot(places, values, marker="o", markersize=4, **line)
+        # a stage's first block, where a residual network changes the shape
+        first = [at for at, row in enumerate(single) if row["parts"] in ("layer2.0", "layer3.0")]
+        right.plot([places[at] for at in first], [values[at] for at in first], "s", markersize=9, color=COLOURS[kind])
+        right.axhline(100 * whole(rows), linewidth=0.8, color=COLOURS[kind], linestyle=":")
     for axes in (left, right):
-        axes.axhline(100 * chance, color="grey", linewidth=0.8, linestyle="--", label="always the same answer")
-    left.set(xlabel="parts deleted, at random", ylabel="test error, %", title="Several deleted: mean, and all draws")
-    right.set(xlabel="place of the one deleted, from first to last", title="One deleted (dotted: none)", xticks=[])
-    left.legend(loc="lower right")
+        axes.axhline(100 * chance, color="grey", linewidth=0.8, label="the most frequent class, always")
+    left.set(
+        xlabel="parts deleted, at random", ylabel="test error, %", title="Several deleted: mean and range of draws"
+    )
+    title = "One deleted (dotted: none; square: changes the shape)"
+    right.set(xlabel="its place", title=title, xticks=[0, 1], xticklabels=["first", "last"])
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     figure.savefig(path, dpi=110, format="png")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    networks = ["residual-56", "residual-20", "plain-20"]
+    networks = ["residual-56", "residual-20", "plain-20", "plain-8"]
     parser.add_argument("--networks", nargs="+", default=networks, help=f"default: {' '.join(networks)}")
     parser.add_argument("--draws", type=positive, default=10, help="random sets of each number (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and draws (default: 0)")

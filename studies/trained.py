@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +95,7 @@ def main(study: Callable[[argparse.Namespace, Settings, Data], None], parser: ar
     name = Path(sys.argv[0]).stem
     try:
         os.chdir(arguments.project)
-        settings = Settings(**{key: getattr(arguments, key) for key in Settings.__dataclass_fields__})
+        settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
         with stage.only_writer("studies"):
             study(arguments, settings, read(settings))
     except KeyboardInterrupt:

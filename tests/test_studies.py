@@ -48,10 +48,10 @@ def parameters_by_hand(blocks, residual, width=16, classes=10):
 
 
 @pytest.mark.parametrize("depth", [8, 20, 56, 110])
-@pytest.mark.parametrize("kind", ["plain", "residual"])
+@pytest.mark.parametrize("kind", narrow.KINDS)
 def test_narrow_networks_are_the_papers(kind, depth):
     built = narrow.build(kind, depth, num_classes=10)
-    assert sum(p.numel() for p in built.parameters()) == parameters_by_hand((depth - 2) // 6, kind == "residual")
+    assert sum(p.numel() for p in built.parameters()) == parameters_by_hand((depth - 2) // 6, kind != "plain")
     layers = [m for m in built.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.shape[-1] != 1]
     assert len(layers) == depth
     seen = []
@@ -73,6 +73,14 @@ def test_every_weight_of_a_narrow_network_learns(kind):
     built = narrow.build(kind, 14, num_classes=5, width=4)
     built(torch.randn(4, 3, 16, 16)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in built.parameters())
+
+
+def test_blocks_that_start_as_the_identity_do_nothing_at_first():
+    x = torch.rand(3, 3, 16, 16)
+    for kind, nothing in (("identity", True), ("residual", False)):
+        torch.manual_seed(0)
+        whole = narrow.build(kind, 14, num_classes=5, width=4).eval()
+        assert torch.equal(deletion.without(whole, deletion.parts(whole))(x), whole(x)) == nothing
 
 
 @pytest.mark.parametrize(
@@ -184,7 +192,7 @@ def rows_of(file):
 @pytest.mark.slow
 def test_both_studies_run_from_prepared_images_to_plot_and_table(project, tmp_path):
     """Once from one end to the other; a study that was stopped ends in the same table; deletion takes depth's."""
-    said = run("depth", project, tmp_path / "out", "--depths", "8", "14")
+    said = run("depth", project, tmp_path / "out", "--depths", "8", "14", "--kinds", "plain", "residual")
     assert "plain-14: 80/80 images (100 %)" in said
     table = rows_of(tmp_path / "out/depth.csv")
     expected = [(depth, kind, epoch) for depth in ("8", "14") for kind in ("plain", "residual") for epoch in "12"]
@@ -210,7 +218,7 @@ def test_both_studies_run_from_prepared_images_to_plot_and_table(project, tmp_pa
 
 @pytest.mark.slow
 def test_a_stopped_study_goes_on_and_ends_in_the_same_table(project, tmp_path):
-    longer = ("--depths", "14", "--epochs", "5")
+    longer = ("--depths", "14", "--epochs", "5", "--kinds", "plain", "residual")
     stopped = start("depth", project, tmp_path / "stopped", *longer)
     while stopped.poll() is None and not list((project / ".scratch/studies").glob("plain-14-*-run/*.pt")):
         time.sleep(0.01)
@@ -240,7 +248,7 @@ def test_a_mistake_is_one_line_before_anything_is_trained(project, tmp_path):
 
 @pytest.mark.parametrize("wrong", ["resnet-56", "plain", "plain-", "residual56"])
 def test_a_name_that_is_no_networks_is_an_error(wrong):
-    with pytest.raises(ValueError, match="plain-DEPTH or residual-DEPTH"):
+    with pytest.raises(ValueError, match="KIND-DEPTH"):
         deletion.which(wrong)
     assert deletion.which("residual-56") == ("residual", 56)
 
