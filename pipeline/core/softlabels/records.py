@@ -108,7 +108,7 @@ class Coding:
         codes = np.take_along_axis(codes, by_class, 1)[rows, ranks]
 
         layout = self._layout[counts]
-        starts = np.cumsum(layout["size"]) - layout["size"]
+        starts = _before(layout["size"])
         low = layout["low"][rows]
         bits = np.zeros((int(layout["size"].sum()), 8), np.uint8)
         high = (starts + HEAD.itemsize)[rows] * 8 + (classes >> low) + ranks
@@ -180,7 +180,7 @@ class Coding:
 
 
 def _before(sizes: np.ndarray) -> np.ndarray:
-    """The sum (N,) of all sizes before each one."""
+    """The sum (N,) of all sizes before each one; int32: a batch of records has less than 2 GiB."""
     return np.cumsum(sizes, dtype=np.int32) - sizes
 
 
@@ -193,7 +193,8 @@ def dense(
     dividing log-probabilities and normalising again: one cache serves any temperature.
 
     Args:
-        device: where the distributions are made; what travels there are the stored classes alone.
+        device: where they are written out; stored probabilities, their places and each view's share of the rest travel
+            there.
     """
     counts, classes, values, log_rest = labels
     first = _before(counts)
