@@ -2,7 +2,7 @@
 
     python benchmarks/records.py                        1,000-class answers, made as said below
     python benchmarks/records.py --smooth               the same of a teacher trained with label smoothing
-    python benchmarks/records.py --project .            the answers of data/teacher about views of data/prepare
+    python benchmarks/records.py --project . ../other   also answers of data/teacher about views of data/prepare there
     python benchmarks/records.py --plot docs/records.png
 
 The made answers are a linear classifier's over features, as a network's last layer is. 1,000 class vectors in 2,048
@@ -23,7 +23,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from pipeline.core.batches import Views, load
 from pipeline.core.dataset import ImageSet
 from pipeline.core.softlabels.records import MOST_CLASSES, Coding, dense
 from pipeline.core.views import ViewSpec
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class Measured(NamedTuple):
@@ -51,17 +54,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--views", type=int, default=8192, help="answers to compare on (default: 8192)")
     parser.add_argument("--smooth", action="store_true", help="a teacher trained with label smoothing")
-    parser.add_argument("--project", type=Path, help="take the answers of this project's teacher instead")
-    parser.add_argument("--plot", type=Path, help="draw the table as a PNG file")
+    parser.add_argument(
+        "--project", type=Path, nargs="+", default=[], help="also the answers of these projects' teachers"
+    )
+    parser.add_argument("--plot", type=Path, help="draw the tables as a PNG file")
     arguments = parser.parse_args()
-    if arguments.project:
-        logits = real_logits(arguments.project, arguments.views)
-    else:
-        logits = made_logits(arguments.views, arguments.smooth)
+    tables = {"made answers": compare("made answers", made_logits(arguments.views, arguments.smooth))}
+    for project in arguments.project:
+        name = project.resolve().name
+        tables[name] = compare(name, real_logits(project, arguments.views))
+    if arguments.plot:
+        plot(tables, arguments.plot)
+
+
+def compare(name: str, logits: Tensor) -> list[Measured]:
+    """Print and give the table of all records of some answers (B, C)."""
     teacher = torch.softmax(logits.double(), 1)
     beyond = 1 - teacher.topk(min(10, logits.shape[1])).values.sum(1).mean()
     print(
-        f"{len(logits):,} answers over {logits.shape[1]:,} classes; mean confidence "
+        f"\n{name}: {len(logits):,} over {logits.shape[1]:,} classes; mean confidence "
         f"{teacher.max(1).values.mean():.3f}, mass beyond the 10 most probable {beyond:.4f}\n"
     )
     print("| record | setting | bytes | KL(dense, stored) | KL(stored, dense) |\n|---|---|---|---|---|")
@@ -72,8 +83,7 @@ def main() -> None:
             f"| {measured.kind} | {measured.setting} | {measured.size:.1f} | {measured.lost:.2e} | "
             f"{measured.lost_back:.2e} |"
         )
-    if arguments.plot:
-        plot(table, arguments.plot)
+    return table
 
 
 def made_logits(count: int, smooth: bool, classes: int = 1000, dimensions: int = 2048) -> Tensor:
@@ -157,29 +167,47 @@ def measure(kind: str, setting: str, size: float, teacher: Tensor, stored: Tenso
     return Measured(kind, setting, size, (teacher * ratio).sum(1).mean().item(), -(stored * ratio).sum(1).mean().item())
 
 
-def plot(table: list[Measured], path: Path) -> None:
-    """Draw bytes against loss, both on logarithmic axes."""
+def plot(tables: dict[str, list[Measured]], path: Path) -> None:
+    """Draw bytes against loss, both on logarithmic axes, a panel for each teacher's answers."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
+    width = 8 if len(tables) == 1 else 5 * len(tables)
+    figure, panels = pyplot.subplots(1, len(tables), figsize=(width, 5), layout="constrained", squeeze=False)
+    for axes, (name, table) in zip(panels[0], tables.items(), strict=True):
+        draw(axes, table)
+        axes.set(title=name, xlabel="bytes a record")
+    panels[0, 0].set_ylabel("KL(dense, stored), nats")
+    panels[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def draw(axes: "Axes", table: list[Measured]) -> None:
+    """Draw one panel."""
     from matplotlib.ticker import ScalarFormatter
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for kind, marker in zip(dict.fromkeys(row.kind for row in table), "sDo^", strict=False):
+    kinds = {
+        "TinyViT": "s",
+        "FKD, marginal smoothing": "D",
+        "ours, fixed number": "o",
+        "ours, above a probability": "^",
+    }
+    for number, (kind, marker) in enumerate(kinds.items()):
         rows = [row for row in table if row.kind == kind]
-        axes.scatter([row.size for row in rows], [row.lost for row in rows], marker=marker, label=kind)
+        if rows:
+            sizes, lost = [row.size for row in rows], [row.lost for row in rows]
+            axes.scatter(sizes, lost, marker=marker, color=f"C{number}", label=kind)
     peer = next((row for row in table if (row.kind, row.setting) == ("TinyViT", "k = 100")), None)
     if peer:
         line = {"color": "grey", "linewidth": 0.8, "linestyle": ":"}
         axes.axhline(peer.lost, **line, label="TinyViT's k = 100: its loss, and a quarter of its bytes")
         axes.axvline(peer.size / 4, **line)
-    axes.set(xscale="log", yscale="log", xlabel="bytes a record", ylabel="KL(dense, stored), nats")
+    axes.set(xscale="log", yscale="log")
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(ScalarFormatter())
     axes.tick_params(axis="x", which="minor", labelsize=7)
-    axes.legend()
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
