@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import deletion
 import pytest
 import torch
 import yaml
+from commands import wait_until
 from images import ROOT, small_settings, write_folder
 from timm.models.resnet import BasicBlock
 from torch import nn
@@ -220,8 +220,7 @@ def test_both_studies_run_from_prepared_images_to_plot_and_table(project, tmp_pa
 def test_a_stopped_study_goes_on_and_ends_in_the_same_table(project, tmp_path):
     longer = ("--depths", "14", "--epochs", "5", "--kinds", "plain", "residual")
     stopped = start("depth", project, tmp_path / "stopped", *longer)
-    while stopped.poll() is None and not list((project / ".scratch/studies").glob("plain-14-*-run/*.pt")):
-        time.sleep(0.01)
+    wait_until(lambda: any((project / ".scratch/studies").glob("plain-14-*-run/*.pt")), seconds=120, every=0.01)
     stopped.send_signal(signal.SIGINT)
     said = stopped.communicate()[0]
     assert stopped.returncode == 130
