@@ -33,24 +33,34 @@ def main() -> None:
     changes = {key: yaml.safe_load(value) for key, _, value in (it.partition("=") for it in arguments.set_param)}
     scores = [run(seed, changes) for seed in arguments.seeds]
     print(f"{len(scores)} seeds ({', '.join(map(str, arguments.seeds))}); {machine()}\n")
-    print("| network | " + " | ".join(COLUMNS) + " |\n|---|" + "---|" * len(COLUMNS))
+    print(table(scores))
+
+
+def table(scores: list[dict]) -> str:
+    """Write a row a network: mean and spread of its scores over runs."""
+    lines = ["| network | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
     for network in NETWORKS:
         cells = [cell([score[network][column] for score in scores]) for column in COLUMNS]
-        print(f"| {network} | " + " | ".join(cells) + " |")
+        lines.append(f"| {network} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
-def run(seed: int, changes: dict) -> dict:
-    """Give the metrics of a run with a seed; run it where that has not been done."""
-    wanted = params.check(
-        params.with_changes(yaml.safe_load(Path("params.yaml").read_text()), {**changes, "seed": seed})
-    )
-    found = finished(wanted)
+def run(seed: int, changes: dict, *options: str) -> dict:
+    """Give the metrics of a run with a seed; run it where that has not been done, with more options for the flow."""
+    found = known(seed, changes)
     if found is None:
         settings = [f"-S{key}={json.dumps(value)}" for key, value in {**changes, "seed": seed}.items()]
-        subprocess.run([sys.executable, "-m", "pipeline.flow", *settings], check=True)
-        found = finished(wanted)
+        subprocess.run([sys.executable, "-m", "pipeline.flow", *settings, *options], check=True)
+        found = known(seed, changes)
     assert found is not None
-    return json.loads((found / "metrics.json").read_text())
+    return found
+
+
+def known(seed: int, changes: dict) -> dict | None:
+    """Give the metrics of a run with a seed that has been done; None: it has not."""
+    settings = params.with_changes(yaml.safe_load(Path("params.yaml").read_text()), {**changes, "seed": seed})
+    folder = finished(params.check(settings))
+    return folder and json.loads((folder / "metrics.json").read_text())
 
 
 def finished(wanted: params.Params) -> Path | None:

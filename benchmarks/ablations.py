@@ -1,0 +1,182 @@
+"""The recipe cifar10_small, whole and without one ingredient at a time, over seeds: how much each gives.
+
+    python benchmarks/ablations.py cifar10.zip                      three seeds
+    python benchmarks/ablations.py cifar10.zip --ablated-seeds 0    three of the recipe, cached and online, else one
+    python benchmarks/ablations.py cifar10.zip --finished           the table of the runs that are done
+
+The archive holds CIFAR-10 as train/<class>/<name> and test/<class>/<name>. Of each class the first 1,000 training
+images by name are used, the next 100 are for validation, and the first 500 test images for test; they go to another
+archive, in --folder. The teacher is fitted once, with all 10,000 labels, and is a checkpoint to all runs: seeds draw
+anew which tenth of the labels the student knows, its first weights, and the views. What the teacher saw holds no test
+image.
+
+Each run is one of the flow in a workspace of its own (see seeds.py): what is done is not done again. The gap is that of
+the same seed's whole run, from the baseline to the teacher in test top-1; in each row, all else is as in the recipe.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from machine import machine
+from seeds import cell, known, run, table
+
+from pipeline import prepare, recipes, teacher
+from pipeline.core import atomic, params
+
+RECIPE, STUDENT = "cifar10_small", "fixres"
+TRAIN, VAL, TEST = 1000, 100, 500  # images a class
+WEIGHTS = Path("data/weights") / f"{RECIPE}.safetensors"
+
+
+class Row(NamedTuple):
+    """A row of the table: what is taken away, the changed settings, and the stage whose network is the student."""
+
+    without: str
+    changes: dict
+    student: str = STUDENT
+
+
+def rows(settings: params.Params) -> dict[str, Row]:
+    """Give the runs and readings, by name."""
+    used, labelled = TRAIN, settings.prepare.labels_per_class
+    more = used // labelled
+    return {
+        "whole": Row("nothing: the whole recipe", {}),
+        "online": Row(
+            "the cache: the teacher at every step, on the same views", {"distill.online": True, "finetune.online": True}
+        ),
+        "unlabelled": Row(
+            "unlabelled images: labelled ones alone, as many views and steps",
+            {
+                "mine.min_score": 1.0,
+                "cache.replicas": settings.cache.replicas * more,
+                "distill.epochs": settings.distill.epochs * more,
+            },
+        ),
+        "views": Row("views: one of each image, again and again", {"cache.replicas": 1}),
+        "loss": Row("SSLD's loss: KL divergence", {"distill.loss": "kl", "finetune.loss": "kl"}),
+        "mixup": Row("mixing", {"views.mix_probability": 0.0}),
+        "longer": Row(
+            "nothing, and distilled twice as long, from twice as many views",
+            {"cache.replicas": 2 * settings.cache.replicas, "distill.epochs": 2 * settings.distill.epochs},
+        ),
+        "fixres": Row("the larger resolution", {}, "finetune"),
+        "finetune": Row("fine-tuning and the larger resolution", {}, "distill"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("archive", type=Path, help="CIFAR-10 as a .zip of images, <split>/<class>/<name>")
+    parser.add_argument("--folder", type=Path, default=Path(".scratch/ablations"), help="for the smaller archive")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--ablated-seeds", type=int, nargs="*", help="of the other rows (default: the same)")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="run these alone: whole, online, unlabelled, ...")
+    parser.add_argument("--finished", action="store_true", help="run nothing")
+    arguments = parser.parse_args()
+    small = arguments.folder.resolve() / f"{RECIPE}.zip"
+    if not small.exists():
+        write_subset(arguments.archive, small)
+    changes = recipes.changes(RECIPE) | {"prepare.labelled_root": str(small), "prepare.unlabelled_root": str(small)}
+    settings = params.check(params.with_changes(yaml.safe_load(Path("params.yaml").read_text()), changes))
+    if not WEIGHTS.exists():
+        fit_teacher(settings, arguments.folder / "teacher")
+    changes |= {"teacher.source": "checkpoint", "teacher.checkpoint": str(WEIGHTS)}
+    others = arguments.seeds if arguments.ablated_seeds is None else arguments.ablated_seeds
+    found: dict[str, dict[int, dict]] = {}
+    for name, row in rows(settings).items():
+        look = arguments.finished or (arguments.only and name not in arguments.only)
+        for seed in arguments.seeds if look or name in ("whole", "online") or not row.changes else others:
+            wanted = changes | row.changes  # without registering: what lacks an ingredient is no candidate
+            score = known(seed, wanted) if look else run(seed, wanted, "--stages", "evaluate")
+            if score:
+                found.setdefault(name, {})[seed] = score
+    print(f"{settings.teacher.model} to {settings.student.model}; {machine()}\n")
+    print(table(list(found["whole"].values())) + "\n")
+    print(ablations(rows(settings), found))
+    if "online" in found:
+        print("\n" + difference(found["whole"], found["online"]))
+
+
+def ablations(rows: dict[str, Row], found: dict[str, dict[int, dict]]) -> str:
+    """Write a row a run: mean and spread of top-1 over seeds, and the share of the gap that was recovered.
+
+    Args:
+        rows: what was run, by name.
+        found: name to seed to metrics.
+    """
+    lines = ["| without | seeds | distilled | student | share of the gap |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        scores = found.get(name, {})
+        shared = [seed for seed in scores if seed in found["whole"]]
+        if not shared:
+            continue
+        tops = [[scores[seed][stage]["top1"] for seed in shared] for stage in ("distill", row.student)]
+        shares = [recovered(found["whole"][seed], scores[seed][row.student]["top1"]) for seed in shared]
+        cells = [*map(cell, tops), f"{np.mean(shares):.0%} ± {spread(shares):.0%}"]
+        lines.append(f"| {row.without} | {len(shared)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def recovered(whole: dict, top1: float) -> float:
+    """The share of the gap from baseline to teacher that a student's top-1 makes up for."""
+    baseline, best = whole["baseline"]["top1"], whole["teacher"]["top1"]
+    return (top1 - baseline) / (best - baseline)
+
+
+def difference(cached: dict[int, dict], online: dict[int, dict]) -> str:
+    """Say how far the student of the stored answers is from that of the teacher in the loop, seed by seed."""
+    seeds = [seed for seed in cached if seed in online]
+    apart = [cached[seed][STUDENT]["top1"] - online[seed][STUDENT]["top1"] for seed in seeds]
+    each = ", ".join(f"{value:+.4f}" for value in apart)
+    return (
+        f"cached less online, top-1 of the student, seed by seed: {each}; mean {np.mean(apart):+.4f}; spread over "
+        f"seeds {spread([cached[seed][STUDENT]['top1'] for seed in seeds]):.4f} cached, "
+        f"{spread([online[seed][STUDENT]['top1'] for seed in seeds]):.4f} online"
+    )
+
+
+def spread(values: list[float]) -> float:
+    """Standard deviation over seeds; 0 of one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def write_subset(archive: Path, small: Path) -> None:
+    """Write the images that are used into an archive, as train, val and test."""
+    small.parent.mkdir(parents=True, exist_ok=True)
+    count: dict[tuple[str, str], int] = {}
+    with zipfile.ZipFile(archive) as whole, atomic.replacing(small) as beside, zipfile.ZipFile(beside, "w") as out:
+        for name in sorted(name for name in whole.namelist() if not name.endswith("/")):
+            split, label, file = name.split("/")
+            place = count[split, label] = count.get((split, label), 0) + 1
+            if split == "train":
+                split = "train" if place <= TRAIN else "val"
+            if place <= (TEST if split == "test" else TRAIN + VAL):
+                out.writestr(f"{split}/{label}/{file}", whole.read(name))
+
+
+def fit_teacher(settings: params.Params, folder: Path) -> None:
+    """Fit the teacher with all labels; its weights go to data/weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.chdir(folder):
+        os.environ["MLFLOW_TRACKING_URI"] = "sqlite:///mlflow.db"  # it is no run of the project's
+        if not Path("data/prepare").exists():
+            prepare.run(settings)
+        teacher.run(settings)
+    del os.environ["MLFLOW_TRACKING_URI"]
+    with atomic.replacing(WEIGHTS) as beside:
+        shutil.copyfile(folder / "data/teacher/weights.safetensors", beside)
+
+
+if __name__ == "__main__":
+    main()
