@@ -136,9 +136,9 @@ def _open_and_read(folder: str) -> tuple[float, float, float, float]:
 
 
 def own_memory() -> float:
-    """Megabytes of this process that are not the page cache's."""
+    """Megabytes of this process that are not the page cache's, where the system tells it (Linux)."""
     memory = psutil.Process().memory_info()
-    return (memory.rss - memory.shared) / 1e6
+    return (memory.rss - getattr(memory, "shared", 0)) / 1e6
 
 
 def write(arguments: argparse.Namespace) -> None:

@@ -108,7 +108,9 @@ def make_run(images: ImageSet, labels: SoftLabels, model: str, batch_size: int, 
     settings = params.load(ROOT / "params.yaml")
     spec = ViewSpec.of(0, settings.views.model_copy(update={"mix_probability": 0.0}))
     rows = images.rows("labelled", "unlabelled")
-    print(images.digest, hashlib.sha256(np.sort(images.ids[rows]).tobytes()).hexdigest())  # as `distill` names a run
+    # `distill` computes both to name its run, and their memory counts
+    assert images.digest
+    assert len(np.sort(images.ids[rows]).tobytes())
     classifier = networks.build(model, len(images.classes), seed=0)
     processes = devices.join("cpu")
     return engine.Run(

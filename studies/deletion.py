@@ -66,14 +66,14 @@ def without(network: nn.Module, deleted: list[str]) -> nn.Module:
 
 
 def deletions(names: list[str], counts: list[int], draws: int, seed: int) -> list[tuple[str, int, list[str]]]:
-    """List what to delete: nothing, each part alone, and of each number some random sets.
+    """List what to delete: nothing, each part alone, and of each number some random sets; all parts are one set.
 
     Returns:
         how ("none", "one", "random"), the draw's number, and the parts' names.
     """
     wanted = [("none", 0, []), *(("one", at, [name]) for at, name in enumerate(names))]
     for count in counts:
-        for draw in range(draws):
+        for draw in range(draws if count < len(names) else 1):
             random = np.random.default_rng([seed, count, draw])
             chosen = sorted(random.choice(len(names), count, replace=False))
             wanted.append(("random", draw, [names[at] for at in chosen]))
@@ -83,30 +83,6 @@ def deletions(names: list[str], counts: list[int], draws: int, seed: int) -> lis
 def counts_up_to(most: int, points: int = 10) -> list[int]:
     """Choose numbers of parts from 1 to `most`, close together at first."""
     return sorted({round(float(value)) for value in np.geomspace(1, most, points)})
-
-
-def study(arguments: argparse.Namespace, settings: Settings, data: Data) -> None:
-    wanted = [which(name) for name in arguments.networks]
-    check(wanted, settings)
-    table: list[Row] = []
-    for name, (kind, depth) in zip(arguments.networks, wanted, strict=True):
-        classifier, _ = network(kind, depth, arguments.seed, settings, data)
-        names = parts(classifier)
-        todo = deletions(names, counts_up_to(len(names)), arguments.draws, arguments.seed)
-        with Progress(len(todo), "deletions", f"deletion: {name}") as progress:
-            for how, draw, deleted in todo:
-                figure = round(error(without(classifier, deleted), data.test), 6)
-                chosen = " ".join(part.removeprefix("network.") for part in deleted)
-                values = (name, how, len(deleted), draw, chosen, figure)
-                table.append(dict(zip(COLUMNS, values, strict=True)))
-                progress.update()
-    write(arguments.out / "deletion.csv", COLUMNS, table)
-    chance = 1 - data.test[1].bincount().max().item() / len(data.test[1])
-    with atomic.replacing(arguments.out / "deletion.png") as beside:
-        plot(table, chance, beside)
-    print("\n| network | whole | one part deleted, mean | worst | half of them deleted, mean |\n|---|---|---|---|---|")
-    for name in arguments.networks:
-        print(f"| {name} | " + " | ".join(f"{100 * value:.1f} %" for value in summary(table, name)) + " |")
 
 
 def which(name: str) -> tuple[str, int]:
@@ -178,6 +154,31 @@ def plot(table: list[Row], chance: float, path: Path) -> None:
     right.set(xlabel="its place", title=title, xticks=[0, 1], xticklabels=["first", "last"])
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     figure.savefig(path, dpi=110, format="png")
+
+
+def study(arguments: argparse.Namespace, settings: Settings, data: Data) -> None:
+    """Measure the networks that are asked for, with parts deleted; write the table and the plot, and print means."""
+    wanted = [which(name) for name in arguments.networks]
+    check(wanted, settings)
+    table: list[Row] = []
+    for name, (kind, depth) in zip(arguments.networks, wanted, strict=True):
+        classifier, _ = network(kind, depth, arguments.seed, settings, data)
+        names = parts(classifier)
+        todo = deletions(names, counts_up_to(len(names)), arguments.draws, arguments.seed)
+        with Progress(len(todo), "deletions", f"deletion: {name}") as progress:
+            for how, draw, deleted in todo:
+                figure = round(error(without(classifier, deleted), data.test), 6)
+                chosen = " ".join(part.removeprefix("network.") for part in deleted)
+                values = (name, how, len(deleted), draw, chosen, figure)
+                table.append(dict(zip(COLUMNS, values, strict=True)))
+                progress.update()
+    write(arguments.out / "deletion.csv", COLUMNS, table)
+    chance = 1 - data.test[1].bincount().max().item() / len(data.test[1])
+    with atomic.replacing(arguments.out / "deletion.png") as beside:
+        plot(table, chance, beside)
+    print("\n| network | whole | one part deleted, mean | worst | half of them deleted, mean |\n|---|---|---|---|---|")
+    for name in arguments.networks:
+        print(f"| {name} | " + " | ".join(f"{100 * value:.1f} %" for value in summary(table, name)) + " |")
 
 
 if __name__ == "__main__":

@@ -26,30 +26,6 @@ COLUMNS = ("kind", "depth", "seed", "epoch", "train_loss", "train_error", "test_
 Row = dict[str, str | float]
 
 
-def study(arguments: argparse.Namespace, settings: Settings, data: Data) -> None:
-    wanted = [(kind, depth, seed) for seed in arguments.seeds for depth in arguments.depths for kind in arguments.kinds]
-    check([(kind, depth) for kind, depth, _ in wanted], settings)
-    table: list[Row] = []
-    for number, (kind, depth, seed) in enumerate(wanted, start=1):
-        print(f"depth: network {number} of {len(wanted)}: {kind}, {depth} layers, seed {seed}", flush=True)
-        _, history = network(kind, depth, seed, settings, data)
-        for epoch in history:
-            figures = {key: round(epoch[key], 6) for key in COLUMNS[4:]}
-            table.append({"kind": kind, "depth": depth, "seed": seed, "epoch": int(epoch["epoch"]), **figures})
-    write(arguments.out / "depth.csv", COLUMNS, table)
-    with atomic.replacing(arguments.out / "depth.png") as beside:
-        plot(table, beside)
-    print(
-        "\n| layers | "
-        + " | ".join(f"{kind}: {what}" for kind in arguments.kinds for what in ("training", "test"))
-        + " |"
-    )
-    print("|---" * (1 + 2 * len(arguments.kinds)) + "|")
-    for depth in arguments.depths:
-        means = [mean(table, kind, depth, what) for kind in arguments.kinds for what in ("train_error", "test_error")]
-        print(f"| {depth} | " + " | ".join(f"{100 * value:.1f} %" for value in means) + " |")
-
-
 def write(path: Path, columns: tuple[str, ...], table: list[Row]) -> None:
     """Write rows as CSV."""
     with atomic.replacing(path) as beside, beside.open("w", newline="") as file:
@@ -97,6 +73,31 @@ def plot(table: list[Row], path: Path) -> None:
         axes.legend(fontsize=8, loc="lower left")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds), fontsize=9)
     figure.savefig(path, dpi=110, format="png")
+
+
+def study(arguments: argparse.Namespace, settings: Settings, data: Data) -> None:
+    """Train the networks that are asked for; write the table and the plot, and print the last epoch's errors."""
+    wanted = [(kind, depth, seed) for seed in arguments.seeds for depth in arguments.depths for kind in arguments.kinds]
+    check([(kind, depth) for kind, depth, _ in wanted], settings)
+    table: list[Row] = []
+    for number, (kind, depth, seed) in enumerate(wanted, start=1):
+        print(f"depth: network {number} of {len(wanted)}: {kind}, {depth} layers, seed {seed}", flush=True)
+        _, history = network(kind, depth, seed, settings, data)
+        for epoch in history:
+            figures = {key: round(epoch[key], 6) for key in COLUMNS[4:]}
+            table.append({"kind": kind, "depth": depth, "seed": seed, "epoch": int(epoch["epoch"]), **figures})
+    write(arguments.out / "depth.csv", COLUMNS, table)
+    with atomic.replacing(arguments.out / "depth.png") as beside:
+        plot(table, beside)
+    print(
+        "\n| layers | "
+        + " | ".join(f"{kind}: {what}" for kind in arguments.kinds for what in ("training", "test"))
+        + " |"
+    )
+    print("|---" * (1 + 2 * len(arguments.kinds)) + "|")
+    for depth in arguments.depths:
+        means = [mean(table, kind, depth, what) for kind in arguments.kinds for what in ("train_error", "test_error")]
+        print(f"| {depth} | " + " | ".join(f"{100 * value:.1f} %" for value in means) + " |")
 
 
 if __name__ == "__main__":

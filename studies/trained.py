@@ -127,7 +127,8 @@ def read(settings: Settings) -> Data:
     given = params.load()
     images = ImageSet.open(Path("data/prepare"))
     labels = np.where(images.labels >= 0, images.labels, images.withheld)
-    known = np.flatnonzero(np.isin(images.splits, ("labelled", "unlabelled")) & (labels >= 0))
+    known = images.rows("labelled", "unlabelled")
+    known = known[labels[known] >= 0]
     rows = some(images, known, settings.images)
     resolution = settings.resolution or given.views.resolution
     views = Views(images, None, resolution, given.views.test_crop)
