@@ -19,12 +19,12 @@ from typing import Any
 
 from pipeline.core import atomic, choose, dataset, shards, stage
 from pipeline.core.archives import Tree
-from pipeline.core.choose import Found, Picture, Pictures
+from pipeline.core.choose import Found, Parts, Picture, Pictures, Stored
 from pipeline.core.images import Unreadable, decode_first
 from pipeline.core.params import Params
 from pipeline.core.progress import Progress
 from pipeline.core.reading import in_threads
-from pipeline.core.reencoding import Reencoded, Stored
+from pipeline.core.reencoding import Reencoded
 from pipeline.core.refusals import FURTHER_FRAMES, Refusal, as_csv, check_share, in_words, reasons
 from pipeline.core.shards import Sample
 from pipeline.core.sources import Source, SourceFile, class_names, names, open_source
@@ -132,16 +132,20 @@ def prepare(
     looked_at = [each.source for each in unread] + [each.role for each in found if each.sha256 in pictures]
     files = {source.role: looked_at.count(source.role) for source in sources}
     check_share(files, refusals, max_refused_share)
-    check_parts(parts, classes, refusals)
+    check_parts(parts, classes, refusals)  # here too, as encoding takes long
 
-    refusals += further_frames(parts, pictures)
-    chosen = [each for part in parts.values() for each in part]
+    # In the order of their sources, as archives are fastest to read; a name can stand twice in a zip archive.
+    kept = {(each.role, each.file.name, each.sha256) for part in parts.values() for each in part}
+    chosen = [each for each in found if (each.role, each.file.name, each.sha256) in kept]
     stored, give = as_they_are(chosen, pictures), partial(contents, found)
     if jpeg_quality is not None:
         reencoded = Reencoded(folder, max_side, jpeg_quality)
         stored, give = reencoded.add(chosen, _most_bytes(max_pixels)), reencoded.contents
-    samples, refused = to_samples(parts, stored, classes)
-    refusals += refused
+        parts, refused = choose.one_of_each(parts, stored)
+        refusals += refused
+        check_parts(parts, classes, refusals)
+    refusals += further_frames(parts, pictures)
+    samples = to_samples(parts, stored, classes)
     manifest = shards.write(folder, samples, classes, shard_bytes, give)
     atomic.write_text(folder / "refused.csv", as_csv(refusals))
     summary = summarise(samples, classes, files, refusals, dataset.digest(manifest, tuple(classes)))
@@ -201,7 +205,7 @@ def _most_bytes(max_pixels: int) -> int:
     return 8 * max_pixels + 10_000_000
 
 
-def check_parts(parts: dict[str, list[Found]], classes: list[str], refusals: list[Refusal]) -> None:
+def check_parts(parts: Parts, classes: list[str], refusals: list[Refusal]) -> None:
     """Make sure that there is something to learn and to test. Raises ValueError where there is not."""
     missing = set(classes) - {each.file.class_name for part in ("labelled", "withheld") for each in parts[part]}
     if missing:
@@ -218,7 +222,7 @@ def check_parts(parts: dict[str, list[Found]], classes: list[str], refusals: lis
             )
 
 
-def further_frames(parts: dict[str, list[Found]], pictures: Pictures) -> list[Refusal]:
+def further_frames(parts: Parts, pictures: Pictures) -> list[Refusal]:
     """List the images of which only the first frame is used."""
     return [
         choose.refuse(each, FURTHER_FRAMES, f"the first of {pictures[each.sha256].frames} is used")
@@ -234,30 +238,25 @@ def as_they_are(chosen: list[Found], pictures: Pictures) -> dict[str, Stored]:
     return {each.sha256: Stored(each.sha256, each.length, picture.width, picture.height) for each, picture in seen}
 
 
-def to_samples(
-    parts: dict[str, list[Found]], stored: dict[str, Stored], classes: list[str]
-) -> tuple[list[Sample], list[Refusal]]:
-    """Give every chosen image its split and label; refuse those that became another's bytes when they were encoded.
+def to_samples(parts: Parts, stored: dict[str, Stored], classes: list[str]) -> list[Sample]:
+    """Give every chosen image its split and label.
 
     Raises:
         ValueError: two images have one id, though their bytes differ.
     """
     label_of = {name: label for label, name in enumerate(classes)}
     samples: dict[int, Sample] = {}
-    refusals = []
-    for part in ("test", "val", "labelled", "withheld", "unlabelled"):  # the first of them keeps what two have
-        for each in sorted(parts[part], key=lambda each: each.sha256):
+    for part, of_part in parts.items():
+        for each in of_part:
             content, name = stored[each.sha256], each.file.class_name
             split = "unlabelled" if part == "withheld" else part
             label = -1 if split == "unlabelled" else label_of[name]
             withheld = label_of[name] if part == "withheld" else -1
-            sample = Sample(*content, split, label, withheld, each.file.name)
-            other = samples.setdefault(sample.id, sample)
-            if other.sha256 != sample.sha256:
+            sample = Sample(*content, split, label, withheld, each.file.name, content.sha256 != each.sha256)
+            if other := samples.get(sample.id):
                 raise ValueError(f"{sample.source} and {other.source} have one id, {sample.id:016x}; remove one")
-            if other is not sample:
-                refusals.append(choose.refuse(each, "duplicate", f"of {other.source}, once both are encoded anew"))
-    return list(samples.values()), refusals
+            samples[sample.id] = sample
+    return list(samples.values())
 
 
 def contents(found: list[Found], samples: list[Sample]) -> Iterator[tuple[Sample, bytes]]:

@@ -227,6 +227,25 @@ def test_a_wrong_byte_is_found_on_reading(copy):
     images.encoded(1)
 
 
+def test_a_manifest_in_several_batches_is_refused(copy):
+    table = read_manifest(copy)
+    for rows, batches in ((len(table), 2), (0, 0)):
+        with pa.OSFile(str(copy / "manifest.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table[:rows], max_chunksize=30)
+        with pytest.raises(ValueError, match=rf"manifest.arrow: {batches} record batches instead of one; .*dvc pull"):
+            ImageSet.open(copy)
+
+
+def test_more_than_a_manifest_holds_is_refused(copy, tmp_path):
+    """As arrow parts a column of more than 2 GiB of text."""
+    columns = read_manifest(copy).to_pydict()
+    columns["sha256"] = pa.chunked_array([columns["sha256"][:5], columns["sha256"][5:]])
+    before = (copy / "manifest.arrow").read_bytes()
+    with pytest.raises(ValueError, match=r"more than 2 GiB of names or hashes \(sha256\); .*33 million images"):
+        dataset.write_manifest(copy, columns)
+    assert (copy / "manifest.arrow").read_bytes() == before
+
+
 def test_a_manifest_of_another_version_is_refused(copy):
     feather.write_feather(read_manifest(copy).drop_columns(["withheld"]), copy / "manifest.arrow")
     with pytest.raises(ValueError, match=r"columns are not this version's .*withheld"):

@@ -154,7 +154,7 @@ def test_a_second_writer_is_told_so(project, tmp_path):
     second = execute(project, "python", "-c", program, check=False)
     first.kill()
     first.wait()
-    assert f"process {first.pid} is already writing data/distill" in second.stdout
+    assert f"process {first.pid} is already at work on distill here" in second.stdout
 
 
 CHILD = """

@@ -2,17 +2,20 @@
 
 import hashlib
 import io
+import tarfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from images import tiny
-from made_images import encode, picture, png, rotated_jpeg
+from made_images import encode, picture, png, rotated_jpeg, several
 from PIL import Image
 from prepare_kit import ODD, SPLITS, prepared, read_manifest, with_splits, write
 from pydantic import ValidationError
 
 from pipeline.core import images as decoding
-from pipeline.core import params, reencoding
+from pipeline.core import params, reencoding, sources
 
 SMALLER = {"max_side": 16, "jpeg_quality": 90}
 
@@ -92,14 +95,74 @@ def test_files_that_become_the_same_bytes_are_one_image_the_tests(tmp_path):
     same = {
         "train/a/x.bmp": encode(picture(5), "BMP"),
         "test/a/x.png": png(5),
-        "pool/x.tiff": encode(picture(5), "TIFF"),
+        "pool/x.tiff": several("TIFF", 5),  # refused once, not for its further frames as well
     }
     root = write(tmp_path / "in", with_splits() | same)
     images, refused = prepared(tmp_path / "out", root, **SPLITS, **SMALLER)
     assert refused == [("pool/x.tiff", "unlabelled", "duplicate"), ("train/a/x.bmp", "train", "duplicate")]
     row = [images.source(row) for row in range(len(images))].index("test/a/x.png")
     assert images.splits[row] == "test"
-    assert not prepared(tmp_path / "before", root, **SPLITS)[1]
+    assert prepared(tmp_path / "before", root, **SPLITS)[1] == [("pool/x.tiff", "unlabelled", "further frames")]
+
+
+@pytest.mark.parametrize(
+    ("emptied", "told"),
+    [("train/b", "train: class 'b' is left without an image .*duplicate 1"), ("val", "val: no image is left for it")],
+)
+def test_no_class_and_no_split_is_lost_to_the_same_bytes(tmp_path, emptied, told):
+    """The only image of a class in train, or of val, has the pixels of a test image."""
+    files = {name: content for name, content in with_splits().items() if not name.startswith(f"{emptied}/")}
+    same = {"test/b/x.png": png(5), f"{emptied.split('/')[0]}/b/x.bmp": encode(picture(5), "BMP")}
+    root = write(tmp_path / "in", files | same)
+    assert not prepared(tmp_path / "as they are", root, **SPLITS)[1]
+    with pytest.raises(ValueError, match=told):
+        prepared(tmp_path / "out", root, **SPLITS, **SMALLER)
+
+
+def test_files_that_become_the_same_bytes_under_two_labels_are_refused(tmp_path):
+    same = {"train/a/x.png": png(5), "train/b/x.bmp": encode(picture(5), "BMP")}
+    also = {"train/a/y.tiff": several("TIFF", 20), "test/b/y.png": several("PNG", 20)}
+    pool = {"pool/x.tiff": encode(picture(5), "TIFF")}
+    root = write(tmp_path / "in", with_splits() | same | also | pool)
+    images, refused = prepared(tmp_path / "out", root, **SPLITS, **SMALLER)
+    assert refused == [(name, name.split("/")[0], "two labels") for name in sorted(same | also)]
+    assert "a and b" in (tmp_path / "out/refused.csv").read_text()
+    assert {images.source(row) for row in range(len(images))} == set(with_splits() | pool)
+
+
+def test_files_are_read_in_the_order_of_their_sources(tmp_path, monkeypatch):
+    """Reading a compressed archive in any other order takes time that grows with the square of its size."""
+    read = []
+
+    def listing(*arguments):
+        found = sources.open_source(*arguments)
+
+        def noting(file):
+            return replace(file, read=lambda: read.append((found.role, file.name)) or file.read())
+
+        return replace(found, files=[noting(file) for file in found.files])
+
+    monkeypatch.setattr("pipeline.prepare.open_source", listing)
+    prepared(tmp_path / "out", write(tmp_path / "in", with_splits()), **SPLITS, **SMALLER)
+    assert len(read) == 2 * len(with_splits())
+    assert read[len(read) // 2 :] == read[: len(read) // 2]
+
+
+def test_members_of_shards_are_named_after_what_they_are(tmp_path):
+    kept = {"train/a/small.png": encode(photo(12, 16), "JPEG", quality=50)}
+    root = write(tmp_path / "in", with_splits() | ODD | kept)
+    for folder, changes in (("before", {}), ("after", SMALLER)):
+        images, _ = prepared(tmp_path / folder, root, **SPLITS, **changes)
+        files = {images.ids[row]: images.source(row) for row in range(len(images))}
+        with tarfile.open(tmp_path / folder / "images-00000.tar") as shard:
+            suffixes = {files[int(name[:16], 16)]: name[16:] for name in shard.getnames()}
+        own = {name: Path(name).suffix for name in suffixes}
+        assert len(suffixes) == len(images)
+        if folder == "before":
+            assert suffixes == own
+        else:
+            assert {name: suffixes[name] for name in kept} == dict.fromkeys(kept, ".png"), "its bytes are kept"
+            assert {suffix for name, suffix in suffixes.items() if name not in kept} == {".jpg"}
 
 
 def test_a_side_without_a_quality_is_refused():

@@ -20,7 +20,7 @@ SETTINGS = {
     "machine.processes": 2,
     "machine.checkpoint_seconds": 0,
     "student.model": "test_resnet",
-    "baseline.epochs": 10,
+    "baseline.epochs": 10,  # 20 steps, a checkpoint after each
 }
 
 
@@ -31,14 +31,22 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def start(folder: Path, restarts: int) -> subprocess.Popen:
+# As `python -m pipeline.baseline` starts its processes; but that imports torch and timm before it becomes torchrun.
+LAUNCH = "from pipeline.core import params, stage; stage._relaunch_with_torchrun(params.load(), 'baseline')"
+
+
+def start(folder: Path, restarts: int, *command: str) -> subprocess.Popen:
     """Start stage baseline."""
     settings = params.with_changes(yaml.safe_load((ROOT / "params.yaml").read_text()), SETTINGS)
     (folder / "params.yaml").write_text(yaml.safe_dump(params.with_changes(settings, {"machine.restarts": restarts})))
     variables = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pipeline.baseline"]
     return subprocess.Popen(
-        command, cwd=folder, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, *(command or ("-c", LAUNCH))],
+        cwd=folder,
+        env=variables,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
@@ -74,6 +82,7 @@ def weights(folder: Path) -> str:
     return hashlib.sha256((folder / "data/baseline/weights.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_run_with_killed_processes_ends_in_the_same_bytes(folder):
     assert "going on" not in finish(start(folder, restarts=0))
     expected = weights(folder)
@@ -96,7 +105,7 @@ def test_a_run_with_killed_processes_ends_in_the_same_bytes(folder):
 
 def test_an_error_that_would_come_again_restarts_nothing(folder):
     (folder / "data/prepare/classes.json").unlink()
-    process = start(folder, restarts=3)
+    process = start(folder, 3, "-m", "pipeline.baseline")
     said = finish(process)
     assert process.returncode != 0
     assert 1 <= said.count("classes.json: missing; make it again with") <= 2  # of each process

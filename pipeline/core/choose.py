@@ -7,6 +7,7 @@ seed, so that they stay as they are, or nearly so, when images are added.
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.core.dataset import rank
 from pipeline.core.images import Unreadable
@@ -34,7 +35,7 @@ class Found:
 
     @property
     def id(self) -> int:
-        """The sample's id: the first 8 bytes of its SHA-256."""
+        """The first 8 bytes of the file's SHA-256; the sample's id, unless the image is encoded anew."""
         return int(self.sha256[:16], 16)
 
     @property
@@ -52,6 +53,16 @@ class Picture:
     frames: int
 
 
+class Stored(NamedTuple):
+    """What the data set holds of a file: the bytes' SHA-256 and length, and the upright image's size."""
+
+    sha256: str
+    length: int
+    width: int
+    height: int
+
+
+Parts = dict[str, list[Found]]  # the images of labelled, withheld, unlabelled, val and test
 Pictures = dict[str, Picture | Unreadable]  # by SHA-256; what was not decoded yet is not in it
 
 
@@ -65,7 +76,7 @@ def select(
     labels_per_class: int | None,
     val_share: float,
     test_share: float,
-) -> tuple[dict[str, list[Found]], list[Refusal]]:
+) -> tuple[Parts, list[Refusal]]:
     """Choose the images of each part of the data set.
 
     Args:
@@ -178,9 +189,7 @@ def at_most(
                 taken[each.file.class_name].append(each)
 
 
-def split(
-    train: list[Found], val_share: float, test_share: float, labels: int | None, seed: int
-) -> dict[str, list[Found]]:
+def split(train: list[Found], val_share: float, test_share: float, labels: int | None, seed: int) -> Parts:
     """Share out the training images, class by class.
 
     Args:
@@ -192,7 +201,7 @@ def split(
     Returns:
         test, val, labelled and withheld: the last are those whose labels the student may not see.
     """
-    parts: dict[str, list[Found]] = {"test": [], "val": [], "labelled": [], "withheld": []}
+    parts: Parts = {"test": [], "val": [], "labelled": [], "withheld": []}
     for of_class in by_class(train).values():
         of_class.sort(key=lambda each: rank(seed, "held out", each.id))
         test = _share(len(of_class), test_share)
@@ -203,6 +212,33 @@ def split(
         parts["labelled"] += rest[:labels]
         parts["withheld"] += [] if labels is None else rest[labels:]
     return parts
+
+
+def one_of_each(parts: Parts, stored: dict[str, Stored]) -> tuple[Parts, list[Refusal]]:
+    """Keep one image of those that became the same bytes when they were encoded, none that stands under two labels.
+
+    Args:
+        parts: the images chosen.
+        stored: what is stored of each, by the SHA-256 of its file.
+    """
+    groups = defaultdict(list)  # by what is stored; the first of a group is the one to keep
+    for part in ("test", "val", "labelled", "withheld", "unlabelled"):
+        for each in sorted(parts[part], key=lambda each: each.sha256):
+            groups[stored[each.sha256].sha256].append((part, each))
+    kept: Parts = {part: [] for part in parts}
+    refusals = []
+    for group in groups.values():
+        labels = sorted({each.file.class_name for part, each in group if part != "unlabelled"})
+        if len(labels) > 1:
+            labelled = [each for part, each in group if part != "unlabelled"]
+            refusals += [refuse(each, "two labels", " and ".join(labels)) for each in labelled]
+            group = [(part, each) for part, each in group if part == "unlabelled"]
+        for part, each in group[:1]:
+            kept[part].append(each)
+        for _, each in group[1:]:
+            detail = f"of {group[0][1].file.name}, once both are encoded anew"
+            refusals.append(refuse(each, "duplicate", detail))
+    return kept, refusals
 
 
 def by_class(found: list[Found]) -> dict[str, list[Found]]:

@@ -202,7 +202,7 @@ class ImageSet:
         """Compare each shard's size with what the manifest says, so that a torn copy is found at once."""
         shards, offsets, lengths = self._place
         # Images lie in the order of the manifest: the last of a shard stands before the first of the next.
-        last = [*np.flatnonzero(np.diff(shards)).tolist(), len(self) - 1] if len(self) else []
+        last = [*np.flatnonzero(np.diff(shards)).tolist(), len(self) - 1]
         for row in last:
             path, wanted = self.folder / shard_name(int(shards[row])), shard_size(int(offsets[row] + lengths[row]))
             if not path.is_file():
@@ -216,10 +216,18 @@ def write_manifest(folder: Path, columns: dict[str, list]) -> pa.Table:
 
     Args:
         columns: those of SCHEMA; a split as one of SPLITS.
+
+    Raises:
+        ValueError: there are too many images.
     """
     codes = pa.array([SPLITS.index(split) for split in columns["split"]], pa.int8())
     split = pa.DictionaryArray.from_arrays(codes, pa.array(SPLITS))
     manifest = pa.table({**columns, "split": split}, schema=SCHEMA)
+    if parted := [field.name for field in SCHEMA if manifest[field.name].num_chunks > 1]:
+        raise ValueError(
+            f"{folder / MANIFEST}: more than 2 GiB of names or hashes ({', '.join(parted)}); "
+            "a data set holds at most 33 million images: prepare fewer"
+        )
     with pa.OSFile(str(folder / MANIFEST), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         writer.write_table(manifest)
     return manifest
@@ -234,9 +242,12 @@ def _read(folder: Path) -> tuple[tuple[str, ...], pa.RecordBatch]:
     try:
         classes = tuple(json.loads((folder / "classes.json").read_text(encoding="utf-8")))
         file = pa.ipc.open_file(pa.memory_map(str(folder / MANIFEST)))
-        manifest = file.get_batch(0) if file.num_record_batches == 1 and file.schema == SCHEMA else None
+        batches = file.num_record_batches
+        manifest = file.get_batch(0) if batches == 1 and file.schema == SCHEMA else None
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{folder}: damaged ({' '.join(str(error).split())}); {REMAKE}") from None
+    if batches != 1:
+        raise ValueError(f"{folder / MANIFEST}: {batches} record batches instead of one; {REMAKE}")
     if manifest is None or manifest["split"].dictionary.to_pylist() != list(SPLITS):
         wrong = sorted(set(SCHEMA.names) ^ set(file.schema.names)) or "their types"
         raise ValueError(f"{folder / MANIFEST}: its columns are not this version's ({wrong}); {REMAKE}")

@@ -1,6 +1,7 @@
 """Images encoded anew at preparation: at most so many pixels a side, as JPEG, for those who want half the decoding.
 
-What comes out lies in a file without a name until it is written into shards, so that no image is encoded twice.
+What comes out lies in a file without a name until it is written into shards, so that no image is encoded twice; so the
+disk holds the new bytes twice until prepare ends. Colour is subsampled (4:2:0, PIL's default for JPEG).
 """
 
 import hashlib
@@ -10,11 +11,10 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 
-from pipeline.core.choose import Found
+from pipeline.core.choose import Found, Stored
 from pipeline.core.images import Unreadable, decode
 from pipeline.core.progress import Progress
 from pipeline.core.reading import in_threads
@@ -22,15 +22,6 @@ from pipeline.core.shards import Sample
 from pipeline.core.sources import SourceFile
 
 JPEG_SIDE = 65_500  # pixels; libjpeg writes no longer side
-
-
-class Stored(NamedTuple):
-    """What the data set holds of a file: the bytes' SHA-256 and length, and the upright image's size."""
-
-    sha256: str
-    length: int
-    width: int
-    height: int
 
 
 def encode(content: bytes, max_side: int | None, quality: int) -> tuple[bytes, int, int]:

@@ -29,6 +29,7 @@ class Sample:
     label: int
     withheld: int
     source: str
+    encoded_anew: bool = False  # as JPEG, whatever `source` is
 
     @property
     def id(self) -> int:
@@ -97,6 +98,8 @@ def _header(sample: Sample) -> bytes:
     suffix = PurePosixPath(sample.source).suffix
     if not re.fullmatch(r"\.[A-Za-z0-9]{1,8}", suffix):
         suffix = ""
+    if sample.encoded_anew and suffix.lower() not in (".jpg", ".jpeg", ".mpo"):
+        suffix = ".jpg"
     info = tarfile.TarInfo(f"{sample.id:016x}{suffix}")
     info.size, info.mode = sample.length, 0o644
     return info.tobuf(tarfile.USTAR_FORMAT)

@@ -90,7 +90,8 @@ def only_writer(name: str) -> Iterator[Path]:
                 if attempt == 5:
                     lock.seek(0)
                     raise ValueError(
-                        f"process {lock.read().strip() or '?'} is already writing data/{name}; wait for it, or stop it"
+                        f"process {lock.read().strip() or '?'} is already at work on {name} here; "
+                        "wait for it, or stop it"
                     ) from None
                 time.sleep(1)
         lock.truncate(0)
