@@ -180,7 +180,7 @@ def plot(tables: dict[str, list[Measured]], path: Path) -> None:
         draw(axes, table)
         axes.set(title=name, xlabel="bytes a record")
     panels[0, 0].set_ylabel("KL(dense, stored), nats")
-    panels[0, 0].legend(fontsize=8)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
 
 
