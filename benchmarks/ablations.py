@@ -28,7 +28,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
-from seeds import cell, known, run, table
+from seeds import known, run, table
 
 from pipeline import prepare, recipes, teacher
 from pipeline.core import atomic, params
@@ -115,15 +115,18 @@ def ablations(rows: dict[str, Row], found: dict[str, dict[int, dict]]) -> str:
         rows: what was run, by name.
         found: name to seed to metrics.
     """
-    lines = ["| without | seeds | distilled | student | share of the gap |", "|---|---|---|---|---|"]
+    lines = ["| without | seeds | distilled | student | of the gap | the whole recipe, same seeds |", "|---" * 6 + "|"]
     for name, row in rows.items():
         scores = found.get(name, {})
         shared = [seed for seed in scores if seed in found["whole"]]
         if not shared:
             continue
         tops = [[scores[seed][stage]["top1"] for seed in shared] for stage in ("distill", row.student)]
-        shares = [recovered(found["whole"][seed], scores[seed][row.student]["top1"]) for seed in shared]
-        cells = [*map(cell, tops), f"{np.mean(shares):.0%} ± {spread(shares):.0%}"]
+        shares = [
+            [recovered(found["whole"][seed], of[seed][stage]["top1"]) for seed in shared]
+            for of, stage in ((scores, row.student), (found["whole"], STUDENT))
+        ]
+        cells = [*(over_seeds(values, ".4f") for values in tops), *(over_seeds(values, ".0%") for values in shares)]
         lines.append(f"| {row.without} | {len(shared)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -144,6 +147,11 @@ def difference(cached: dict[int, dict], online: dict[int, dict]) -> str:
         f"seeds {spread([cached[seed][STUDENT]['top1'] for seed in seeds]):.4f} cached, "
         f"{spread([online[seed][STUDENT]['top1'] for seed in seeds]):.4f} online"
     )
+
+
+def over_seeds(values: list[float], form: str) -> str:
+    """Mean and spread; of one seed, its value."""
+    return f"{np.mean(values):{form}}" + (f" ± {spread(values):{form}}" if len(values) > 1 else "")
 
 
 def spread(values: list[float]) -> float:
