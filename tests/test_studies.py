@@ -172,7 +172,18 @@ def project(tmp_path_factory):
 def start(study, project, out, *arguments):
     out.mkdir(exist_ok=True)
     command = [sys.executable, str(ROOT / f"studies/{study}.py"), "--project", str(project), "--out", str(out)]
-    return subprocess.Popen([*command, *SMALL, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [*command, *SMALL, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=listen,
+    )
+
+
+def listen():
+    """Hear Ctrl-C also where the tests run in the background of a shell, which has them ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(*arguments):
