@@ -22,13 +22,14 @@ import sys
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
-from seeds import known, run, table
+from seeds import known, run, spread, table
 
 from pipeline import prepare, recipes, teacher
 from pipeline.core import atomic, params
@@ -101,6 +102,8 @@ def main() -> None:
             score = known(seed, wanted) if look else run(seed, wanted, "--stages", "evaluate")
             if score:
                 found.setdefault(name, {})[seed] = score
+    if "whole" not in found:
+        sys.exit("ablations: no seed of the whole recipe is done, with which all else is compared; leave out --only")
     print(f"{settings.teacher.model} to {settings.student.model}; {machine()}\n")
     print(table(list(found["whole"].values())) + "\n")
     print(ablations(rows(settings), found))
@@ -154,11 +157,6 @@ def over_seeds(values: list[float], form: str) -> str:
     return f"{np.mean(values):{form}}" + (f" ± {spread(values):{form}}" if len(values) > 1 else "")
 
 
-def spread(values: list[float]) -> float:
-    """Standard deviation over seeds; 0 of one."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
 def write_subset(archive: Path, small: Path) -> None:
     """Write the images that are used into an archive, as train, val and test."""
     small.parent.mkdir(parents=True, exist_ok=True)
@@ -176,12 +174,11 @@ def write_subset(archive: Path, small: Path) -> None:
 def fit_teacher(settings: params.Params, folder: Path) -> None:
     """Fit the teacher with all labels; its weights go to data/weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.chdir(folder):
-        os.environ["MLFLOW_TRACKING_URI"] = "sqlite:///mlflow.db"  # it is no run of the project's
+    own = {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}  # it is no run of the project's
+    with contextlib.chdir(folder), mock.patch.dict(os.environ, own):
         if not Path("data/prepare").exists():
             prepare.run(settings)
         teacher.run(settings)
-    del os.environ["MLFLOW_TRACKING_URI"]
     with atomic.replacing(WEIGHTS) as beside:
         shutil.copyfile(folder / "data/teacher/weights.safetensors", beside)
 

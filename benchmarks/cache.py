@@ -21,12 +21,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from timm.task import LogitDistillationTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from machine import machine
+from formats import FORMATS
+from machine import machine, own_memory, silence
 from records import made_logits
 
 from pipeline import cache
@@ -135,12 +135,6 @@ def _open_and_read(folder: str) -> tuple[float, float, float, float]:
     return opened, before, own_memory(), 1000 * 256 / (time.perf_counter() - begin)
 
 
-def own_memory() -> float:
-    """Megabytes of this process that are not the page cache's, where the system tells it (Linux)."""
-    memory = psutil.Process().memory_info()
-    return (memory.rss - getattr(memory, "shared", 0)) / 1e6
-
-
 def write(arguments: argparse.Namespace) -> None:
     """The stage's own loop against forward passes over one batch of tensors in memory."""
     project, count = Project(), arguments.views or 2048
@@ -191,11 +185,7 @@ def peers(arguments: argparse.Namespace) -> None:
     header("format", "s to write", "bytes a view", "s to read an epoch")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for kind, store, fetch in (
-            ("this project's", _store_ours, _fetch_ours),
-            ("TinyViT's, k = 100", _store_tinyvit, _fetch_tinyvit),
-            ("a dense file a view, as torchdistill's", _store_files, _fetch_files),
-        ):
+        for kind, (store, fetch) in FORMATS.items():
             (folder / "x").mkdir()
             begin = time.perf_counter()
             store(folder / "x", project.description, asked.keys, logits)
@@ -204,46 +194,6 @@ def peers(arguments: argparse.Namespace) -> None:
             seconds = best_of(3, lambda fetch=fetch: fetch(folder / "x", project.description, asked.keys, order))
             row(kind, f"{written:.3f}", f"{size / len(order):.1f}", f"{seconds:.3f}")
             shutil.rmtree(folder / "x")
-
-
-def _store_ours(folder: Path, description: Description, keys: np.ndarray, logits: torch.Tensor) -> None:
-    labels = SoftLabels(folder, description)
-    labels.write_shard(keys, description.coding.encode(logits))
-    finish(folder, description, keys)
-
-
-def _fetch_ours(folder: Path, description: Description, keys: np.ndarray, order: np.ndarray) -> None:
-    labels = SoftLabels(folder, description)
-    for start in range(0, len(order), 256):
-        labels.read(keys[order[start : start + 256]])
-
-
-def _store_tinyvit(folder: Path, description: Description, keys: np.ndarray, logits: torch.Tensor) -> None:
-    values, classes = torch.softmax(logits, 1).topk(min(100, logits.shape[1]))
-    records = [np.zeros((len(keys), 4), np.uint8), classes.numpy().astype("<i2"), values.numpy().astype("<f2")]
-    flat = np.concatenate([part.reshape(len(keys), -1).view(np.uint8) for part in records], axis=1)
-    (folder / "logits").write_bytes(flat.tobytes())
-
-
-def _fetch_tinyvit(folder: Path, description: Description, keys: np.ndarray, order: np.ndarray) -> None:
-    size = (folder / "logits").stat().st_size // len(keys)
-    k = (size - 4) // 4
-    with (folder / "logits").open("rb") as file:  # as its reader does: one seek and one read a record
-        for start in range(0, len(order), 256):
-            for at in order[start : start + 256].tolist():
-                file.seek(at * size)
-                record = file.read(size)
-                np.frombuffer(record, "<i2", k, 4), np.frombuffer(record, "<f2", k, 4 + 2 * k).astype(np.float32)
-
-
-def _store_files(folder: Path, description: Description, keys: np.ndarray, logits: torch.Tensor) -> None:
-    for key, answer in zip(keys, logits, strict=True):
-        torch.save(answer.clone(), folder / f"{key}.pt")
-
-
-def _fetch_files(folder: Path, description: Description, keys: np.ndarray, order: np.ndarray) -> None:
-    for start in range(0, len(order), 256):
-        torch.stack([torch.load(folder / f"{keys[at]}.pt") for at in order[start : start + 256].tolist()])
 
 
 class Project:
@@ -316,12 +266,6 @@ def scratch_cache() -> Iterator[None]:
             yield
         finally:
             cache.FOLDER = before
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield
 
 
 def best_of(times: int, work: Callable[[], object]) -> float:

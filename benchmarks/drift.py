@@ -20,8 +20,7 @@ from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cache import silence
-from machine import machine
+from machine import machine, silence
 
 from pipeline.core import engine, networks, params
 from pipeline.core.batches import Batch, TrainingOrder

@@ -9,7 +9,6 @@ those of a run that was left alone, 30 of 30 times; the command ends with 1 wher
 """
 
 import argparse
-import contextlib
 import hashlib
 import importlib
 import multiprocessing
@@ -25,7 +24,7 @@ from pathlib import Path
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from machine import machine
+from machine import machine, silence
 
 from pipeline.core import params
 
@@ -104,7 +103,7 @@ def run(stage: str, folder: Path) -> None:
     """Run a stage in a folder."""
     os.chdir(folder)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with silence():
         importlib.import_module(f"pipeline.{stage}").run(params.load(Path("params.yaml")))
 
 

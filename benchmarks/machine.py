@@ -1,9 +1,12 @@
-"""The machine that a benchmark ran on, in a few words."""
+"""What benchmarks share: the machine in a few words, the memory of a process, and silence."""
 
+import contextlib
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -16,6 +19,19 @@ def machine() -> str:
     if torch.cuda.is_available():
         words.append(torch.cuda.get_device_name())
     return ", ".join([*words, f"torch {torch.__version__}"])
+
+
+def own_memory() -> float:
+    """Megabytes of this process that are not the page cache's, where the system tells it (Linux)."""
+    memory = psutil.Process().memory_info()
+    return (memory.rss - getattr(memory, "shared", 0)) / 1e6
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Print nothing for a while."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
 
 
 def _lines(file: Path) -> list[str]:

@@ -22,8 +22,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cache import ALL, made_cache, own_memory, silence
-from machine import machine
+from cache import ALL, made_cache
+from machine import machine, own_memory, silence
 
 from pipeline.core import devices, distillation, engine, networks, params, shards, training
 from pipeline.core.batches import TrainingOrder, Views

@@ -77,9 +77,13 @@ def finished(wanted: params.Params) -> Path | None:
 
 def cell(values: list[float]) -> str:
     """Mean and standard deviation over seeds."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
     digits = 1 if statistics.mean(values) >= 2 else 4
-    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {spread(values):.{digits}f}"
+
+
+def spread(values: list[float]) -> float:
+    """Standard deviation over seeds; 0 of one."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 if __name__ == "__main__":

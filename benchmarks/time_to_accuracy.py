@@ -273,7 +273,7 @@ def tester(images: ImageSet, count: int, resolution: int) -> Callable[[Classifie
 
 def write_files(images: ImageSet, rows: np.ndarray, folder: Path) -> None:
     """Write the images as files; the folder's name is a class, as the peers ask for one, and is not learned from."""
-    known = np.where(images.labels >= 0, images.labels, images.withheld)
+    known = images.known_labels
     for row in rows.tolist():
         place = folder / str(known[row])
         place.mkdir(parents=True, exist_ok=True)

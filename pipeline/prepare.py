@@ -134,11 +134,11 @@ def prepare(
     check_share(files, refusals, max_refused_share)
     check_parts(parts, classes, refusals)  # here too, as encoding takes long
 
-    # In the order of their sources, as archives are fastest to read; a name can stand twice in a zip archive.
-    kept = {(each.role, each.file.name, each.sha256) for part in parts.values() for each in part}
-    chosen = [each for each in found if (each.role, each.file.name, each.sha256) in kept]
-    stored, give = as_they_are(chosen, pictures), partial(contents, found)
+    stored, give = as_they_are(parts, pictures), partial(contents, found)
     if jpeg_quality is not None:
+        # In the order of their sources, as archives are fastest to read; a name can stand twice in a zip archive.
+        kept = {(each.role, each.file.name, each.sha256) for part in parts.values() for each in part}
+        chosen = [each for each in found if (each.role, each.file.name, each.sha256) in kept]
         reencoded = Reencoded(folder, max_side, jpeg_quality)
         stored, give = reencoded.add(chosen, _most_bytes(max_pixels)), reencoded.contents
         parts, refused = choose.one_of_each(parts, stored)
@@ -232,9 +232,9 @@ def further_frames(parts: Parts, pictures: Pictures) -> list[Refusal]:
     ]
 
 
-def as_they_are(chosen: list[Found], pictures: Pictures) -> dict[str, Stored]:
+def as_they_are(parts: Parts, pictures: Pictures) -> dict[str, Stored]:
     """Say what is stored of images that are not encoded anew, by the SHA-256 of their files."""
-    seen = [(each, pictures[each.sha256]) for each in chosen]
+    seen = [(each, pictures[each.sha256]) for part in parts.values() for each in part]
     return {each.sha256: Stored(each.sha256, each.length, picture.width, picture.height) for each, picture in seen}
 
 

@@ -7,8 +7,6 @@ network.json, and with `source: fit` history.csv. Run: python -m pipeline.teache
 import csv
 from pathlib import Path
 
-import numpy as np
-
 import models
 from pipeline.core import atomic, devices, networks, stage, training
 from pipeline.core.batches import Views
@@ -30,9 +28,7 @@ def run(params: Params) -> None:
 
 def fit(params: Params, images: ImageSet, processes: Processes) -> None:
     """Train the teacher on the labelled images, and on those whose labels are withheld from the student if allowed."""
-    labels = images.labels
-    if params.teacher.fit_on == "withheld":
-        labels = np.where(labels >= 0, labels, images.withheld)
+    labels = images.known_labels if params.teacher.fit_on == "withheld" else images.labels
     rows = images.rows("labelled", "unlabelled")
     classifier = networks.build(params.teacher.model, len(images.classes), params.seed)
     spec = ViewSpec.of(params.seed, params.views)

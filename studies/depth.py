@@ -22,7 +22,8 @@ from pipeline.core import atomic
 
 COLOURS = {"plain": "tab:red", "residual": "tab:blue", "identity": "tab:green"}
 LABELS = {"plain": "plain", "residual": "residual", "identity": "residual, identity at first"}
-COLUMNS = ("kind", "depth", "seed", "epoch", "train_loss", "train_error", "test_error")
+FIGURES = ("train_loss", "train_error", "test_error")
+COLUMNS = ("kind", "depth", "seed", "epoch", *FIGURES)
 Row = dict[str, str | float]
 
 
@@ -84,7 +85,7 @@ def study(arguments: argparse.Namespace, settings: Settings, data: Data) -> None
         print(f"depth: network {number} of {len(wanted)}: {kind}, {depth} layers, seed {seed}", flush=True)
         _, history = network(kind, depth, seed, settings, data)
         for epoch in history:
-            figures = {key: round(epoch[key], 6) for key in COLUMNS[4:]}
+            figures = {key: round(epoch[key], 6) for key in FIGURES}
             table.append({"kind": kind, "depth": depth, "seed": seed, "epoch": int(epoch["epoch"]), **figures})
     write(arguments.out / "depth.csv", COLUMNS, table)
     with atomic.replacing(arguments.out / "depth.png") as beside:

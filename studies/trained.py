@@ -126,7 +126,7 @@ def read(settings: Settings) -> Data:
     """
     given = params.load()
     images = ImageSet.open(Path("data/prepare"))
-    labels = np.where(images.labels >= 0, images.labels, images.withheld)
+    labels = images.known_labels
     known = images.rows("labelled", "unlabelled")
     known = known[labels[known] >= 0]
     rows = some(images, known, settings.images)

@@ -130,6 +130,11 @@ class ImageSet:
         return digest(pa.Table.from_batches([self._manifest]), self.classes)
 
     @property
+    def known_labels(self) -> np.ndarray:
+        """The label of each image (N,) int32, those withheld from the student too; -1 where there is none."""
+        return np.where(self.labels >= 0, self.labels, self.withheld)
+
+    @property
     def splits(self) -> np.ndarray:
         """The split of each image, (N,) str, one of SPLITS: made anew, 40 bytes an image; `rows` needs none of it."""
         return np.array(SPLITS)[self._split]

@@ -132,9 +132,11 @@ def targets(images: ImageSet, labels: np.ndarray, smoothing: float) -> Callable[
 
     def wanted(batch: Batch) -> torch.Tensor:
         device = batch.pixels.device
-        of_rows = (torch.from_numpy(labels[rows].astype(np.int64)) for rows in (batch.rows, batch.partner_rows))
         # Not blocking: a copy that the host waits for would make it wait for all the GPU still has to do.
-        own, other = (of_batch.to(device, non_blocking=True) for of_batch in of_rows)
+        own, other = (
+            torch.from_numpy(labels[rows].astype(np.int64)).to(device, non_blocking=True)
+            for rows in (batch.rows, batch.partner_rows)
+        )
         return losses.hard_targets(own, other, batch.shares, len(images.classes), smoothing)
 
     return wanted

@@ -62,7 +62,7 @@ class Coding:
     @cached_property
     def _layout(self) -> np.ndarray:
         """(256,) by the number of classes: bits of a class, low bits of it, bytes of the high bits, bytes of all."""
-        layout = np.zeros(MOST_CLASSES + 1, [("width", "i8"), ("low", "i8"), ("high_bytes", "i8"), ("size", "i8")])
+        layout = np.zeros(MOST_CLASSES + 1, [(name, "i4") for name in ("width", "low", "high_bytes", "size")])
         for count in range(MOST_CLASSES + 1):
             choices = []
             for width in WIDTHS:
@@ -77,7 +77,7 @@ class Coding:
 
     @property
     def sizes(self) -> np.ndarray:
-        """(256,) int64: bytes of a record, by the number of classes."""
+        """(256,) int32: bytes of a record, by the number of classes."""
         return self._layout["size"]
 
     def encode(self, logits: Tensor) -> Records:
@@ -134,13 +134,12 @@ class Coding:
         """
         counts, content = records.counts.astype(np.int32), records.content
         layout = self._layout[records.counts]
-        width, low, high_bytes, size = (layout[name].astype(np.int32) for name in layout.dtype.names)
-        starts = _before(size)
+        low, high_bytes, width = layout["low"], layout["high_bytes"], layout["width"] // 8  # bytes of a class
+        starts = _before(layout["size"])
         head = content[starts[:, None] + np.arange(HEAD.itemsize)].view(HEAD)[:, 0]
         first = _before(counts)
         number = np.arange(counts.sum(), dtype=np.int32)  # of the class among all of the batch
 
-        width //= 8
         at = np.repeat(starts + HEAD.itemsize + high_bytes - first * width, counts)
         at += number if (width == 1).all() else number * np.repeat(width, counts)
         field = content.take(at).astype(np.int32)
@@ -151,7 +150,7 @@ class Coding:
         lows = np.repeat(low, counts)
         code = field >> lows
         field -= code << lows
-        classes = self._high(content, starts, high_bytes, counts, number)
+        classes = self._high(content, starts, high_bytes, counts, first, number)
         classes <<= lows
         classes += field
 
@@ -165,7 +164,13 @@ class Coding:
         return SparseLabels(counts, classes, values, log_rest)
 
     def _high(
-        self, content: np.ndarray, starts: np.ndarray, runs: np.ndarray, counts: np.ndarray, number: np.ndarray
+        self,
+        content: np.ndarray,
+        starts: np.ndarray,
+        runs: np.ndarray,
+        counts: np.ndarray,
+        first: np.ndarray,
+        number: np.ndarray,
     ) -> np.ndarray:
         """Read the high bits (E,) of all classes: the place of the n-th one in a record's run of bits, less n."""
         before = _before(runs)
@@ -175,12 +180,12 @@ class Coding:
         if len(ones) != len(number):
             raise ValueError("a record holds another number of classes than it says")
         ones -= number
-        ones -= np.repeat(before * 8 - _before(counts), counts)
+        ones -= np.repeat(before * 8 - first, counts)
         return ones
 
 
 def _before(sizes: np.ndarray) -> np.ndarray:
-    """The sum (N,) of all sizes before each one; int32: a batch of records has less than 2 GiB."""
+    """The sum (N,) of all sizes before each one; int32: the bits of a batch's records are less than 2^31."""
     return np.cumsum(sizes, dtype=np.int32) - sizes
 
 
