@@ -11,33 +11,18 @@ the coding loses, by 0.001 nat of KL(teacher now, stored), is wrong: it is named
 import argparse
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pipeline.core import devices, mined, networks, teaching
 from pipeline.core import params as settings
-from pipeline.core.batches import Views, load
+from pipeline.core.batches import Views
 from pipeline.core.dataset import ImageSet
 from pipeline.core.params import Params
-from pipeline.core.progress import Progress
-from pipeline.core.softlabels import SparseLabels, dense
+from pipeline.core.recheck import Findings, recheck
 from pipeline.core.views import ViewSpec
 
 LEAST_VIEWS = 256
-TOLERANCE = 1e-3  # nats
-
-
-class Findings(NamedTuple):
-    """What the teacher's present answers say of the stored ones; one entry a view."""
-
-    samples: np.ndarray  # (N,) uint64: ids
-    replicas: np.ndarray  # (N,) int64
-    same: np.ndarray  # (N,) bool: the record would be the same bytes
-    lost: np.ndarray  # (N,) KL(teacher now, stored), nats
-    lost_by_coding: np.ndarray  # (N,) KL(teacher now, coded and decoded), nats
 
 
 def main() -> None:
@@ -57,7 +42,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     print(report(findings))
-    sys.exit(1 if wrong(findings).any() else 0)
+    sys.exit(1 if findings.wrong.any() else 0)
 
 
 def audit(params: Params, share: float, seed: int) -> Findings:
@@ -77,25 +62,7 @@ def audit(params: Params, share: float, seed: int) -> Findings:
     )
     rows, replicas = rows[chosen // params.cache.replicas], chosen % params.cache.replicas
     views = Views(images, ViewSpec.of(params.seed, params.views))
-    size, coding, found = params.cache.batch_size, labels.coding, []
-    parts = [slice(start, start + size) for start in range(0, len(rows), size)]
-    with Progress(len(rows), "views", "audit") as progress:
-        batches = load(views, [(rows[part], replicas[part]) for part in parts], params.machine.workers, device)
-        for part, batch in zip(parts, batches, strict=True):
-            logits = teaching.answer(classifier, batch.pixels.to(device), params.teacher.precision).cpu()
-            stored = labels.read(teaching.keys(images, views, rows[part], replicas[part]))
-            now = coding.decode(coding.encode(logits))
-            own, ours = (dense(which, coding.num_classes) for which in (stored, now))
-            teacher = torch.softmax(logits.double(), 1)
-            found.append((_same(stored, now), _divergence(teacher, own), _divergence(teacher, ours)))
-            progress.update(len(batch.rows))
-    columns = [np.concatenate(column) for column in zip(*found, strict=True)]
-    return Findings(images.ids[rows], replicas, *columns)
-
-
-def wrong(findings: Findings) -> np.ndarray:
-    """(N,) bool: the views whose stored answer is not the teacher's."""
-    return ~(findings.lost <= findings.lost_by_coding + TOLERANCE)
+    return recheck(classifier, views, labels, rows, replicas, params, "audit")
 
 
 def report(findings: Findings) -> str:
@@ -105,29 +72,13 @@ def report(findings: Findings) -> str:
         f"audit: KL(teacher now, stored) {findings.lost.mean():.2e} nats a view, at most {findings.lost.max():.2e}; "
         f"the coding alone loses {findings.lost_by_coding.mean():.2e}",
     ]
-    bad = np.flatnonzero(wrong(findings))
+    bad = np.flatnonzero(findings.wrong)
     for at in bad[:10]:
         sample, replica = findings.samples[at], findings.replicas[at]
         lines.append(f"audit: wrong: sample {sample:016x}, replica {replica}: {findings.lost[at]:.2e} nats")
     if len(bad):
         lines.append(f"audit: {len(bad):,} views are wrong: remove data/cache and run `dvc repro cache`")
     return "\n".join(lines)
-
-
-def _same(stored: SparseLabels, now: SparseLabels) -> np.ndarray:
-    edges = [np.cumsum(labels.counts)[:-1] for labels in (stored, now)]
-    parts = [
-        zip(np.split(labels.classes, at), np.split(labels.log_probabilities, at), labels.log_rest, strict=True)
-        for labels, at in zip((stored, now), edges, strict=True)
-    ]
-    return np.array(
-        [all(np.array_equal(a, b) for a, b in zip(one, other, strict=True)) for one, other in zip(*parts, strict=True)]
-    )
-
-
-def _divergence(expected: Tensor, found: Tensor) -> np.ndarray:
-    found = found.double().clamp(min=1e-300)
-    return (torch.special.xlogy(expected, expected) - torch.special.xlogy(expected, found)).sum(1).numpy()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Reads data/prepare, data/mine and data/teacher. Writes data/cache, shard by shard: what is there already and still
 holds is not computed again, so a killed run goes on, and a grown pool costs what is new. A damaged shard is set aside
 and computed again. Labels of another teacher or of other views are set aside under .scratch/cache, and used again when
-those come back. Run: python -m pipeline.cache
+those come back. Some of what is there is asked again: where other code or another library makes the same teacher answer
+otherwise, the stage stops and says so. Run: python -m pipeline.cache
 """
 
 from collections import deque
@@ -21,11 +22,13 @@ from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
 from pipeline.core.params import Params
 from pipeline.core.progress import Progress
+from pipeline.core.recheck import TOLERANCE, recheck
 from pipeline.core.softlabels import Description, SoftLabels, finish, store
 from pipeline.core.softlabels.records import Records
 from pipeline.core.views import ViewSpec
 
 FOLDER = Path("data/cache")
+RECHECKED = 64  # stored views that each run asks the teacher about again
 PENDING = 4  # batches whose answers wait to be packed while the teacher goes on
 
 
@@ -57,9 +60,32 @@ def run(params: Params) -> None:
         set_aside_others(FOLDER, scratch, description)
         for wrong in store.set_damaged_aside(FOLDER, description, scratch / "damaged"):
             print(f"cache: {wrong}: set aside in {scratch / 'damaged'}, to be computed again", flush=True)
+        check_same_answers(classifier, views, wanted, params, description)
         devices.wait_for_all(processes)
         write_missing(classifier, views, wanted, params, description, processes)
         finish(FOLDER, description, wanted.keys)
+
+
+def check_same_answers(
+    classifier: Classifier, views: Views, wanted: Asked, params: Params, description: Description
+) -> None:
+    """Ask the teacher again about some of the stored views.
+
+    Raises:
+        ValueError: it answers otherwise, though its weights and the views' specification are the same.
+    """
+    labels = SoftLabels(FOLDER, description)
+    stored = np.flatnonzero(labels.find(wanted.keys) >= 0)
+    if not len(stored):
+        return
+    chosen = wanted.part(stored[np.linspace(0, len(stored) - 1, min(len(stored), RECHECKED)).astype(int)])
+    found = recheck(classifier, views, labels, chosen.rows, chosen.replicas, params, "cache: asked again")
+    if not found.lost.mean() <= found.lost_by_coding.mean() + TOLERANCE:
+        raise ValueError(
+            f"{FOLDER}: the same teacher now answers otherwise about {found.wrong.sum()} of {len(found.wrong)} stored "
+            f"views, by {found.lost.mean():.1e} nats in the mean: the code of networks or views, or a library, has "
+            f"changed; go back to it, or remove {FOLDER} and run `dvc repro cache` to ask about all views anew"
+        )
 
 
 def every_view(images: ImageSet, views: Views, rows: np.ndarray, replicas: int, quiet: bool = False) -> Asked:

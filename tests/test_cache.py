@@ -124,6 +124,18 @@ def test_other_views_set_the_labels_aside_and_find_them_again(here, capsys):
     assert shards() == before
 
 
+def test_a_teacher_that_answers_otherwise_stops_the_stage(here, monkeypatch):
+    before, answer = shards(), teaching.answer
+    monkeypatch.setattr(teaching, "answer", lambda *asked: answer(*asked) + torch.arange(4))  # as other code might
+    with pytest.raises(ValueError, match=r"answers otherwise about \d+ of 64 stored views.*remove data/cache"):
+        go(cache, **{"cache.replicas": 6})
+    assert shards() == before
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    go(cache)
+    assert shards() == before
+
+
 def test_labels_of_other_views_are_refused_by_name(here):
     params = tiny(**{**SETTINGS, "views.flip": 0.5})
     with pytest.raises(ValueError, match=r"views\.flip differ.*dvc repro cache"):
@@ -236,7 +248,7 @@ def test_an_audit_finds_the_teachers_answers_and_notices_others(here):
     findings = audit.audit(params, share=1.0, seed=0)
     assert len(findings.same) == stored_views()
     assert findings.same.mean() > 0.99
-    assert not audit.wrong(findings).any()
+    assert not findings.wrong.any()
     # Labels that hold together, but are not this teacher's answers to these views: another's are written.
     description = teaching.description(params, networks.read_card(Path("data/teacher")))
     labels = SoftLabels(Path("data/cache"), description)
@@ -244,5 +256,5 @@ def test_an_audit_finds_the_teachers_answers_and_notices_others(here):
     logits = torch.randn(len(keys[0]), 4, generator=torch.Generator().manual_seed(0)) * 5
     labels.write_shard(keys[0], description.coding.encode(logits))
     findings = audit.audit(params, share=1.0, seed=0)
-    assert audit.wrong(findings).sum() >= len(keys[0]) // 2
+    assert findings.wrong.sum() >= len(keys[0]) // 2
     assert "wrong: sample " in audit.report(findings)

@@ -1,6 +1,7 @@
 """Workspaces: the user's tree as it is now, with other parameters, and no trace in it."""
 
 import re
+import shutil
 import threading
 from contextlib import contextmanager
 
@@ -72,6 +73,19 @@ def test_only_what_the_change_touches_runs_and_only_results_stay(reproduced):
     with opened(reproduced) as folder:  # a new workspace, but what the last one made is in the user's cache
         assert "is cached - skipping run" in toy_project.execute(folder, "dvc", "repro")
         assert "distill 3;" in (folder / "data/evaluate/said.txt").read_text()
+
+
+def test_it_begins_where_the_run_with_most_of_its_settings_ended(reproduced):
+    with opened(reproduced, {"teacher.epochs": 5}) as folder:
+        toy_project.execute(folder, "dvc", "repro", "--quiet")
+        kept = workspace.keep_results(folder, reproduced, "calm-heron", scored=True)
+    try:
+        with opened(reproduced, {"teacher.epochs": 5, "distill.epochs": 4}) as folder:
+            assert dvc.outdated(folder) == {"distill", "evaluate"}
+        with opened(reproduced, {"distill.epochs": 4}) as folder:
+            assert dvc.outdated(folder) == {"distill", "evaluate"}
+    finally:
+        shutil.rmtree(kept)
 
 
 def test_params_keep_their_comments(reproduced):

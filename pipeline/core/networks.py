@@ -122,6 +122,8 @@ def save(folder: Path, classifier: Classifier, card: dict[str, Any]) -> None:
 def load(folder: Path, device: str | torch.device = "cpu") -> tuple[Classifier, dict[str, Any]]:
     """Read a network that `save` wrote, in eval mode, with its card.
 
+    Its weights are in channels-last order, in which convolutions answer faster in bfloat16, and no slower in float32.
+
     Raises:
         ValueError: a file is missing or damaged, or the weights are not those the card speaks of.
     """
@@ -131,7 +133,7 @@ def load(folder: Path, device: str | torch.device = "cpu") -> tuple[Classifier, 
         raise ValueError(f"{weights}: not the weights that network.json speaks of; run `dvc checkout {folder}`")
     classifier = Classifier(models.build(card["model"], num_classes=card["num_classes"]), card["mean"], card["std"])
     load_weights(classifier.network, weights)
-    return classifier.eval().to(device), card
+    return classifier.eval().to(device, memory_format=torch.channels_last), card
 
 
 def read_card(folder: Path) -> dict[str, Any]:

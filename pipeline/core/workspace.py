@@ -7,8 +7,9 @@
     .scratch/runs/RUN/               what stays of a run that ended well: params.yaml, dvc.lock, metrics, report
 
 It is a git clone, brought up to the user's uncommitted changes, and shares DVC's cache: what the change does not touch
-is checked out of it, and what the run makes is there for the user's tree. A workspace stays when its run fails or is
-cancelled, and goes when a run has ended well.
+is checked out of it, and what the run makes is there for the user's tree. Where a run that ended well had more of these
+settings than the tree has, its results are where the new one begins, so that its soft labels are not asked for again. A
+workspace stays when its run fails or is cancelled, and goes when a run has ended well.
 """
 
 import fcntl
@@ -32,6 +33,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from pipeline.core import atomic, dvc, params
 from pipeline.core.stage import SCRATCH
 
+LABELS_DEPEND_ON = ("seed", "views", "teacher", "cache", "mine", "prepare")  # sections, what matters most first
 SETTINGS, SCORES = ("params.yaml", "dvc.lock"), ("data/evaluate/metrics.json", "data/evaluate/report.html")
 
 
@@ -110,8 +112,26 @@ def set_up(root: Path, folder: Path, changes: dict[str, Any], notes: Path) -> No
     if (root / ".dvc/config.local").exists():
         shutil.copy2(root / ".dvc/config.local", folder / ".dvc/config.local")
     dvc.share_cache(root, folder, notes)
+    if (lock := nearest_lock(root, changes)).exists():
+        shutil.copy2(lock, folder / "dvc.lock")
     _command([sys.executable, "-m", "dvc", "checkout", "--quiet", "--force", "--allow-missing"], folder)
     write_params(root, folder, changes)
+
+
+def nearest_lock(root: Path, changes: dict[str, Any]) -> Path:
+    """Name the dvc.lock, the tree's own or a finished run's, whose soft labels have most in common with these changes.
+
+    DVC restores every other stage from its cache whatever the lock says, but not `cache`, which goes on from what it
+    finds.
+    """
+    wanted = _changed(root, changes)
+
+    def in_common(lock: Path) -> list[bool]:
+        settings = yaml.safe_load((lock.parent / "params.yaml").read_text())
+        return [settings.get(section) == wanted.get(section) for section in LABELS_DEPEND_ON]
+
+    runs = [file.with_name("dvc.lock") for file in sorted((root / SCRATCH / "runs").glob("*/params.yaml"))]
+    return max([root / "dvc.lock", *(lock for lock in runs if lock.exists())], key=in_common)
 
 
 def copy_tree(root: Path, folder: Path, keep: tuple[str, ...] = ()) -> None:

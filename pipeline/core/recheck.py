@@ -1,0 +1,81 @@
+"""Ask the teacher again about stored views, and compare what it says now with what is stored."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.core import teaching
+from pipeline.core.batches import Views, load
+from pipeline.core.networks import Classifier
+from pipeline.core.params import Params
+from pipeline.core.progress import Progress
+from pipeline.core.softlabels import SoftLabels, SparseLabels, dense
+
+TOLERANCE = 1e-3  # nats: other arithmetic may move a stored number by a step of its rounding
+
+
+class Findings(NamedTuple):
+    """What the teacher's present answers say of the stored ones; one entry a view."""
+
+    samples: np.ndarray  # (N,) uint64: ids
+    replicas: np.ndarray  # (N,) int64
+    same: np.ndarray  # (N,) bool: the record would be the same bytes
+    lost: np.ndarray  # (N,) KL(teacher now, stored), nats
+    lost_by_coding: np.ndarray  # (N,) KL(teacher now, coded and decoded), nats
+
+    @property
+    def wrong(self) -> np.ndarray:
+        """(N,) bool: the views whose stored answer is not the teacher's."""
+        return ~(self.lost <= self.lost_by_coding + TOLERANCE)
+
+
+def recheck(
+    classifier: Classifier,
+    views: Views,
+    labels: SoftLabels,
+    rows: np.ndarray,
+    replicas: np.ndarray,
+    params: Params,
+    title: str,
+) -> Findings:
+    """Compare the stored answers to views with the teacher's present ones.
+
+    Args:
+        rows, replicas: (N,) int64: the views, all of them stored.
+        title: of the progress lines.
+
+    Raises:
+        ValueError: a view is not stored, or a shard is damaged.
+    """
+    size, coding, device, found = params.cache.batch_size, labels.coding, classifier.mean.device, []
+    parts = [slice(start, start + size) for start in range(0, len(rows), size)]
+    with Progress(len(rows), "views", title) as progress:
+        batches = load(views, [(rows[part], replicas[part]) for part in parts], params.machine.workers, device)
+        for part, batch in zip(parts, batches, strict=True):
+            logits = teaching.answer(classifier, batch.pixels.to(device), params.teacher.precision).cpu()
+            stored = labels.read(teaching.keys(views.images, views, rows[part], replicas[part]))
+            now = coding.decode(coding.encode(logits))
+            own, ours = (dense(which, coding.num_classes) for which in (stored, now))
+            teacher = torch.softmax(logits.double(), 1)
+            found.append((_same(stored, now), _divergence(teacher, own), _divergence(teacher, ours)))
+            progress.update(len(batch.rows))
+    columns = [np.concatenate(column) for column in zip(*found, strict=True)]
+    return Findings(views.images.ids[rows], replicas, *columns)
+
+
+def _same(stored: SparseLabels, now: SparseLabels) -> np.ndarray:
+    edges = [np.cumsum(labels.counts)[:-1] for labels in (stored, now)]
+    parts = [
+        zip(np.split(labels.classes, at), np.split(labels.log_probabilities, at), labels.log_rest, strict=True)
+        for labels, at in zip((stored, now), edges, strict=True)
+    ]
+    return np.array(
+        [all(np.array_equal(a, b) for a, b in zip(one, other, strict=True)) for one, other in zip(*parts, strict=True)]
+    )
+
+
+def _divergence(expected: Tensor, found: Tensor) -> np.ndarray:
+    found = found.double().clamp(min=1e-300)
+    return (torch.special.xlogy(expected, expected) - torch.special.xlogy(expected, found)).sum(1).numpy()
