@@ -122,7 +122,7 @@ def make_run(images: ImageSet, labels: SoftLabels, model: str, batch_size: int, 
         loss=distillation.distillation_loss({"ssld": 1.0}, 1.0, distillation.cached(labels, images), images),
         recipe=settings.distill.model_copy(update={"epochs": 1, "batch_size": batch_size}),
         processes=processes,
-        validate=training.validator(settings, images, spec.resolution, processes.device),
+        validate=training.validator(settings, images, spec.resolution, processes),
         scratch=scratch,
         machine=settings.machine.model_copy(update={"checkpoint_seconds": 1e9}),
     )

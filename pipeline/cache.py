@@ -7,6 +7,7 @@ those come back. Some of what is there is asked again: where other code or anoth
 otherwise, the stage stops and says so. Run: python -m pipeline.cache
 """
 
+import shutil
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -134,7 +135,8 @@ def write_missing(
             packed: list[Future[Records]] = []
             for _ in range(0, len(shard.keys), params.cache.batch_size):
                 batch = next(answered)
-                logits = teaching.answer(classifier, batch.pixels.to(processes.device), params.teacher.precision)
+                pixels = batch.pixels.to(processes.device, non_blocking=True)
+                logits = teaching.answer(classifier, pixels, params.teacher.precision)
                 packed.append(background.submit(description.coding.encode, logits))
                 waiting.append(packed[-1])
                 if len(waiting) > PENDING:
@@ -167,12 +169,12 @@ def set_aside_others(folder: Path, scratch: Path, description: Description) -> N
     others = {path: name for path, name in store.fingerprints(folder).items() if name != description.fingerprint}
     for path, name in others.items():
         (scratch / name).mkdir(exist_ok=True)
-        path.replace(scratch / name / path.name)
+        shutil.move(path, scratch / name / path.name)
     if others:
         print(f"cache: {len(others):,} shards of another teacher or other views are set aside in {scratch}", flush=True)
     back = list((scratch / description.fingerprint).glob("*.sl"))
     for path in back:
-        path.replace(folder / path.name)
+        shutil.move(path, folder / path.name)
     if back:
         print(f"cache: {len(back):,} shards of this teacher and these views were there from before", flush=True)
 

@@ -243,7 +243,7 @@ def main() -> None:
             parser.error(f"--{option.replace('_', '-')} is a number above 0")
     try:
         print(report(*read(arguments.name), arguments))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, AssertionError) as error:  # timm asserts that a network takes the resolution
         sys.exit(f"plan: error: {error}")
 
 

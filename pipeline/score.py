@@ -6,6 +6,7 @@ made here because decoding is what takes the time. Run: python -m pipeline.score
 """
 
 import hashlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -79,15 +80,14 @@ def score_parts(
     missing = [(n, part) for n, part in enumerate(parts) if not _file(folder, n).exists()]
     devices.wait_for_all(processes)  # all see the same parts missing before the first one comes
     mine = missing[processes.rank :: processes.world]
+    batches = [in_order(part, params.score.batch_size) for _, part in mine]
+    rendered = iter(load(views, [*itertools.chain(*batches)], params.machine.workers, processes.device))
+    bfloat16 = params.teacher.precision == "bfloat16"
     with Progress(sum(len(part) for _, part in mine), "images", "score", quiet=not processes.first()) as progress:
-        for number, part in mine:
+        for (number, part), of_part in zip(mine, batches, strict=True):
             answers = []
-            for pixels, small in load(
-                views, in_order(part, params.score.batch_size), params.machine.workers, processes.device
-            ):
-                with torch.autocast(
-                    processes.device.type, torch.bfloat16, enabled=params.teacher.precision == "bfloat16"
-                ):
+            for pixels, small in itertools.islice(rendered, len(of_part)):
+                with torch.autocast(processes.device.type, torch.bfloat16, enabled=bfloat16):
                     answer = classifier.embed(pixels.to(processes.device, non_blocking=True))
                 answers.append([*(tensor.float().cpu().numpy() for tensor in answer), small.numpy()])
                 progress.update(len(pixels))

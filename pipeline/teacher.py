@@ -51,7 +51,8 @@ def take(params: Params, images: ImageSet) -> None:
     """Take a teacher as it is.
 
     Raises:
-        ValueError: it was made for another number of classes, or its file is missing, unsafe or of another network.
+        ValueError: it was made for another number of classes, does not take the views' resolution, or its file is
+            missing, unsafe or of another network.
     """
     wanted, classes = params.teacher, len(images.classes)
     if wanted.source == "timm":
@@ -65,6 +66,7 @@ def take(params: Params, images: ImageSet) -> None:
         network = models.build(wanted.model, num_classes=classes)
         networks.load_weights(network, Path(wanted.checkpoint))
     classifier = Classifier(network, network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
+    networks.check_takes(classifier, wanted.model, params.views.resolution)
     card = {"model": wanted.model, "source": wanted.source, "classes": list(images.classes)}
     with stage.only_writer("teacher"), atomic.replacing_folder(Path("data/teacher")) as folder:
         networks.save(folder, classifier, {**card, "resolution": params.views.resolution})

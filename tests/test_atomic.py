@@ -1,5 +1,7 @@
 """Files that are whole or not there."""
 
+import os
+
 import pytest
 
 from pipeline.core import atomic
@@ -39,4 +41,22 @@ def test_a_folder_takes_the_place_of_the_old_one_whole(tmp_path, count):
         for number in range(count):
             (beside / f"{number}").write_text("new")
     assert len(list(path.iterdir())) == count
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_ctrl_c_between_the_two_renames_leaves_the_old_folder(tmp_path, monkeypatch):
+    path, rename = tmp_path / "out", os.replace
+    path.mkdir()
+    (path / "old").write_text("old")
+
+    def interrupted(source, target):
+        rename(source, target)
+        if source == path:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic.replacing_folder(path) as beside:
+        (beside / "new").write_text("new")
+    assert [file.name for file in path.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [path]

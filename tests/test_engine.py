@@ -58,7 +58,7 @@ def test_the_last_checkpoints_are_kept_and_a_damaged_one_is_removed(images, tmp_
     resumed = run(images, tmp_path, epochs=3)
     resumed.train()
     said = capsys.readouterr()
-    assert f"warning: {last}: damaged, removed (its bytes are not those that were written)" in said.err
+    assert f"warning: {last}: damaged, removed" in said.err
     assert "going on from step 3 of 6" in said.out
     assert resumed.history == whole.history
     assert same_weights(resumed, whole)
@@ -75,6 +75,19 @@ def test_where_all_checkpoints_are_damaged_the_run_starts_anew(images, tmp_path,
     assert "going on" not in said.out
     assert len(anew.history) == 1
     assert checkpoints.load(tmp_path)["step"] == 1  # the damaged one did not outlive the good one
+
+
+def test_what_keeps_a_checkpoint_from_being_read_does_not_remove_it(tmp_path, monkeypatch):
+    for step in (1, 2):
+        checkpoints.save(tmp_path, step, {"step": step}, keep=2)
+
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        checkpoints.load(tmp_path)
+    assert len(checkpoints.files(tmp_path)) == 2
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_those_before(tmp_path):

@@ -88,12 +88,12 @@ def test_a_run_holds_parameters_metrics_tags_and_ends_finished(root):
     with tracking.run("distill", params, identities, root=root) as run:
         run.log(1, {"train_loss": 2.0, "val_top1": 0.5})
         run.log(2, {"train_loss": 1.0, "val_top1": 0.75})
-        run.set_summary({"images": 1300, "words": "of a person"})
+        run.tag({"words": "of a person"})
     found = look(root, run)
     assert found.info.status == "FINISHED"
     assert found.info.run_name == "distill"
     assert found.data.params == {"distill.epochs": "2", "seed": "0"}
-    assert found.data.metrics == {"train_loss": 1.0, "val_top1": 0.75, "images": 1300.0}
+    assert found.data.metrics == {"train_loss": 1.0, "val_top1": 0.75}
     assert found.data.tags.items() >= {"stage": "distill", "digest.data": "d1", "digest.cache": "c1"}.items()
     assert found.data.tags["words"] == "of a person"
     assert found.info.artifact_uri.startswith((root / "mlartifacts").as_uri())
@@ -191,7 +191,7 @@ def test_only_the_first_process_of_several_tracks(root, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with tracking.run("teacher", {}, {}, root / "mlflow-run", root) as run:
         run.log(1, {"loss": 1.0})
-        run.set_summary({"a": 1, "b": "c"})
+        run.tag({"a": 1})
     assert run.client is None
     assert not (root / "mlflow-run").exists()
 

@@ -1,6 +1,7 @@
 """The training loop: order, schedule, resuming to the same bytes, stopping where the loss is not finite."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,10 @@ from runs import MODEL, run
 from torch import nn
 
 import models
-from pipeline.core import networks
+from pipeline import teacher
+from pipeline.core import networks, stage
 from pipeline.core.batches import TrainingOrder, Views
+from pipeline.core.devices import Processes
 from pipeline.core.engine import learning_rate, optimizer_of
 from pipeline.core.training import Before, better, labelled_loss, validator
 from pipeline.core.views import ViewSpec
@@ -203,7 +206,7 @@ def test_partners_are_labelled_and_named(images):
 
 def test_the_network_before_is_kept_only_where_it_is_better_on_validation(images, capsys):
     params, cpu = tiny(), torch.device("cpu")
-    validate = validator(params, images, 16, cpu)
+    validate = validator(params, images, 16, Processes(cpu))
     networks_of_seeds = [networks.build(MODEL, 4, seed) for seed in range(6)]
     networks_of_seeds.sort(key=lambda classifier: validate(classifier)["val_top1"])
     worst, best = networks_of_seeds[0], networks_of_seeds[-1]
@@ -256,6 +259,28 @@ def test_weights_that_do_not_fit_say_what_to_do(tmp_path):
     file.write_bytes(b"junk")
     with pytest.raises(ValueError, match="cannot be read as weights"):
         networks.load_weights(classifier.network, file)
+
+
+def test_a_teacher_that_does_not_take_the_resolution_is_refused(images, tmp_path, monkeypatch):
+    network = networks.build("vit_tiny_patch16_224", 4, 0)
+    networks.save(tmp_path, network, {"model": "vit", "classes": list("abcd"), "resolution": 224})
+    monkeypatch.chdir(tmp_path)
+    wanted = {
+        "source": "checkpoint",
+        "model": "vit_tiny_patch16_224",
+        "checkpoint": str(tmp_path / "weights.safetensors"),
+    }
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224 does not take images of 16 pixels"):
+        teacher.take(tiny(**{f"teacher.{key}": value for key, value in wanted.items()}), images)
+    assert not (tmp_path / "data/teacher").exists()
+
+
+def test_the_code_of_the_stage_that_runs_as_a_program_counts(monkeypatch):
+    monkeypatch.delitem(sys.modules, "pipeline.register", raising=False)
+    before = stage.code_digest()
+    program = SimpleNamespace(__file__=str(Path(stage.__file__).parents[1] / "register.py"))
+    monkeypatch.setitem(sys.modules, "__main__", program)
+    assert stage.code_digest() != before
 
 
 class Evil:

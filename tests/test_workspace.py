@@ -9,7 +9,7 @@ import pytest
 import toy_project
 import yaml
 
-from pipeline.core import dvc, workspace
+from pipeline.core import dvc, params, workspace
 
 CHANGES = {"distill.epochs": 3}
 
@@ -86,6 +86,14 @@ def test_it_begins_where_the_run_with_most_of_its_settings_ended(reproduced):
             assert dvc.outdated(folder) == {"distill", "evaluate"}
     finally:
         shutil.rmtree(kept)
+
+
+def test_a_changed_table_takes_the_place_of_the_one_before(tmp_path):
+    toy = toy_project.make(tmp_path / "toy")
+    workspace.write_params(toy, toy, {"distill.loss": {"ssld": 1.0, "hard": 0.1}})
+    workspace.write_params(toy, toy, {"distill.loss": {"kl": 1.0}})
+    assert params.load(toy / "params.yaml").distill.loss == {"kl": 1.0}
+    assert "loss: {kl: 1.0}" in (toy / "params.yaml").read_text()
 
 
 def test_params_keep_their_comments(reproduced):

@@ -48,13 +48,11 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         _flush_all(beside)
         if path.exists():
             os.replace(path, old)
-        try:
-            os.replace(beside, path)
-        except OSError:
-            os.replace(old, path)
-            raise
+        os.replace(beside, path)
         flush(path.parent)
     finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -1,6 +1,7 @@
 """Batches of views, in an order that is a pure function of (seed, epoch), shared out among processes and workers."""
 
 import itertools
+import multiprocessing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -66,6 +67,8 @@ class Views(Dataset):
         """The ids (N,) uint64 of the samples mixed into views, a sample's own where none is; nothing is rendered."""
         assert self.spec is not None
         ids = self.images.ids[rows]
+        if not self.spec.mix_probability:
+            return ids
         for at, (sample_id, replica) in enumerate(zip(ids.tolist(), replicas.tolist(), strict=True)):
             partner = views.draw_partner(self.spec, sample_id, replica, self.partners)
             if partner is not None:
@@ -142,8 +145,16 @@ class TrainingOrder:
         return rows, np.full(len(rows), epoch % self.replicas if self.replicas else epoch)
 
 
-def load(dataset: Views, batches: Iterable[RowsAndReplicas], workers: int, device: torch.device) -> DataLoader:
-    """Render batches, in worker processes where there are any, a few ahead."""
+def load(
+    dataset: Views, batches: Iterable[RowsAndReplicas], workers: int, device: torch.device, again: bool = False
+) -> DataLoader:
+    """Render batches, in worker processes where there are any, a few ahead.
+
+    Args:
+        again: the same batches are asked for again: worker processes, which take seconds to start, stay for that.
+    """
+    if workers:
+        multiprocessing.set_forkserver_preload(["torch", "pipeline.core.batches"])  # once, not in each worker
     return DataLoader(
         dataset,
         batch_size=None,
@@ -152,6 +163,7 @@ def load(dataset: Views, batches: Iterable[RowsAndReplicas], workers: int, devic
         prefetch_factor=4 if workers else None,
         pin_memory=device.type == "cuda",
         multiprocessing_context="forkserver" if workers else None,
+        persistent_workers=again and workers > 0,
     )
 
 

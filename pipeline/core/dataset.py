@@ -171,7 +171,7 @@ class ImageSet:
         return self._manifest["source"][int(row)].as_py()
 
     def encoded(self, row: int) -> bytes:
-        """Give an image's bytes as they were in its file; the first time, they are compared with its id.
+        """Give an image's bytes as they are stored; the first time, they are compared with its id.
 
         Raises:
             ValueError: the shard holds other bytes than `prepare` wrote.

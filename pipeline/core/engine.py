@@ -263,6 +263,7 @@ class Run:
                 table.writerow(["id", "replica", "source"])
                 for row, replica in zip(rows, replicas, strict=True):
                     table.writerow([f"{images.ids[row]:016x}", replica, images.source(row)])
+        devices.wait_for_all(self.processes)  # until the list is written: the first that ends will end all others
         some = ", ".join(f"{images.ids[row]:016x}" for row in rows[:4])
         raise ValueError(
             f"the loss is not finite at step {first:,} of {self.steps:,}, whose batch is {some}"

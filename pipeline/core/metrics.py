@@ -4,7 +4,6 @@ N images, C classes. Logits are (N, C), labels and predicted classes (N,). `answ
 image, and every metric but the confusion matrix is made from those, so that nobody has to keep N x C numbers.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -112,16 +111,14 @@ def most_confused(matrix: Ints, most: int) -> list[tuple[int, int, int]]:
     return sorted(pairs, key=lambda pair: (-pair[2], pair))[:most]
 
 
-def wilson(right: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Give a share's confidence interval; 95 % with the default z.
+def interval(right: int, total: int) -> tuple[float, float]:
+    """Give a share's 95 % confidence interval.
 
     Wilson, Probable inference, the law of succession, and statistical inference, 1927. Unlike the textbook's
     interval it is of use near 100 %, where classifiers are.
     """
-    share, z2 = right / total, z * z
-    middle = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = z / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    low, high = binomtest(right, total).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def gap_recovered(student: float, baseline: float, teacher: float) -> float | None:

@@ -59,8 +59,11 @@ def _classes(images: ImageSet, mined: Table, counts: list[ClassCount]) -> Sectio
         worth = ranking.worth(mined["score"][of_class], mined["likeness"][of_class])
         order = of_class[np.lexsort((mined["id"][of_class], -worth))]
         split = min(TILES, -(-len(order) // 2))
-        tiles = [Tile(_rows(images, mined["id"][at]), (f"{mined['score'][at]:.4f}",)) for at in order]
-        tiles = [*tiles[:split], Tile((), ()), *tiles[max(split, len(tiles) - TILES) :]]
+        first, last = (
+            [Tile(_rows(images, mined["id"][at]), (f"{mined['score'][at]:.4f}",)) for at in part]
+            for part in (order[:split], order[max(split, len(order) - TILES) :])
+        )
+        tiles = [*first, Tile((), ()), *last]
         note = f"{counts[number].mined:,} of {counts[number].wanted:,}"
         lines.append(Line(tiles, counts[number].name, note))
     which = f"{len(lines)} of {len(counts):,} classes" if len(lines) < len(counts) else "each class"

@@ -137,7 +137,7 @@ def best(networks: dict[str, dict[str, Any]]) -> dict[str, set[str]]:
 
 def intervals(networks: dict[str, dict[str, Any]], total: int) -> dict[str, Any]:
     """Place each network's top-1 and its 95 % interval on a common axis, in % of the axis' length."""
-    ends = {name: metrics.wilson(total - network["errors"], total) for name, network in networks.items()}
+    ends = {name: metrics.interval(total - network["errors"], total) for name, network in networks.items()}
     marks = charts.ticks(min(low for low, _ in ends.values()), max(high for _, high in ends.values()), 6)
     marks = [mark for mark in marks if mark <= 1]
     first, span = marks[0], max(1.0 if marks[-1] > 0.98 else marks[-1], ends["teacher"][1]) - marks[0]

@@ -26,7 +26,13 @@ SCRATCH = Path(".scratch")  # checkpoints and locks: what a stage needs to go on
 PROFILE_STEPS = 10  # that --profile traces
 
 
-def main(run: Callable[[Params], None], doc: str | None, distributed: bool = False, training: bool = False) -> None:
+def main(
+    run: Callable[[Params], None],
+    doc: str | None,
+    distributed: bool = False,
+    training: bool = False,
+    instead: dict[str, Callable[[Params], None]] = {},  # noqa: B006
+) -> None:
     """Run a stage as a program.
 
     Args:
@@ -34,6 +40,7 @@ def main(run: Callable[[Params], None], doc: str | None, distributed: bool = Fal
         doc: the stage file's docstring, for --help.
         distributed: the stage can be shared out to `machine.processes` processes by torchrun.
         training: the same, and the stage's section is a recipe.
+        instead: an option, and what to run where it is given; its docstring's first line is the option's help.
     """
     name = Path(sys.argv[0]).stem
     parser = argparse.ArgumentParser(
@@ -42,6 +49,10 @@ def main(run: Callable[[Params], None], doc: str | None, distributed: bool = Fal
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="settings file (default: params.yaml)")
     if training:
         parser.add_argument("--profile", action="store_true", help=f"trace {PROFILE_STEPS} steps into .scratch/{name}/")
+    parser.set_defaults(run=run)
+    for option, other in instead.items():
+        words = (other.__doc__ or "").partition("\n")[0]
+        parser.add_argument(option, dest="run", action="store_const", const=other, default=run, help=words)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _stop)
     _die_with_parents()
@@ -52,7 +63,7 @@ def main(run: Callable[[Params], None], doc: str | None, distributed: bool = Fal
             params = params.model_copy(update={"machine": machine})
         if distributed or training:
             _relaunch_with_torchrun(params, name)
-        run(params)
+        arguments.run(params)
     except KeyboardInterrupt:
         print(f"{name}: stopped; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         _exit(130)
@@ -114,10 +125,11 @@ def run_folder(folder: Path) -> None:
 
 def code_digest() -> str:
     """SHA-256 over the project's source files that this process has loaded, in hex."""
-    files = {module.__file__ for name, module in sys.modules.items() if name.split(".")[0] in ("pipeline", "models")}
-    total = hashlib.sha256()
-    for file in sorted(file for file in files if file):
-        total.update(Path(file).read_bytes())
+    root = Path(__file__).resolve().parents[2]
+    loaded = {Path(file).resolve() for module in sys.modules.values() if (file := getattr(module, "__file__", None))}
+    total = hashlib.sha256()  # a stage run as a program is the module __main__, so names do not tell
+    for file in sorted(file for file in loaded if any(file.is_relative_to(root / of) for of in ("pipeline", "models"))):
+        total.update(file.read_bytes())
     return total.hexdigest()
 
 

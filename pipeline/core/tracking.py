@@ -26,7 +26,6 @@ class Run:
         self.client, self.id, self.resumed = client, run_id, resumed
         self._logged: dict[str, set[int]] = {}  # per metric: the steps that the store has
         self._waiting: list[Any] = []  # metrics that the store did not take yet
-        self._last_step = 0
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write metrics of one step (an epoch); those of a step that a resumed training repeats are there already.
@@ -37,7 +36,6 @@ class Run:
             return
         from mlflow.entities import Metric
 
-        self._last_step = max(self._last_step, step)
         now = time.time_ns() // 1_000_000
         for key, value in metrics.items():
             steps = self._steps(key)
@@ -45,12 +43,6 @@ class Run:
                 steps.add(step)
                 self._waiting.append(Metric(key, float(value), now, step))
         self._send()
-
-    def set_summary(self, values: dict[str, Any]) -> None:
-        """Write what came out: numbers as metrics of the last step, everything else as tags."""
-        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-        self.log(self._last_step, numbers)
-        self.tag({key: value for key, value in values.items() if key not in numbers})
 
     def tag(self, tags: dict[str, Any]) -> None:
         """Set tags, as text."""

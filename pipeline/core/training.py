@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -111,9 +112,10 @@ def better(
     """
     if task.before is None or not len(images.rows("val")):
         return task.classifier, task.resolution, None
-    own = validator(params, images, task.resolution, device)(task.classifier)["val_top1"]
+    alone = Processes(device)
+    own = validator(params, images, task.resolution, alone)(task.classifier)["val_top1"]
     other = task.before.classifier.to(device)
-    before = validator(params, images, task.before.resolution, device)(other)["val_top1"]
+    before = validator(params, images, task.before.resolution, alone)(other)["val_top1"]
     if own >= before:
         return task.classifier, task.resolution, None
     print(
@@ -153,22 +155,29 @@ def labelled_loss(images: ImageSet, labels: np.ndarray, smoothing: float) -> Los
     return loss
 
 
-def validator(params: Params, images: ImageSet, resolution: int, device: torch.device) -> Callable[[Classifier], dict]:
-    """Make the function that gives top-1 and NLL on the validation split's clean views."""
-    rows = images.rows("val")
+def validator(
+    params: Params, images: ImageSet, resolution: int, processes: Processes
+) -> Callable[[Classifier], dict[str, float]]:
+    """Make the function that gives top-1 and NLL on the validation split's clean views; processes share the batches."""
+    rows, device = images.rows("val"), processes.device
     views = Views(images, None, resolution, params.views.test_crop)
+    batches = in_order(rows, params.evaluate.batch_size)[processes.rank :: processes.world]
+    rendered = load(views, batches, params.machine.workers, device, again=True)
 
     @torch.inference_mode()
     def validate(classifier: Classifier) -> dict[str, float]:
         if not len(rows):
             return {}
         classifier.eval()
-        right, surprise = 0, 0.0
-        for batch in load(views, in_order(rows, params.evaluate.batch_size), params.machine.workers, device):
-            logits = classifier(batch.pixels.to(device)).float().cpu()
-            labels = torch.from_numpy(images.labels[batch.rows].astype(np.int64))
-            right += int((logits.argmax(1) == labels).sum())
-            surprise += F.cross_entropy(logits, labels, reduction="sum").item()
+        total = torch.zeros(2, dtype=torch.float64, device=device)  # right answers, and NLL
+        for batch in rendered:
+            logits = classifier(batch.pixels.to(device, non_blocking=True)).float()
+            labels = torch.from_numpy(images.labels[batch.rows].astype(np.int64)).to(device, non_blocking=True)
+            total[0] += (logits.argmax(1) == labels).sum()
+            total[1] += F.cross_entropy(logits, labels, reduction="sum")
+        if processes.world > 1:
+            dist.all_reduce(total)
+        right, surprise = total.tolist()
         return {"val_top1": right / len(rows), "val_nll": surprise / len(rows)}
 
     return validate
@@ -194,7 +203,7 @@ def _run(
         loss=task.loss,
         recipe=task.recipe,
         processes=processes,
-        validate=validator(params, images, task.resolution, processes.device),
+        validate=validator(params, images, task.resolution, processes),
         scratch=folder,
         machine=params.machine,
         on_epoch=on_epoch,

@@ -160,10 +160,12 @@ def write_params(root: Path, folder: Path, changes: dict[str, Any]) -> None:
     text.width = 4096
     text.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     text.representer.add_representer(float, lambda to, it: to.represent_scalar("tag:yaml.org,2002:float", _decimal(it)))
-    document = text.load((root / "params.yaml").read_text())
-    _merge(document, _changed(root, changes))
+    document, wanted = text.load((root / "params.yaml").read_text()), _changed(root, changes)
+    for name, section in wanted.items():
+        _replace(document, name, section)
     with atomic.replacing(folder / "params.yaml") as beside, beside.open("w") as file:
         text.dump(document, file)
+    assert yaml.safe_load((folder / "params.yaml").read_text()) == wanted
 
 
 def link_inputs(root: Path, folder: Path) -> None:
@@ -200,14 +202,13 @@ def _changed(root: Path, changes: dict[str, Any]) -> dict[str, Any]:
     return params.with_changes(yaml.safe_load((root / "params.yaml").read_text()), changes)
 
 
-def _merge(document: CommentedMap, new: dict[str, Any]) -> None:
-    """Write what differs into a commented document, in place."""
-    for key, value in new.items():
-        if isinstance(value, dict) and isinstance(document.get(key), dict):
-            _merge(document[key], value)
-        elif document.get(key) != value:
-            document[key] = _on_one_line(value) if isinstance(value, list) else value
-            _align(document, key)
+def _replace(document: CommentedMap, name: str, new: Any) -> None:
+    """Write what differs of a section, or of a key outside of sections, into a commented document, in place."""
+    where, values = (document[name], new) if isinstance(new, dict) else (document, {name: new})
+    for key, value in values.items():
+        if where.get(key) != value:
+            where[key] = _on_one_line(value) if isinstance(value, list | dict) else value
+            _align(where, key)
 
 
 def _align(section: CommentedMap, key: str) -> None:
@@ -217,8 +218,8 @@ def _align(section: CommentedMap, key: str) -> None:
         comments[key].column = mode(comment.column for name, comment in comments.items() if name != key)
 
 
-def _on_one_line(values: list[Any]) -> CommentedSeq:
-    line = CommentedSeq(values)
+def _on_one_line(values: list[Any] | dict[str, Any]) -> CommentedSeq | CommentedMap:
+    line = CommentedMap(values) if isinstance(values, dict) else CommentedSeq(values)
     line.fa.set_flow_style()
     return line
 

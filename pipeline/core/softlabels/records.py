@@ -210,5 +210,7 @@ def dense(
     total = np.add.reduceat(stored, first) + others * each
     stored /= np.repeat(total, counts).astype(np.float32)
     places = classes + np.repeat(np.arange(len(counts)) * num_classes, counts)  # in the batch, row after row
-    places, stored, each = (torch.from_numpy(x).to(device) for x in (places, stored, (each / total).astype(np.float32)))
+    arrays = places, stored, (each / total).astype(np.float32)
+    # Not blocking: a copy that the host waits for would make it wait for all the GPU still has to do.
+    places, stored, each = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
     return each.repeat_interleave(num_classes).scatter_(0, places, stored).view(len(counts), num_classes)

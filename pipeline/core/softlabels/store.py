@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def set_damaged_aside(folder: Path, description: Description, aside: Path) -> li
             shards.Shard(path, description.fingerprint, description.coding).verify()
         except ValueError as error:
             aside.mkdir(parents=True, exist_ok=True)
-            path.replace(aside / path.name)
+            shutil.move(path, aside / path.name)
             wrong.append(str(error))
     return wrong
 
