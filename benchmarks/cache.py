@@ -138,22 +138,22 @@ def _open_and_read(folder: str) -> tuple[float, float, float, float]:
 def write(arguments: argparse.Namespace) -> None:
     """The stage's own loop against forward passes over one batch of tensors in memory."""
     project, count = Project(), arguments.views or 2048
-    asked = project.asked().part(slice(0, count))
+    wanted = project.wanted()
+    some = np.arange(min(count, len(wanted.keys)))
     pixels = torch.randint(0, 256, (project.params.cache.batch_size, 3, *[project.params.views.resolution] * 2))
     pixels = pixels.to(torch.uint8)
 
     def bare() -> None:
-        for start in range(0, len(asked.keys), len(pixels)):
-            part = pixels[: min(len(pixels), len(asked.keys) - start)].to(project.device)
+        for start in range(0, len(some), len(pixels)):
+            part = pixels[: min(len(pixels), len(some) - start)].to(project.device)
             teaching.answer(project.classifier, part, project.params.teacher.precision).cpu()
 
     def stage() -> None:
         with scratch_cache(), silence():
-            cache.write_missing(
-                project.classifier, project.views, asked, project.params, project.description, project.processes
-            )
+            which = project.views, wanted, some
+            cache.write_missing(project.classifier, *which, project.params, project.description, project.processes)
 
-    compare({"bare forward passes": bare, "cache stage": stage}, arguments.rounds, len(asked.keys), "views/s")
+    compare({"bare forward passes": bare, "cache stage": stage}, arguments.rounds, len(some), "views/s")
 
 
 def epoch(arguments: argparse.Namespace) -> None:
@@ -175,23 +175,25 @@ def epoch(arguments: argparse.Namespace) -> None:
 def peers(arguments: argparse.Namespace) -> None:
     """The same answers in other formats: time to write, size, time to read an epoch in random order."""
     project, count = Project(), arguments.views or 2048
-    asked = project.asked().part(slice(0, count))
-    batches = load(project.views, cache._batches([asked], 256), 0, project.device)
+    wanted = project.wanted()
+    some = np.arange(min(count, len(wanted.keys)))
+    keys, parts = wanted.keys[some], np.array_split(some, -(-len(some) // 256))
+    batches = load(project.views, [wanted.views(part) for part in parts], 0, project.device)
     answers = [
         teaching.answer(project.classifier, b.pixels.to(project.device), project.params.teacher.precision).cpu()
         for b in batches
     ]
-    logits, order = torch.cat(answers), np.random.default_rng(0).permutation(len(asked.keys))
+    logits, order = torch.cat(answers), np.random.default_rng(0).permutation(len(keys))
     header("format", "s to write", "bytes a view", "s to read an epoch")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for kind, (store, fetch) in FORMATS.items():
             (folder / "x").mkdir()
             begin = time.perf_counter()
-            store(folder / "x", project.description, asked.keys, logits)
+            store(folder / "x", project.description, keys, logits)
             written = time.perf_counter() - begin
             size = sum(file.stat().st_size for file in (folder / "x").iterdir())
-            seconds = best_of(3, lambda fetch=fetch: fetch(folder / "x", project.description, asked.keys, order))
+            seconds = best_of(3, lambda fetch=fetch: fetch(folder / "x", project.description, keys, order))
             row(kind, f"{written:.3f}", f"{size / len(order):.1f}", f"{seconds:.3f}")
             shutil.rmtree(folder / "x")
 
@@ -210,8 +212,10 @@ class Project:
         self.views = Views(self.images, self.spec)
         self.rows = teaching.training_rows(self.images, mined.read(Path("data/mine")))
 
-    def asked(self) -> cache.Asked:
-        return cache.every_view(self.images, self.views, self.rows, self.params.cache.replicas, quiet=True)
+    def wanted(self) -> cache.Wanted:
+        with tempfile.TemporaryDirectory() as folder:  # the keys stay mapped
+            file = Path(folder) / "keys.npy"
+            return cache.every_view(self.images, self.views, self.rows, self.params.cache.replicas, file, quiet=True)
 
     def images_an_epoch(self) -> int:
         size = self.params.distill.batch_size

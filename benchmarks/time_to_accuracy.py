@@ -92,9 +92,10 @@ def ours(work: Work) -> Course:
     views, described = Views(images, spec), teaching.description(settings, work.card)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
         started = time.perf_counter()
-        asked = cache.every_view(images, views, work.rows, settings.cache.replicas, quiet=True)
-        cache.write_missing(work.teacher, views, asked, settings, described, devices.join("cpu"))
-        cache.finish(cache.FOLDER, described, asked.keys)
+        wanted = cache.every_view(images, views, work.rows, settings.cache.replicas, Path("keys.npy"), quiet=True)
+        everything = np.arange(len(wanted.keys))
+        cache.write_missing(work.teacher, views, wanted, everything, settings, described, devices.join("cpu"))
+        cache.finish(cache.FOLDER, described, wanted.keys)
         before = time.perf_counter() - started
         answers = distillation.cached(SoftLabels(cache.FOLDER, described), images)
         recipe, course, paused = settings.distill, [], 0.0

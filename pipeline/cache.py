@@ -24,7 +24,7 @@ from pipeline.core.networks import Classifier
 from pipeline.core.params import Params
 from pipeline.core.progress import Progress
 from pipeline.core.recheck import TOLERANCE, recheck
-from pipeline.core.softlabels import Description, SoftLabels, finish, store
+from pipeline.core.softlabels import Description, SoftLabels, finish, shards, store
 from pipeline.core.softlabels.records import Records
 from pipeline.core.views import ViewSpec
 
@@ -33,16 +33,16 @@ RECHECKED = 64  # stored views that each run asks the teacher about again
 PENDING = 4  # batches whose answers wait to be packed while the teacher goes on
 
 
-class Asked(NamedTuple):
-    """Views that the teacher is asked about."""
+class Wanted(NamedTuple):
+    """The views that the cache is to hold: view n is replica n mod `replicas` of sample n div `replicas`."""
 
-    rows: np.ndarray  # (N,) int64, of the image set
-    replicas: np.ndarray  # (N,) int64
-    keys: np.ndarray  # (N,) uint64, in the cache
+    rows: np.ndarray  # (S,) int64, of the image set, in ascending order of id
+    replicas: int
+    keys: np.ndarray  # (N,) uint64, N = S x replicas; memory-mapped: they may be billions
 
-    def part(self, which: slice | np.ndarray) -> "Asked":
-        """Some of them."""
-        return Asked(*(column[which] for column in self))
+    def views(self, numbers: np.ndarray) -> RowsAndReplicas:
+        """Rows and replicas of some views."""
+        return self.rows[numbers // self.replicas], numbers % self.replicas
 
 
 def run(params: Params) -> None:
@@ -52,35 +52,57 @@ def run(params: Params) -> None:
     description = teaching.description(params, card)
     views = Views(images, ViewSpec.of(params.seed, params.views))
     rows = teaching.training_rows(images, mined.read(Path("data/mine")))
-    wanted = every_view(images, views, rows, params.cache.replicas, quiet=not processes.first())
+    listed = stage.SCRATCH / "cache" / "wanted.npy", stage.SCRATCH / "cache" / "missing.npy"
     if not processes.first():
-        devices.wait_for_all(processes)  # until the folder holds nothing but sound labels of this description
-        write_missing(classifier, views, wanted, params, description, processes)
+        devices.wait_for_all(processes)  # until the first process has listed what is to be done
+        keys, missing = (np.load(file, mmap_mode="r") for file in listed)
+        wanted = Wanted(rows[np.argsort(images.ids[rows])], params.cache.replicas, keys)
+        write_missing(classifier, views, wanted, missing, params, description, processes)
         return
     with stage.only_writer("cache") as scratch:
         set_aside_others(FOLDER, scratch, description)
         for wrong in store.set_damaged_aside(FOLDER, description, scratch / "damaged"):
             print(f"cache: {wrong}: set aside in {scratch / 'damaged'}, to be computed again", flush=True)
-        check_same_answers(classifier, views, wanted, params, description)
+        wanted = every_view(images, views, rows, params.cache.replicas, listed[0])
+        missing = look_up(classifier, views, wanted, params, description)
+        np.save(listed[1], missing)
         devices.wait_for_all(processes)
-        write_missing(classifier, views, wanted, params, description, processes)
+        write_missing(classifier, views, wanted, missing, params, description, processes)
         finish(FOLDER, description, wanted.keys)
+        for file in listed:
+            file.unlink()
+
+
+def look_up(
+    classifier: Classifier, views: Views, wanted: Wanted, params: Params, description: Description
+) -> np.ndarray:
+    """Give the numbers (M,) int64 of the views that the cache lacks, once some of the others have been asked again.
+
+    Raises:
+        ValueError: see `check_same_answers`.
+    """
+    labels = SoftLabels(FOLDER, description)
+    check_same_answers(classifier, views, labels, wanted, params)
+    missing = labels.missing(wanted.keys)
+    there = f"{len(labels):,} views are there, " if len(labels) else ""
+    print(f"cache: {there}{len(missing):,} views to ask the teacher about", flush=True)
+    return missing
 
 
 def check_same_answers(
-    classifier: Classifier, views: Views, wanted: Asked, params: Params, description: Description
+    classifier: Classifier, views: Views, labels: SoftLabels, wanted: Wanted, params: Params
 ) -> None:
     """Ask the teacher again about some of the stored views.
 
     Raises:
         ValueError: it answers otherwise, though its weights and the views' specification are the same.
     """
-    labels = SoftLabels(FOLDER, description)
-    stored = np.flatnonzero(labels.find(wanted.keys) >= 0)
+    looked_at = np.linspace(0, len(wanted.keys) - 1, min(len(wanted.keys), 100 * RECHECKED)).astype(int)
+    stored = looked_at[labels.find(wanted.keys[looked_at]) >= 0]
     if not len(stored):
         return
-    chosen = wanted.part(stored[np.linspace(0, len(stored) - 1, min(len(stored), RECHECKED)).astype(int)])
-    found = recheck(classifier, views, labels, chosen.rows, chosen.replicas, params, "cache: asked again")
+    chosen = stored[np.linspace(0, len(stored) - 1, min(len(stored), RECHECKED)).astype(int)]
+    found = recheck(classifier, views, labels, *wanted.views(chosen), params, "cache: asked again")
     if not found.lost.mean() <= found.lost_by_coding.mean() + TOLERANCE:
         raise ValueError(
             f"{FOLDER}: the same teacher now answers otherwise about {found.wrong.sum()} of {len(found.wrong)} stored "
@@ -89,23 +111,27 @@ def check_same_answers(
         )
 
 
-def every_view(images: ImageSet, views: Views, rows: np.ndarray, replicas: int, quiet: bool = False) -> Asked:
-    """Give all views of the samples, sample by sample in ascending order of id."""
-    rows = np.repeat(rows[np.argsort(images.ids[rows])], replicas)
-    numbers = np.tile(np.arange(replicas), len(rows) // replicas)
-    keys = np.empty(len(rows), np.uint64)
-    with Progress(len(rows), "views", "cache: keys", quiet=quiet) as progress:
-        for start in range(0, len(rows), 10_000):
-            part = slice(start, start + 10_000)
-            keys[part] = teaching.keys(images, views, rows[part], numbers[part])
-            progress.update(len(keys[part]))
-    return Asked(rows, numbers, keys)
+def every_view(
+    images: ImageSet, views: Views, rows: np.ndarray, replicas: int, file: Path, quiet: bool = False
+) -> Wanted:
+    """List all views of the samples, sample by sample in ascending order of id; their keys go to a .npy file."""
+    count = len(rows) * replicas
+    keys = np.lib.format.open_memmap(file, "w+", np.uint64, (count,))
+    wanted = Wanted(rows[np.argsort(images.ids[rows])], replicas, keys)
+    with Progress(count, "views", "cache: keys", quiet=quiet) as progress:
+        for start in range(0, count, 10_000):
+            numbers = np.arange(start, min(count, start + 10_000))
+            keys[numbers] = teaching.keys(images, views, *wanted.views(numbers))
+            progress.update(len(numbers))
+    keys.flush()
+    return wanted
 
 
 def write_missing(
     classifier: Classifier,
     views: Views,
-    wanted: Asked,
+    wanted: Wanted,
+    missing: np.ndarray,
     params: Params,
     description: Description,
     processes: Processes,
@@ -113,27 +139,25 @@ def write_missing(
     """Compute the labels that the cache lacks and write them, a shard at a time, every world-th in each process.
 
     The answers to a batch are packed and written by a thread of their own while the teacher answers the next.
+
+    Args:
+        missing: (M,) int64: the numbers of the views to ask about.
     """
-    labels = SoftLabels(FOLDER, description)
-    missing = wanted.part(labels.find(wanted.keys) < 0)
-    devices.wait_for_all(processes)  # all see the same shards missing before the first one comes
-    if processes.first():
-        there = f"{len(labels):,} views are there, " if len(labels) else ""
-        print(f"cache: {there}{len(missing.keys):,} views to ask the teacher about", flush=True)
     size = params.cache.shard_views
-    starts = range(0, len(missing.keys), size)
-    shards = [missing.part(slice(start, start + size)) for start in starts][processes.rank :: processes.world]
-    batches = load(views, _batches(shards, params.cache.batch_size), params.machine.workers, processes.device)
-    total = sum(len(shard.keys) for shard in shards)
+    starts = range(0, len(missing), size)[processes.rank :: processes.world]
+    parts = [missing[start : start + size] for start in starts]
+    asked = (wanted.views(numbers) for numbers in _batches(parts, params.cache.batch_size))
+    batches = load(views, asked, params.machine.workers, processes.device)
+    total = sum(len(part) for part in parts)
     with (
         Progress(total, "views", "cache", quiet=not processes.first()) as progress,
         ThreadPoolExecutor(1) as background,
     ):
         waiting: deque[Future] = deque()
         answered = iter(batches)
-        for shard in shards:
+        for part in parts:
             packed: list[Future[Records]] = []
-            for _ in range(0, len(shard.keys), params.cache.batch_size):
+            for _ in range(0, len(part), params.cache.batch_size):
                 batch = next(answered)
                 pixels = batch.pixels.to(processes.device, non_blocking=True)
                 logits = teaching.answer(classifier, pixels, params.teacher.precision)
@@ -142,22 +166,21 @@ def write_missing(
                 if len(waiting) > PENDING:
                     waiting.popleft().result()
                 progress.update(len(batch.rows))
-            waiting.append(background.submit(_write, labels, shard.keys, packed))
+            waiting.append(background.submit(_write, description, wanted.keys[part], packed))
         for future in waiting:
             future.result()
     devices.wait_for_all(processes)
 
 
-def _write(labels: SoftLabels, keys: np.ndarray, packed: list[Future[Records]]) -> None:
+def _write(description: Description, keys: np.ndarray, packed: list[Future[Records]]) -> None:
     counts, content = zip(*(future.result() for future in packed), strict=True)
-    labels.write_shard(keys, Records(np.concatenate(counts), np.concatenate(content)))
+    shards.write(FOLDER, description.fingerprint, keys, Records(np.concatenate(counts), np.concatenate(content)))
 
 
-def _batches(shards: list[Asked], size: int) -> Iterator[RowsAndReplicas]:
-    for shard in shards:
-        for start in range(0, len(shard.keys), size):
-            part = slice(start, start + size)
-            yield shard.rows[part], shard.replicas[part]
+def _batches(parts: list[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    for part in parts:
+        for start in range(0, len(part), size):
+            yield part[start : start + size]
 
 
 def set_aside_others(folder: Path, scratch: Path, description: Description) -> None:

@@ -18,6 +18,7 @@ from pipeline.core.softlabels.records import Coding, Records, SparseLabels
 
 FORMAT_VERSION = 2
 INDEX, INDEX_MAGIC = "index.sl", b"SSLDIDX2"
+AT_ONCE = 1 << 24  # keys that are looked up at once, where there are many
 SPARE_FILES = 100  # file handles that are left to others
 
 
@@ -105,6 +106,12 @@ class SoftLabels:
             return np.full(len(keys), -1)
         at = np.minimum(np.searchsorted(self._keys, keys), len(self) - 1)
         return np.where(self._keys[at] == keys, self._order[at].astype(np.int64), -1)
+
+    def missing(self, keys: np.ndarray) -> np.ndarray:
+        """Give the places (M,) int64, ascending, of the keys that are not in the cache; they may be billions."""
+        parts = (slice(start, start + AT_ONCE) for start in range(0, len(keys), AT_ONCE))
+        found = [part.start + np.flatnonzero(self.find(keys[part]) < 0) for part in parts]
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def read(self, keys: np.ndarray) -> SparseLabels:
         """Give the answers for N views.
@@ -210,7 +217,7 @@ def finish(folder: Path, description: Description, wanted: np.ndarray) -> None:
         ValueError: one is missing, or two views have one key.
     """
     labels = SoftLabels(folder, description)
-    if (labels.find(wanted) < 0).any():
+    if len(labels.missing(wanted)):
         raise ValueError(f"{folder}: a view is missing; run `dvc repro cache`")
     if len(np.unique(wanted)) != len(wanted):
         raise ValueError(f"{folder}: two views have one key, so one would be taught as the other; leave out an image")
