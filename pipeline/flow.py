@@ -50,7 +50,7 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from pipeline import recipes
-from pipeline.core import dvc, prefect_server, store, workspace
+from pipeline.core import dvc, prefect_server, store, tracking, workspace
 from pipeline.core.process import Processes
 
 RETRY_DELAY = 2  # seconds; a cancelled run waits them out at worst
@@ -168,17 +168,18 @@ def table(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def environment(root: Path) -> dict[str, str]:
-    """Give the variables that the stages get: this Python first, output at once, the project's own MLflow store."""
+    """Give the variables that stages get: this Python first, output at once, the project's MLflow store, the run."""
     uri = store.default_uri(root)
     if uri.startswith(store.SQLITE):  # a relative path would lead into the workspace
         uri = f"{store.SQLITE}{root.absolute() / uri.removeprefix(store.SQLITE)}"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", "MLFLOW_TRACKING_URI": uri}
+    own = {"PATH": path, "PYTHONUNBUFFERED": "1", "MLFLOW_TRACKING_URI": uri}
+    return os.environ | own | {tracking.FLOW_RUN: runtime.flow_run.name or ""}
 
 
 def serve(url: str) -> None:
     """Serve the flow as deployment ssld/local until Ctrl-C."""
-    print(f"Prefect's pages: {url.removesuffix('/api')}\nTo start a run, in another shell:")
+    print(f"Prefect's pages: {url.removesuffix('/api')}\nTo start a run, in another shell, in some seconds:")
     print(f"    export PREFECT_API_URL={url}\n    prefect deployment run ssld/local")
     print("""    prefect deployment run ssld/local --param 'changes={"distill.epochs": 2}'""")
     print("Ctrl-C stops the runs, the deployment and the server.", flush=True)

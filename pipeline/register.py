@@ -148,7 +148,8 @@ def _publish(client: "MlflowClient", params: Params, student: "Student", record:
             tracked.id,
             tags={registry.KEY: record["key"], "test_crop": str(params.views.test_crop), **origin},
             metrics={f"{who}.{key}": float(value) for who in card.NETWORKS for key, value in figures[who].items()},
-            texts={"model": TEXT, "version": card.description(name, network, figures, params.teacher.model)},
+            about=TEXT,
+            describe=lambda version: card.description(name, version, network, figures, params.teacher.model),
             write=write,
         )
 

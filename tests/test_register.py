@@ -327,4 +327,4 @@ def test_the_card_fits_the_registry(project):
     text = card.model_card(NAME, network, figures, params, {"test": 24}, {"digest.data": "d"})
     assert f"models:/{NAME}@champion" in text
     assert "and 980 more" in text
-    assert len(card.description(NAME, network, figures, "ResNet152_vd")) < 2000
+    assert len(card.description(NAME, "7", network, figures, "ResNet152_vd")) < 2000

@@ -105,7 +105,7 @@ licences ask for (the images', and the teacher's weights' where they were pretra
 """
 
 
-def description(name: str, network: dict[str, Any], figures: dict[str, Any], teacher: str) -> str:
+def description(name: str, version: str, network: dict[str, Any], figures: dict[str, Any], teacher: str) -> str:
     """Write what the registry's page of a version says: the card's essence, in MLflow's 5,000 characters."""
     size = network["resolution"]
     return f"""{summary(network, figures, teacher)}
@@ -115,7 +115,7 @@ def description(name: str, network: dict[str, Any], figures: dict[str, Any], tea
 In: RGB pixels (B, 3, {size}, {size}) float32, 0 to 255 as in the image. Out: logits (B, {network["num_classes"]}).
 
 ```python
-model = mlflow.pyfunc.load_model("models:/{name}@champion")
+model = mlflow.pyfunc.load_model("models:/{name}/{version}")
 ```
 
 More in this version's files: `README.md` (the model card), `report.html`, `weights.safetensors`, `params.yaml`.

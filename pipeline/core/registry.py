@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +75,8 @@ def publish(
     run_id: str,
     tags: dict[str, str],
     metrics: dict[str, float],
-    texts: dict[str, str],
+    about: str,
+    describe: Callable[[str], str],
     write: Any,
 ) -> "ModelVersion":
     """Make a new version of a registered model, which is made where it is not there.
@@ -84,12 +85,13 @@ def publish(
         name: of the registered model.
         run_id: the MLflow run that it comes from.
         tags, metrics: of the version.
-        texts: descriptions, in Markdown: "model" of the registered model, "version" of the version.
+        about: description of the registered model, in Markdown.
+        describe: gives the description of the version, in Markdown, from its number.
         write: (folder, model_id=, run_id=, artifact_path=) -> None; writes the version's files.
     """
     from mlflow.entities import LoggedModelOutput, Metric
 
-    _make_registered_model(client, name, texts["model"])
+    _make_registered_model(client, name, about)
     experiment_id = client.get_run(run_id).info.experiment_id
     logged = client.create_logged_model(experiment_id, name=name, source_run_id=run_id, tags=tags)
     with tempfile.TemporaryDirectory(prefix="register-") as scratch:
@@ -103,9 +105,8 @@ def publish(
         metrics=[Metric(key, value, now, 0, model_id=logged.model_id, run_id=run_id) for key, value in metrics.items()],
     )
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-    version = client.create_model_version(
-        name, logged.artifact_location, run_id, tags=tags, description=texts["version"], model_id=logged.model_id
-    )
+    version = client.create_model_version(name, logged.artifact_location, run_id, tags=tags, model_id=logged.model_id)
+    client.update_model_version(name, version.version, describe(version.version))
     # The name under which MLflow's pages look for the versions of a logged model.
     versions = json.dumps([{"name": name, "version": str(version.version)}])
     client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": versions})

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # mlflow takes seconds to import: what does not track must no
     from mlflow import MlflowClient
 
 CODE = ["pipeline", "models", "params.yaml", "dvc.yaml"]  # what a commit has to hold for a run to be repeated
+FLOW_RUN = "SSLD_FLOW_RUN"  # the variable that names the flow run which a stage belongs to
 BATCH = 100  # parameters that MLflow takes in one request
 
 
@@ -151,6 +152,8 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 def _start(client: "MlflowClient", stage: str, root: Path) -> Run:
     tags = {"stage": stage, "mlflow.source.name": f"python -m pipeline.{stage}", "mlflow.source.type": "LOCAL"}
+    if flow_run := os.environ.get(FLOW_RUN):
+        tags["flow_run"] = flow_run
     return Run(client, client.create_run(store.experiment(client, root), run_name=stage, tags=tags).info.run_id)
 
 

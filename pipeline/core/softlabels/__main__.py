@@ -44,7 +44,7 @@ def describe(folder: Path, summary: dict[str, Any]) -> str:
         "views": ", ".join(f"{key} {value}" for key, value in views.items()),
         "stored": f"{stored:,} views in {summary['shards']:,} shards{older}",
         "coding": coding,
-        "bytes": f"{summary['bytes']:,}, {summary['bytes_per_view']} a view with its key",
+        "bytes": f"{summary['bytes']:,}, {summary['bytes_per_view']} a view with its key and its place in the index",
         "checksums": "all hold",
     }
     return "\n".join(f"{name:10} {value}" for name, value in lines.items())
