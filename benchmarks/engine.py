@@ -85,8 +85,8 @@ class BareLoop:
     def __init__(self, arguments: argparse.Namespace):
         self.device = devices.join(arguments.device).device
         self.bfloat16 = arguments.precision == "bfloat16"
-        order = torch.channels_last if self.bfloat16 or self.device.type == "cuda" else torch.contiguous_format
-        self.network = networks.build(arguments.model, CLASSES, seed=0).to(self.device, memory_format=order).train()
+        network = networks.build(arguments.model, CLASSES, seed=0)
+        self.network = network.to(self.device, memory_format=torch.channels_last).train()
         self.forward = torch.compile(self.network) if arguments.compile else self.network
         self.optimizer = torch.optim.AdamW(self.network.parameters(), fused=True)
         size = (arguments.batch_size, 3, arguments.resolution, arguments.resolution)

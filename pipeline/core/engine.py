@@ -123,10 +123,7 @@ class Run:
     def __post_init__(self) -> None:
         self.device = self.processes.device
         self.steps = self.recipe.epochs * self.order.steps_per_epoch
-        # Convolutions in channels-last order are faster on GPUs and in bfloat16, slower in float32 on CPUs.
-        channels_last = self.device.type == "cuda" or self.recipe.precision == "bfloat16"
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.classifier.to(self.device, memory_format=self.memory_format)
+        self.classifier.to(self.device, memory_format=torch.channels_last)  # convolutions are faster so
         self.classifier.requires_grad_(False)
         self.part.requires_grad_(True)
         if self.processes.world > 1:
