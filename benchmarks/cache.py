@@ -33,7 +33,7 @@ from pipeline import cache
 from pipeline.core import devices, distillation, engine, mined, networks, params, teaching, training
 from pipeline.core.batches import TrainingOrder, Views, load
 from pipeline.core.dataset import ImageSet
-from pipeline.core.softlabels import Description, SoftLabels, dense, finish
+from pipeline.core.softlabels import Description, SoftLabels, dense, finish, shards
 from pipeline.core.softlabels.records import Records
 from pipeline.core.views import ViewSpec
 
@@ -65,7 +65,7 @@ def header(*names: str) -> None:
 
 def made_cache(folder: Path, views: int, shard_views: int = 65_536, keys: np.ndarray | None = None) -> np.ndarray:
     """Write a finished cache of so many views; the answers repeat, the keys do not. Give the keys (None: random)."""
-    labels, coding = SoftLabels(folder, ALL), ALL.coding
+    coding = ALL.coding
     parts = [coding.encode(part) for part in made_logits(8192, smooth=False).split(1024)]
     counts, content = (np.concatenate(column) for column in zip(*parts, strict=True))
     keys = np.random.default_rng(0).integers(0, 2**64, views, dtype=np.uint64) if keys is None else keys
@@ -74,7 +74,7 @@ def made_cache(folder: Path, views: int, shard_views: int = 65_536, keys: np.nda
         times = -(-len(part) // len(counts))
         lengths = np.tile(counts, times)[: len(part)]
         size = int(coding.sizes[lengths].sum())
-        labels.write_shard(part, Records(lengths, np.tile(content, times)[:size]))
+        shards.write(folder, ALL.fingerprint, part, Records(lengths, np.tile(content, times)[:size]))
     finish(folder, ALL, keys)
     return keys
 
@@ -215,7 +215,8 @@ class Project:
     def wanted(self) -> cache.Wanted:
         with tempfile.TemporaryDirectory() as folder:  # the keys stay mapped
             file = Path(folder) / "keys.npy"
-            return cache.every_view(self.images, self.views, self.rows, self.params.cache.replicas, file, quiet=True)
+            rows, replicas = np.sort(self.rows), self.params.cache.replicas
+            return cache.every_view(self.images, self.views, rows, replicas, file, quiet=True)
 
     def images_an_epoch(self) -> int:
         size = self.params.distill.batch_size

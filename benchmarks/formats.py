@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pipeline.core.softlabels import Description, SoftLabels, finish
+from pipeline.core.softlabels import Description, SoftLabels, finish, shards
 
 
 def store_ours(folder: Path, description: Description, keys: np.ndarray, logits: torch.Tensor) -> None:
-    labels = SoftLabels(folder, description)
-    labels.write_shard(keys, description.coding.encode(logits))
+    shards.write(folder, description.fingerprint, keys, description.coding.encode(logits))
     finish(folder, description, keys)
 
 

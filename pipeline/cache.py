@@ -9,7 +9,6 @@ otherwise, the stage stops and says so. Run: python -m pipeline.cache
 
 import shutil
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +35,7 @@ PENDING = 4  # batches whose answers wait to be packed while the teacher goes on
 class Wanted(NamedTuple):
     """The views that the cache is to hold: view n is replica n mod `replicas` of sample n div `replicas`."""
 
-    rows: np.ndarray  # (S,) int64, of the image set, in ascending order of id
+    rows: np.ndarray  # (S,) int64, of the image set, ascending, as the images' ids are
     replicas: int
     keys: np.ndarray  # (N,) uint64, N = S x replicas; memory-mapped: they may be billions
 
@@ -51,12 +50,12 @@ def run(params: Params) -> None:
     classifier, card = networks.load(Path("data/teacher"), processes.device)
     description = teaching.description(params, card)
     views = Views(images, ViewSpec.of(params.seed, params.views))
-    rows = teaching.training_rows(images, mined.read(Path("data/mine")))
+    rows = np.sort(teaching.training_rows(images, mined.read(Path("data/mine"))))
     listed = stage.SCRATCH / "cache" / "wanted.npy", stage.SCRATCH / "cache" / "missing.npy"
     if not processes.first():
         devices.wait_for_all(processes)  # until the first process has listed what is to be done
         keys, missing = (np.load(file, mmap_mode="r") for file in listed)
-        wanted = Wanted(rows[np.argsort(images.ids[rows])], params.cache.replicas, keys)
+        wanted = Wanted(rows, params.cache.replicas, keys)
         write_missing(classifier, views, wanted, missing, params, description, processes)
         return
     with stage.only_writer("cache") as scratch:
@@ -114,10 +113,10 @@ def check_same_answers(
 def every_view(
     images: ImageSet, views: Views, rows: np.ndarray, replicas: int, file: Path, quiet: bool = False
 ) -> Wanted:
-    """List all views of the samples, sample by sample in ascending order of id; their keys go to a .npy file."""
+    """List all views of the samples in ascending order of row, sample by sample; their keys go to a .npy file."""
     count = len(rows) * replicas
     keys = np.lib.format.open_memmap(file, "w+", np.uint64, (count,))
-    wanted = Wanted(rows[np.argsort(images.ids[rows])], replicas, keys)
+    wanted = Wanted(rows, replicas, keys)
     with Progress(count, "views", "cache: keys", quiet=quiet) as progress:
         for start in range(0, count, 10_000):
             numbers = np.arange(start, min(count, start + 10_000))
@@ -146,7 +145,11 @@ def write_missing(
     size = params.cache.shard_views
     starts = range(0, len(missing), size)[processes.rank :: processes.world]
     parts = [missing[start : start + size] for start in starts]
-    asked = (wanted.views(numbers) for numbers in _batches(parts, params.cache.batch_size))
+    asked = (
+        wanted.views(part[start : start + params.cache.batch_size])
+        for part in parts
+        for start in range(0, len(part), params.cache.batch_size)
+    )
     batches = load(views, asked, params.machine.workers, processes.device)
     total = sum(len(part) for part in parts)
     with (
@@ -175,12 +178,6 @@ def write_missing(
 def _write(description: Description, keys: np.ndarray, packed: list[Future[Records]]) -> None:
     counts, content = zip(*(future.result() for future in packed), strict=True)
     shards.write(FOLDER, description.fingerprint, keys, Records(np.concatenate(counts), np.concatenate(content)))
-
-
-def _batches(parts: list[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    for part in parts:
-        for start in range(0, len(part), size):
-            yield part[start : start + size]
 
 
 def set_aside_others(folder: Path, scratch: Path, description: Description) -> None:

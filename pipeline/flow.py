@@ -54,6 +54,7 @@ from pipeline.core import dvc, prefect_server, store, tracking, workspace
 from pipeline.core.process import Processes
 
 RETRY_DELAY = 2  # seconds; a cancelled run waits them out at worst
+STAGES_OWN_ERROR = ": error: "  # in the line with which a stage refuses: it would refuse again
 
 
 @flow(name="ssld", task_runner=ThreadPoolTaskRunner(), persist_result=False)
@@ -63,7 +64,7 @@ def ssld(changes: dict[str, Any] = {}, stages: list[str] | None = None, retries:
     Args:
         changes: keys of params.yaml, dotted or nested, and the values they have in this run.
         stages: only these, and what they need; none: all.
-        retries: how often to start a stage again that failed; it goes on where it stopped.
+        retries: how often to start a stage again that was killed or crashed; it goes on where it stopped.
     """
     root, say = Path.cwd(), get_run_logger().info
     try:
@@ -113,6 +114,7 @@ def program(name: str, command: list[str] | None, processes: Processes, retries:
         task_run_name=name,
         retries=retries,
         retry_delay_seconds=RETRY_DELAY,
+        retry_condition_fn=lambda task, run, state: STAGES_OWN_ERROR not in (state.message or ""),
         cache_policy=NO_CACHE,  # DVC is the cache
         persist_result=False,
     )
@@ -142,7 +144,7 @@ def program(name: str, command: list[str] | None, processes: Processes, retries:
 
 def error_in(lines: list[str]) -> str | None:
     """Find the line that says best why a program failed: the stage's own, else DVC's."""
-    return next((line for mark in (": error: ", "ERROR: ") for line in lines if mark in line), None)
+    return next((line for mark in (STAGES_OWN_ERROR, "ERROR: ") for line in lines if mark in line), None)
 
 
 def show_results(results: Path) -> None:
@@ -173,8 +175,8 @@ def environment(root: Path) -> dict[str, str]:
     if uri.startswith(store.SQLITE):  # a relative path would lead into the workspace
         uri = f"{store.SQLITE}{root.absolute() / uri.removeprefix(store.SQLITE)}"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    own = {"PATH": path, "PYTHONUNBUFFERED": "1", "MLFLOW_TRACKING_URI": uri}
-    return os.environ | own | {tracking.FLOW_RUN: runtime.flow_run.name or ""}
+    flow_run = {tracking.FLOW_RUN: runtime.flow_run.name or ""}
+    return os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", "MLFLOW_TRACKING_URI": uri} | flow_run
 
 
 def serve(url: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from images import prepared, tiny, write_folder
 
 from pipeline import audit, cache, mine, prepare, score, teacher
-from pipeline.core import distillation, networks, teaching
+from pipeline.core import distillation, networks, softlabels, teaching
 from pipeline.core.batches import Views
 from pipeline.core.dataset import ImageSet
 from pipeline.core.softlabels import SoftLabels, sealed
@@ -254,7 +254,7 @@ def test_an_audit_finds_the_teachers_answers_and_notices_others(here):
     labels = SoftLabels(Path("data/cache"), description)
     keys = [shard.keys() for shard in labels.shards]
     logits = torch.randn(len(keys[0]), 4, generator=torch.Generator().manual_seed(0)) * 5
-    labels.write_shard(keys[0], description.coding.encode(logits))
+    softlabels.shards.write(labels.folder, description.fingerprint, keys[0], description.coding.encode(logits))
     findings = audit.audit(params, share=1.0, seed=0)
     assert findings.wrong.sum() >= len(keys[0]) // 2
     assert "wrong: sample " in audit.report(findings)

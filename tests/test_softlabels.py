@@ -47,9 +47,8 @@ def record(records, number):
 def cache(tmp_path):
     """Three shards of ten views each, their keys, and the records that they should hold."""
     keys, answers = some_keys(30), [some_records(10, seed) for seed in range(3)]
-    labels = SoftLabels(tmp_path / "cache", DESCRIPTION)
     for part, records in enumerate(answers):
-        labels.write_shard(keys[part * 10 : part * 10 + 10], records)
+        shards.write(tmp_path / "cache", DESCRIPTION.fingerprint, keys[part * 10 : part * 10 + 10], records)
     finish(tmp_path / "cache", DESCRIPTION, keys)
     return tmp_path / "cache", keys, [record(answers[number // 10], number % 10) for number in range(30)]
 

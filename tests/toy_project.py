@@ -48,15 +48,16 @@ stages:
 """
 
 # A stage that is to last has a child which SIGTERM does not end, in a session of its own: as torchrun's workers are.
-# A file `broken` makes a stage fail as the real ones do; it is used up by that.
+# A file of the stage's name in $TOY_BROKEN makes it fail once: by its own error (`refuses`), or by SIGKILL (`killed`).
 TOY = """
 import json, os, pathlib, signal, subprocess, sys, time
 name, epochs, *inputs = sys.argv[1:]
 print(f"{name} begins", flush=True)
 broken = pathlib.Path(os.environ.get("TOY_BROKEN", "none"), name)
 if broken.exists():
+    how = broken.read_text()
     broken.unlink()
-    sys.exit(f"{name}: error: it is broken")
+    sys.exit(f"{name}: error: it is broken") if how == "refuses" else os.kill(os.getpid(), signal.SIGKILL)
 if int(epochs) > 300:
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(99)"
     subprocess.Popen([sys.executable, "-c", deaf], start_new_session=True)

@@ -52,7 +52,7 @@ def main(
     parser.set_defaults(run=run)
     for option, other in instead.items():
         words = (other.__doc__ or "").partition("\n")[0]
-        parser.add_argument(option, dest="run", action="store_const", const=other, default=run, help=words)
+        parser.add_argument(option, dest="run", action="store_const", const=other, help=words)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _stop)
     _die_with_parents()
@@ -126,9 +126,11 @@ def run_folder(folder: Path) -> None:
 def code_digest() -> str:
     """SHA-256 over the project's source files that this process has loaded, in hex."""
     root = Path(__file__).resolve().parents[2]
-    loaded = {Path(file).resolve() for module in sys.modules.values() if (file := getattr(module, "__file__", None))}
-    total = hashlib.sha256()  # a stage run as a program is the module __main__, so names do not tell
-    for file in sorted(file for file in loaded if any(file.is_relative_to(root / of) for of in ("pipeline", "models"))):
+    folders = root / "pipeline", root / "models"
+    ours = [sys.modules[name] for name in sys.modules if name.split(".")[0] in ("pipeline", "models", "__main__")]
+    loaded = {Path(file).resolve() for module in ours if (file := getattr(module, "__file__", None))}
+    total = hashlib.sha256()  # __main__ is the stage itself, or a program that is not the project's
+    for file in sorted(file for file in loaded if any(file.is_relative_to(folder) for folder in folders)):
         total.update(file.read_bytes())
     return total.hexdigest()
 

@@ -72,7 +72,7 @@ def make_keys(ids: np.ndarray, replicas: np.ndarray, partners: np.ndarray) -> np
 
 
 class SoftLabels:
-    """A cache, open for reading and for adding shards.
+    """A cache, open for reading; `shards.write` adds to it for whoever opens it after that.
 
     A finished cache is opened by its index alone; one that is being written, by reading the keys of its shards.
 
@@ -161,10 +161,6 @@ class SoftLabels:
                 shard.verify()
             except ValueError as error:
                 raise ValueError(f"{error}; {_mend(self.folder)}") from None
-
-    def write_shard(self, keys: np.ndarray, records: Records) -> None:
-        """Add a shard to the folder; it can be read by whoever opens the cache after this."""
-        shards.write(self.folder, self._fingerprint, keys, records)
 
     def _scan(self) -> tuple[list[str], np.ndarray, np.ndarray]:
         """Read the keys of all shards: names, sorted keys, and the position of each."""
