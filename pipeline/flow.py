@@ -51,7 +51,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from pipeline import recipes
 from pipeline.core import dvc, prefect_server, store, tracking, workspace
-from pipeline.core.process import Processes
+from pipeline.core.programs import Programs
 
 RETRY_DELAY = 2  # seconds; a cancelled run waits them out at worst
 STAGES_OWN_ERROR = ": error: "  # in the line with which a stage refuses: it would refuse again
@@ -70,11 +70,11 @@ def ssld(changes: dict[str, Any] = {}, stages: list[str] | None = None, retries:
     try:
         workspace.check(root, changes)
         dvc.upstream(dvc.graph(root), stages or [])
-        with workspace.opened(root, changes, say) as folder, Processes(folder, environment(root)) as processes:
+        with workspace.opened(root, changes, say) as folder, Programs(folder, environment(root)) as programs:
             graph = dvc.graph(folder)
             graph = dvc.upstream(graph, stages or list(graph))
             say("asking DVC what has changed")
-            run_stages(graph, dvc.outdated(folder), processes, retries)
+            run_stages(graph, dvc.outdated(folder), programs, retries)
             results = folder / "data/evaluate"
             if changes:
                 results = workspace.keep_results(folder, root, runtime.flow_run.name, scored="evaluate" in graph)
@@ -86,7 +86,7 @@ def ssld(changes: dict[str, Any] = {}, stages: list[str] | None = None, retries:
     return Completed(message=f"{len(graph)} stages are up to date" + f"; results are in {results}" * told)
 
 
-def run_stages(graph: dvc.Graph, outdated: set[str], processes: Processes, retries: int) -> None:
+def run_stages(graph: dvc.Graph, outdated: set[str], programs: Programs, retries: int) -> None:
     """Run one task a stage, each as soon as the stages are done whose outputs it reads.
 
     Raises:
@@ -95,10 +95,10 @@ def run_stages(graph: dvc.Graph, outdated: set[str], processes: Processes, retri
     futures: dict[str, PrefectFuture] = {}
     for stage, reads in graph.items():
         command = dvc.repro(stage) if stage in outdated else None
-        futures[stage] = program(stage, command, processes, retries).submit(wait_for=[futures[it] for it in reads])
+        futures[stage] = program(stage, command, programs, retries).submit(wait_for=[futures[it] for it in reads])
     if "register" in graph:  # an up-to-date or restored stage has done nothing to the registry
         command = [sys.executable, "-m", "pipeline.register", "--if-missing"]
-        futures["registry"] = program("registry", command, processes, retries).submit(wait_for=[futures["register"]])
+        futures["registry"] = program("registry", command, programs, retries).submit(wait_for=[futures["register"]])
     wait(list(futures.values()))
     states = [future.state for future in futures.values()]
     if not all(state.is_completed() for state in states):
@@ -106,7 +106,7 @@ def run_stages(graph: dvc.Graph, outdated: set[str], processes: Processes, retri
         raise ValueError("; ".join(errors) or "the run was stopped")
 
 
-def program(name: str, command: list[str] | None, processes: Processes, retries: int) -> Task:
+def program(name: str, command: list[str] | None, programs: Programs, retries: int) -> Task:
     """Make the task that runs one program, its output line by line in the run's log; no command: nothing to do."""
 
     @task(
@@ -129,10 +129,10 @@ def program(name: str, command: list[str] | None, processes: Processes, retries:
                 logger.info(line)
 
         try:
-            code = processes.run(command, log)
+            code = programs.run(command, log)
         except InterruptedError:
             code = -signal.SIGTERM
-        if code and processes.stopped:
+        if code and programs.stopped:
             return Cancelled(message=f"{name} was stopped")
         if code:
             return Failed(message=error_in(lines) or f"{name} ended with exit code {code}")
@@ -188,8 +188,8 @@ def serve(url: str) -> None:
     serving = "from pipeline.flow import ssld; ssld.serve(name='local', print_starting_message=False)"
     # In a process of its own: Prefect's runner, asked to stop, would wait until its runs have ended.
     variables = os.environ | {"PREFECT_API_URL": url}
-    with prefect_server.serving(url), Processes(Path.cwd(), variables, grace=4) as processes:
-        processes.run([sys.executable, "-c", serving], print)
+    with prefect_server.serving(url), Programs(Path.cwd(), variables, grace=4) as programs:
+        programs.run([sys.executable, "-c", serving], print)
 
 
 def change(text: str) -> tuple[str, Any]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch and mlflow take seconds to import: --help and --if-mi
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-    from pipeline.core.student import Student
+    from pipeline.core.finished import Student
 
 DATA = Path("data")
 CHECKED = 5000  # test images, at most, on which the version that is loaded back is compared with what was recorded
@@ -37,11 +37,11 @@ def run(params: Params) -> None:
         ValueError: an input is missing or does not fit the others, MLflow cannot be used, or the version that was
             loaded back from the registry does not predict what was recorded.
     """
-    from pipeline.core import student as students
+    from pipeline.core import finished
 
     with stage.only_writer("register"):
-        student = students.read(DATA)
-        record = students.describe(student, params.register_.name, params.views.test_crop)
+        student = finished.read(DATA)
+        record = finished.describe(student, params.register_.name, params.views.test_crop)
         client = store.connect()
         with store.exclusively(client.tracking_uri, "register"), store.speaking_plainly(client.tracking_uri):
             _register(client, params, student, record)
@@ -67,9 +67,9 @@ def run_if_missing(params: Params) -> None:
         _say(f"{_named(version)} is in the registry ({where}); nothing to do")
         return
     _say(f"the registry ({where}) lacks this version; registering it")
-    from pipeline.core import student as students
+    from pipeline.core import finished
 
-    if students.describe(students.read(DATA), params.register_.name, params.views.test_crop) != record:
+    if finished.describe(finished.read(DATA), params.register_.name, params.views.test_crop) != record:
         raise ValueError(f"{RECORD}: describes another student than data/fixres holds; run `dvc repro`")
     run(params)
 
@@ -121,7 +121,7 @@ def _register(client: "MlflowClient", params: Params, student: "Student", record
 
 def _publish(client: "MlflowClient", params: Params, student: "Student", record: dict[str, Any]) -> "ModelVersion":
     from pipeline.core import networks
-    from pipeline.core.student import lineage
+    from pipeline.core.finished import lineage
 
     name, network, figures = record["name"], student.card, student.figures
     settings = params.model_dump(mode="json", by_alias=True)

@@ -25,7 +25,7 @@ from pipeline.core import atomic, dataset, devices, engine, networks, params, st
 from pipeline.core.batches import EVERY_REPLICA, TrainingOrder, Views, in_order, load
 from pipeline.core.dataset import ImageSet
 from pipeline.core.networks import Classifier
-from pipeline.core.params import Params, Recipe
+from pipeline.core.params import Params, TrainingRecipe
 from pipeline.core.views import ViewSpec
 
 HERE = Path(__file__).resolve().parent
@@ -206,9 +206,9 @@ def errors(classifier: Classifier, data: Data) -> dict[str, float]:
     return {"train_error": error(classifier, data.train), "test_error": error(classifier, data.test)}
 
 
-def recipe_of(settings: Settings) -> Recipe:
+def recipe_of(settings: Settings) -> TrainingRecipe:
     """The residual paper's optimizer and weight decay, with the engine's warm-up and cosine."""
-    return Recipe(
+    return TrainingRecipe(
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         accumulate=1,

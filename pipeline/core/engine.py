@@ -26,7 +26,7 @@ from pipeline.core import atomic, checkpoints, devices, norms
 from pipeline.core.batches import Batch, TrainingOrder, Views, load
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
-from pipeline.core.params import Machine, Recipe, StudentRecipe
+from pipeline.core.params import Machine, StudentRecipe, TrainingRecipe
 from pipeline.core.progress import Meter, Progress
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -41,7 +41,7 @@ def learning_rate(step: int, steps: int, warmup_steps: float, highest: float) ->
     return highest * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1.0, steps - warmup_steps)))
 
 
-def optimizer_of(part: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def optimizer_of(part: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
     """Make the optimizer of a network's trained part; weights of one dimension (biases, norms) do not decay.
 
     Each group's `lr_multiplier` is that of its network stage; the classifier's is 1.
@@ -56,7 +56,7 @@ def optimizer_of(part: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
 
 
-def _stages(part: nn.Module, recipe: Recipe) -> list[tuple[float, list[nn.Parameter]]]:
+def _stages(part: nn.Module, recipe: TrainingRecipe) -> list[tuple[float, list[nn.Parameter]]]:
     """Give the trained weights with their learning-rate multipliers, the classifier's first.
 
     Five numbers, as PaddleClas' lr_mult_list: for the stem (a vd network's three convolutions), then for each of the
@@ -109,7 +109,7 @@ class Run:
     views: Views
     order: TrainingOrder
     loss: Loss
-    recipe: Recipe
+    recipe: TrainingRecipe
     processes: Processes
     validate: Callable[[Classifier], dict[str, float]]
     scratch: Path

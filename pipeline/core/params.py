@@ -91,7 +91,7 @@ class Views(Section):
         return self
 
 
-class Recipe(Section):
+class TrainingRecipe(Section):
     """How a network is trained: what every training stage has."""
 
     epochs: Count
@@ -105,7 +105,7 @@ class Recipe(Section):
     precision: Literal["float32", "bfloat16"]
 
     @model_validator(mode="after")
-    def _parts_have_two_images(self) -> "Recipe":
+    def _parts_have_two_images(self) -> "TrainingRecipe":
         if self.batch_size < 2 * self.accumulate:
             raise ValueError(
                 f"batch_size {self.batch_size} in {self.accumulate} parts (accumulate) leaves a part fewer than two "
@@ -114,13 +114,13 @@ class Recipe(Section):
         return self
 
 
-class StudentRecipe(Recipe):
+class StudentRecipe(TrainingRecipe):
     """What a stage has besides that trains a student, which may go on from weights made elsewhere."""
 
     lr_multipliers: tuple[NotNegative, NotNegative, NotNegative, NotNegative, NotNegative] | None
 
 
-class Teacher(Recipe):
+class Teacher(TrainingRecipe):
     model: str
     source: Literal["fit", "timm", "checkpoint"]
     checkpoint: str | None
@@ -189,7 +189,7 @@ class Distill(StudentRecipe):
         return weights
 
 
-class Fixres(Recipe):
+class Fixres(TrainingRecipe):
     resolution: Count
     label_smoothing: Share
 

@@ -18,7 +18,7 @@ from urllib.request import urlopen
 
 import prefect.settings
 
-from pipeline.core import process
+from pipeline.core import programs
 
 PATIENCE = 120.0  # seconds that a server may take to start; the first time it makes its database, which takes longest
 
@@ -82,8 +82,8 @@ def _start(port: int) -> str:
     # One at a time: two servers that make the database at once spoil it.
     with (_home() / "starting").open("w") as turn, log.open("w") as output:
         fcntl.flock(turn, fcntl.LOCK_EX)
-        server = process.start(command, Path.cwd(), os.environ | {"PREFECT_API_URL": url}, output)
-        atexit.register(process.end, server.pid)
+        server = programs.start(command, Path.cwd(), os.environ | {"PREFECT_API_URL": url}, output)
+        atexit.register(programs.end, server.pid)
         deadline = time.monotonic() + PATIENCE
         while not _answers(url) and server.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)

@@ -154,7 +154,7 @@ def _left_alone(error: BaseException) -> bool:
 
 def _whats_there_to_halve(params: Params, name: str) -> str:
     section = getattr(params, name, None)
-    if isinstance(section, settings.Recipe):
+    if isinstance(section, settings.TrainingRecipe):
         return (
             f": halve {name}.batch_size (now {section.batch_size}); or, for the same batches, double {name}.accumulate "
             f"(now {section.accumulate}) or set machine.checkpoint_activations to true"

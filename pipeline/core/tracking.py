@@ -20,7 +20,7 @@ FLOW_RUN = "SSLD_FLOW_RUN"  # the variable that names the flow run which a stage
 BATCH = 100  # parameters that MLflow takes in one request
 
 
-class Run:
+class TrackedRun:
     """One MLflow run. Without a client it takes everything and does nothing."""
 
     def __init__(self, client: "MlflowClient | None" = None, run_id: str = "", resumed: bool = False):
@@ -85,7 +85,7 @@ def run(
     identities: dict[str, str],
     resume_file: Path | None = None,
     root: Path = Path("."),
-) -> Iterator[Run]:
+) -> Iterator[TrackedRun]:
     """Track a stage as one MLflow run, closed as FINISHED, FAILED (an exception) or KILLED (stopped from outside).
 
     Under torchrun only the first process tracks; the others get a run that does nothing.
@@ -102,7 +102,7 @@ def run(
         ValueError: the store cannot be reached or used; it says what to do.
     """
     if os.environ.get("RANK", "0") != "0":
-        yield Run()
+        yield TrackedRun()
         return
     client = store.connect(root)
     with store.speaking_plainly(client.tracking_uri):
@@ -150,14 +150,14 @@ def _git(root: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _start(client: "MlflowClient", stage: str, root: Path) -> Run:
+def _start(client: "MlflowClient", stage: str, root: Path) -> TrackedRun:
     tags = {"stage": stage, "mlflow.source.name": f"python -m pipeline.{stage}", "mlflow.source.type": "LOCAL"}
     if flow_run := os.environ.get(FLOW_RUN):
         tags["flow_run"] = flow_run
-    return Run(client, client.create_run(store.experiment(client, root), run_name=stage, tags=tags).info.run_id)
+    return TrackedRun(client, client.create_run(store.experiment(client, root), run_name=stage, tags=tags).info.run_id)
 
 
-def _resume(client: "MlflowClient", resume_file: Path | None) -> Run | None:
+def _resume(client: "MlflowClient", resume_file: Path | None) -> TrackedRun | None:
     """Take up the run that the file names, unless this store does not have it (any more)."""
     from mlflow.exceptions import MlflowException
 
@@ -168,7 +168,7 @@ def _resume(client: "MlflowClient", resume_file: Path | None) -> Run | None:
         client.update_run(kept["run_id"], status="RUNNING")
     except (FileNotFoundError, json.JSONDecodeError, MlflowException):
         return None
-    return Run(client, kept["run_id"], resumed=True)
+    return TrackedRun(client, kept["run_id"], resumed=True)
 
 
 def _describe(client: "MlflowClient", run_id: str, params: dict[str, str], tags: dict[str, str]) -> None:

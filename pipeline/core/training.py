@@ -25,7 +25,7 @@ from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
 from pipeline.core.engine import Loss
 from pipeline.core.networks import Classifier
-from pipeline.core.params import Params, Recipe
+from pipeline.core.params import Params, TrainingRecipe
 
 DATA = Path("data")
 
@@ -51,7 +51,7 @@ class Task:
     """
 
     name: str
-    recipe: Recipe
+    recipe: TrainingRecipe
     classifier: Classifier
     part: nn.Module
     rows: np.ndarray

@@ -1,6 +1,6 @@
 """Programs that end with the run that started them.
 
-`Processes` starts each program in a session of its own and hands on its output line by line. Leaving it (an error, a
+`Programs` starts each program in a session of its own and hands on its output line by line. Leaving it (an error, a
 cancelled run, Ctrl-C) ends everything that still runs in or below those sessions: SIGTERM, then SIGKILL.
 """
 
@@ -24,8 +24,8 @@ GRACE = 2.0  # seconds between SIGTERM and SIGKILL: of a cancelled run nothing i
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-class Processes:
-    """The programs of one run: `with Processes(...) as processes:` ends what is left of them on the way out.
+class Programs:
+    """The programs of one run: `with Programs(...) as programs:` ends what is left of them on the way out.
 
     Args:
         folder: where they run.

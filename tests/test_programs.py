@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from pipeline.core.process import Processes
+from pipeline.core.programs import Programs
 
 # A program with a child that SIGTERM does not end, in a session of its own, and that keeps the program's output open.
 DEAF = """
@@ -23,9 +23,9 @@ PARENT = (
 
 
 @pytest.fixture
-def processes(tmp_path):
-    with Processes(tmp_path, os.environ, grace=0.5) as processes:
-        yield processes
+def programs(tmp_path):
+    with Programs(tmp_path, os.environ, grace=0.5) as programs:
+        yield programs
 
 
 def python(code: str) -> list[str]:
@@ -36,37 +36,37 @@ def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_output_comes_line_by_line_and_both_streams(processes):
+def test_output_comes_line_by_line_and_both_streams(programs):
     times = []
     code = "import sys, time; print('a', flush=True); time.sleep(0.5); sys.stderr.write('b'); sys.exit(7)"
-    assert processes.run(python(code), lambda line: times.append((line, time.monotonic()))) == 7
+    assert programs.run(python(code), lambda line: times.append((line, time.monotonic()))) == 7
     assert [line for line, _ in times] == ["a", "b"]
     assert times[1][1] - times[0][1] > 0.3
 
 
-def test_a_child_that_a_program_leaves_behind_is_ended_and_not_waited_for(processes):
+def test_a_child_that_a_program_leaves_behind_is_ended_and_not_waited_for(programs):
     lines = []
     begin = time.monotonic()
-    assert processes.run(python(PARENT.format(False, "time.sleep(1)")), lines.append) == 0
+    assert programs.run(python(PARENT.format(False, "time.sleep(1)")), lines.append) == 0
     assert time.monotonic() - begin < 10
     assert gone(int(lines[0]))
 
 
-def test_stop_ends_a_program_and_what_is_below_it(processes):
+def test_stop_ends_a_program_and_what_is_below_it(programs):
     lines, codes = [], []
     runner = threading.Thread(
-        target=lambda: codes.append(processes.run(python(PARENT.format(True, "time.sleep(60)")), lines.append))
+        target=lambda: codes.append(programs.run(python(PARENT.format(True, "time.sleep(60)")), lines.append))
     )
     runner.start()
     while not lines:
         time.sleep(0.05)
-    processes.stop()
+    programs.stop()
     runner.join(timeout=5)
     assert codes == [-15]
     assert gone(int(lines[0]))
 
 
-def test_nothing_starts_after_stop(processes):
-    processes.stop()
+def test_nothing_starts_after_stop(programs):
+    programs.stop()
     with pytest.raises(InterruptedError):
-        processes.run(python("print('started')"), pytest.fail)
+        programs.run(python("print('started')"), pytest.fail)
