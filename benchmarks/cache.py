@@ -26,7 +26,7 @@ from timm.task import LogitDistillationTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from formats import FORMATS
-from machine import machine, own_memory, silence
+from machine import against, machine, own_memory, silence, take_turns
 from records import made_logits
 
 from pipeline import cache
@@ -153,11 +153,12 @@ def write(arguments: argparse.Namespace) -> None:
             which = project.views, wanted, some
             cache.write_missing(project.classifier, *which, project.params, project.description, project.processes)
 
-    compare({"bare forward passes": bare, "cache stage": stage}, arguments.rounds, len(some), "views/s")
+    loops = {"bare forward passes": again_and_again(bare), "cache stage": again_and_again(stage)}
+    show(take_turns(loops, arguments.rounds, steps=1, warm_up=1), len(some), "views/s")
 
 
 def epoch(arguments: argparse.Namespace) -> None:
-    """One epoch of the student, on the same views in the same order."""
+    """Epochs of the student on the same views in the same order; the ways take turns, step by step."""
     project = Project()
     stored, _ = distillation.open_teacher(project.params, project.images, False, project.device)
     asked, _ = distillation.open_teacher(project.params, project.images, True, project.device)
@@ -167,9 +168,12 @@ def epoch(arguments: argparse.Namespace) -> None:
         "from the cache": distillation.distillation_loss({"ssld": 1.0}, 1.0, stored, project.images),
         "online, teacher in the loop": distillation.distillation_loss({"ssld": 1.0}, 1.0, asked, project.images),
     }
-    runs = {name: lambda loss=loss: project.train(loss) for name, loss in ways.items()}
-    runs["online, timm's LogitDistillationTask"] = project.train_with_timm
-    compare(runs, arguments.rounds, project.images_an_epoch(), "images/s")
+    loops = {name: project.train(loss, arguments.rounds + 1) for name, loss in ways.items()}
+    loops["online, timm's LogitDistillationTask"] = project.train_with_timm(arguments.rounds + 1)
+    order = project.order()
+    with silence():
+        seconds = take_turns(loops, arguments.rounds * order.steps_per_epoch, steps=1, warm_up=3)
+    show(seconds, order.batch_size, "images/s")
 
 
 def peers(arguments: argparse.Namespace) -> None:
@@ -218,36 +222,32 @@ class Project:
             rows, replicas = np.sort(self.rows), self.params.cache.replicas
             return cache.every_view(self.images, self.views, rows, replicas, file, quiet=True)
 
-    def images_an_epoch(self) -> int:
-        size = self.params.distill.batch_size
-        return len(self.rows) // size * size
-
     def order(self) -> TrainingOrder:
         return TrainingOrder(self.images, self.rows, self.params.distill.batch_size, 0, self.params.cache.replicas)
 
-    def train_with_timm(self) -> None:
-        """The same epoch as timm's user would write it: its task around student and teacher, on the same views."""
+    def train_with_timm(self, epochs: int) -> Iterator[None]:
+        """Train step by step as timm's user would write it: its task around student and teacher, on the same views."""
         student = networks.build(self.params.student.model, len(self.images.classes), 0).to(self.device).train()
         task = LogitDistillationTask(
             student.network, self.classifier.network, torch.nn.CrossEntropyLoss(), task_loss_weight=0.0, verbose=False
         ).to(self.device)
         optimizer = engine.optimizer_of(student.network, self.params.distill)
         order = self.order()
-        for batch in load(
-            self.views, order.batches(0, order.steps_per_epoch), self.params.machine.workers, self.device
-        ):
+        asked = order.batches(0, epochs * order.steps_per_epoch)
+        for batch in load(self.views, asked, self.params.machine.workers, self.device):
             labels = torch.zeros(len(batch.rows), dtype=torch.long, device=self.device)
             loss = task(student.normalise(batch.pixels.to(self.device)), labels)["loss"]
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            yield
 
-    def train(self, loss: engine.Loss) -> None:
-        """Train a new student for an epoch."""
-        recipe = self.params.distill.model_copy(update={"epochs": 1, "warmup_epochs": 0})
+    def train(self, loss: engine.Loss, epochs: int) -> Iterator[int]:
+        """Train a new student step by step."""
+        recipe = self.params.distill.model_copy(update={"epochs": epochs, "warmup_epochs": 0})
         student = networks.build(self.params.student.model, len(self.images.classes), 0)
-        with tempfile.TemporaryDirectory() as scratch, silence():
-            engine.Run(
+        with tempfile.TemporaryDirectory() as scratch:
+            yield from engine.Run(
                 what="benchmark",
                 classifier=student,
                 part=student.network,
@@ -259,7 +259,7 @@ class Project:
                 validate=lambda classifier: {},
                 scratch=Path(scratch),
                 machine=self.params.machine.model_copy(update={"checkpoint_seconds": 1e9}),
-            ).train()
+            ).step_by_step()
 
 
 @contextlib.contextmanager
@@ -283,20 +283,25 @@ def best_of(times: int, work: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def compare(ways: dict[str, Callable[[], None]], rounds: int, count: int, unit: str) -> None:
-    """Run several ways in turn, and print the medians and their ratios to the first."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):  # the first round warms up
-        for name, way in ways.items():
-            taken = best_of(1, way)
-            if number:
-                seconds[name].append(taken)
-    first = float(np.median(next(iter(seconds.values()))))
-    header("way", unit, "min to max", "time, against the first")
+def again_and_again(work: Callable[[], object]) -> Iterator[None]:
+    """Do the whole work at every step."""
+    while True:
+        work()
+        yield
+
+
+def show(seconds: dict[str, list[float]], count: int, unit: str) -> None:
+    """Print how fast several ways were, and how much longer than the first each took, turn by turn.
+
+    Args:
+        seconds: of each turn.
+        count: what was done in a turn.
+        unit: of that, a second.
+    """
+    first = next(iter(seconds.values()))
+    header("way", f"{unit}, median", "time against the first: median, quartiles", "turns")
     for name, taken in seconds.items():
-        median = float(np.median(taken))
-        spread = f"{count / max(taken):,.1f} to {count / min(taken):,.1f}"
-        row(name, f"{count / median:,.1f}", spread, f"{median / first:.3f}")
+        row(name, f"{count / np.median(taken):,.1f}", against(taken, first), len(taken))
 
 
 COMMANDS = {"read": read, "large": large, "write": write, "epoch": epoch, "peers": peers}

@@ -1,7 +1,8 @@
 """What the training engine costs beside what the network costs; one command a question, a Markdown table each.
 
-step    a student's step on synthetic images, beside a bare hand-written loop of the same network and precision, in turn
-epoch   an epoch on a project's real images, beside the same on synthetic ones, in turn
+step    a student's step on synthetic images, beside a bare hand-written loop of the same network and precision; the
+        two take turns of --steps steps, --rounds times
+epoch   an epoch on a project's real images, beside the same on synthetic ones, --rounds times in turn
 Run: python benchmarks/engine.py step | epoch [--prepared data/prepare]
 """
 
@@ -11,6 +12,7 @@ import io
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from machine import machine
+from machine import against, machine, take_turns
 
 from pipeline.core import devices, engine, networks, params
 from pipeline.core.batches import Batch, TrainingOrder, Views
@@ -32,6 +34,7 @@ from pipeline.core.views import ViewSpec
 
 ROOT = Path(__file__).parent.parent
 CLASSES = 1000
+WARM_UP = 3  # turns
 
 
 class Synthetic(Dataset):
@@ -101,13 +104,9 @@ class BareLoop:
         self.optimizer.step()
         return loss
 
-    def rate(self, steps: int) -> float:
-        """Train `steps` steps, and give the images/s."""
-        started = time.perf_counter()
-        for _ in range(steps):
-            loss = self.step()
-        loss.item()
-        return steps * len(self.pixels) / (time.perf_counter() - started)
+    def step_by_step(self) -> Iterator[torch.Tensor]:
+        while True:
+            yield self.step()
 
 
 def step(arguments: argparse.Namespace) -> None:
@@ -117,15 +116,13 @@ def step(arguments: argparse.Namespace) -> None:
         bare.step()
     flops = counter.get_total_flops() / arguments.batch_size
     views = Synthetic(arguments.batch_size, arguments.resolution)
-    ids = np.arange(arguments.steps * arguments.batch_size, dtype=np.uint64)
-    rates: dict[str, list[float]] = {"this engine": [], "bare loop": []}
-    for number in range(arguments.rounds + 1):
-        with tempfile.TemporaryDirectory() as scratch:
-            ours = timed(make_run(arguments, views, ids, scratch, workers=0))
-        theirs = BareLoop(arguments).rate(arguments.steps)  # a new one, as the first step of each costs more
-        if number:  # the first round warms up
-            rates["this engine"].append(ours)
-            rates["bare loop"].append(theirs)
+    turns, images = arguments.rounds or 60, arguments.steps * arguments.batch_size
+    ids = np.arange((turns + WARM_UP) * images, dtype=np.uint64)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stderr(io.StringIO()):
+        ours = make_run(arguments, views, ids, scratch, workers=0).step_by_step()
+        loops = {"this engine": ours, "bare loop": bare.step_by_step()}
+        seconds = take_turns(loops, turns, arguments.steps, WARM_UP)
+    rates = {name: [images / turn for turn in taken] for name, taken in seconds.items()}
     title(arguments)
     table(rates, "bare loop", flops, arguments.peak_tflops)
 
@@ -137,7 +134,7 @@ def epoch(arguments: argparse.Namespace) -> None:
     real = Views(images, ViewSpec.of(settings.seed, settings.views))
     rates: dict[str, list[float]] = {"real images": [], "synthetic images": []}
     ways = {"real images": real, "synthetic images": Synthetic(arguments.batch_size, arguments.resolution)}
-    for _ in range(arguments.rounds):
+    for _ in range(arguments.rounds or 5):
         for name, views in ways.items():
             with tempfile.TemporaryDirectory() as scratch:
                 run = make_run(arguments, views, images.ids, scratch, arguments.workers)
@@ -154,12 +151,12 @@ def title(arguments: argparse.Namespace, more: str = "") -> None:
 
 
 def table(rates: dict[str, list[float]], other: str, flops: float = 0, peak_tflops: float = 0) -> None:
-    """Print images/s, each round's ratio to `other`, and where they are known FLOP/s and their share of the peak."""
-    print(f"| | images/s, median | least | most | times {other} |{' TFLOP/s | MFU |' if flops else ''}")
+    """Print images/s, how many times `other`'s of the same turn, and where they are known FLOP/s, and of the peak."""
+    print(f"| | images/s, median | least | most | times {other}, quartiles |{' TFLOP/s | MFU |' if flops else ''}")
     print("|---" * (7 if flops else 5) + "|")
     for name, values in rates.items():
-        ratio = np.median(np.array(values) / np.array(rates[other]))
-        words = [name, f"{np.median(values):.1f}", f"{min(values):.1f}", f"{max(values):.1f}", f"{ratio:.3f}"]
+        words = [name, f"{np.median(values):.1f}", f"{min(values):.1f}", f"{max(values):.1f}"]
+        words.append(against(values, rates[other]))
         if flops:
             reached = np.median(values) * flops / 1e12
             words += [f"{reached:.2f}", f"{reached / peak_tflops:.1%}" if peak_tflops else ""]
@@ -175,8 +172,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--steps", type=int, default=20, help="steps of a round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1, help="steps of a turn; 20 or more on a GPU, which works ahead")
+    parser.add_argument("--rounds", type=int, help="turns that each has (60), or epochs (5)")
     parser.add_argument("--peak-tflops", type=float, default=0, help="of the device in this precision, for MFU")
     parser.add_argument("--prepared", type=Path, default=ROOT / "data/prepare", help="what `prepare` wrote")
     parser.add_argument("--workers", type=int, default=0, help="processes that render real images")

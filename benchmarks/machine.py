@@ -1,11 +1,13 @@
-"""What benchmarks share: the machine in a few words, the memory of a process, and silence."""
+"""What benchmarks share: the machine in a few words, the memory of a process, turns, and silence."""
 
 import contextlib
 import os
 import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 
@@ -25,6 +27,36 @@ def own_memory() -> float:
     """Megabytes of this process that are not the page cache's, where the system tells it (Linux)."""
     memory = psutil.Process().memory_info()
     return (memory.rss - getattr(memory, "shared", 0)) / 1e6
+
+
+def take_turns(loops: dict[str, Iterator[object]], turns: int, steps: int, warm_up: int) -> dict[str, list[float]]:
+    """Let training loops go on by turns, so that a machine whose speed wanders slows all of them alike.
+
+    Args:
+        loops: each gives something after every step.
+        turns: that each has, the first `warm_up` ones besides, which are not timed.
+        steps: of a turn.
+
+    Returns:
+        the seconds of each turn: `turns` numbers a loop.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for turn in range(-warm_up, turns):
+        for name, loop in loops.items():
+            begin = time.perf_counter()
+            for _ in range(steps):
+                next(loop)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def against(figures: list[float], others: list[float]) -> str:
+    """How many times another loop's figure each turn's is: the median, and the quartiles."""
+    low, median, high = np.quantile(np.array(figures) / np.array(others), [0.25, 0.5, 0.75])
+    return f"{median:.3f} ({low:.3f} to {high:.3f})"
 
 
 @contextlib.contextmanager

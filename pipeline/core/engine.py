@@ -8,7 +8,7 @@ import csv
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,6 +152,12 @@ class Run:
         Raises:
             ValueError: the loss is not finite any more; it names the step and the samples.
         """
+        for _ in self.step_by_step():
+            pass
+        return self.history
+
+    def step_by_step(self) -> Iterator[int]:
+        """Train as `train` does, but pause after each step, with its number, for who has something to do meanwhile."""
         self._resume()
         network = self._network()
         batches = load(self.views, self.order.batches(self.step, self.steps), self.machine.workers, self.device)
@@ -176,10 +182,10 @@ class Run:
                     saved = time.monotonic()
                 if profile:
                     profile.step()
+                yield self.step
         if self.ema:
             self.classifier.load_state_dict(self.ema.module.state_dict())
         self.classifier.eval()
-        return self.history
 
     def _network(self) -> nn.Module:
         network: nn.Module = self.classifier
