@@ -23,7 +23,7 @@ install: .venv/installed  ## install everything, pinned and with hashes, into .v
 repro: .venv/installed  ## run the whole pipeline: images in, a registered student out
 	@echo "The default takes 9 to 14 minutes on two CPU cores the first time; stages that are up to date take none."
 	@$(BIN)/python -m pipeline.core.params
-	$(BIN)/dvc repro
+	$(BIN)/dvc --wait-for-lock repro
 	$(BIN)/python -m pipeline.register --if-missing
 	@echo "Done. The report: data/evaluate/report.html. The registry: make ui. The figures: $(BIN)/dvc metrics show"
 
@@ -57,4 +57,4 @@ lock: .venv/installed  ## make requirements*.txt anew from requirements*.in
 	    --python-version 3.11 $$name.in -o $$name.txt || exit 1; done
 
 clean:  ## remove checkpoints, workspaces, Prefect's history and soft labels set aside; results stay
-	find .scratch -mindepth 1 -maxdepth 1 ! -name runs -exec rm -rf {} +
+	[ ! -d .scratch ] || find .scratch -mindepth 1 -maxdepth 1 ! -name runs -exec rm -rf {} +

@@ -63,6 +63,7 @@ def run(params: Params) -> None:
         for wrong in store.set_damaged_aside(FOLDER, description, scratch / "damaged"):
             print(f"cache: {wrong}: set aside in {scratch / 'damaged'}, to be computed again", flush=True)
         wanted = every_view(images, views, rows, params.cache.replicas, listed[0])
+        check_distinct(images, wanted)
         missing = look_up(classifier, views, wanted, params, description)
         np.save(listed[1], missing)
         devices.wait_for_all(processes)
@@ -70,6 +71,19 @@ def run(params: Params) -> None:
         finish(FOLDER, description, wanted.keys)
         for file in listed:
             file.unlink()
+
+
+def check_distinct(images: ImageSet, wanted: Wanted) -> None:
+    """Make sure that no two views have one key.
+
+    Raises:
+        ValueError: two have; it names them.
+    """
+    double = store.find_double(wanted.keys)
+    if double is not None:
+        views = zip(*wanted.views(np.array(double)), strict=True)
+        named = " and ".join(f"view {replica} of {images.source(row)}" for row, replica in views)
+        raise ValueError(f"{named} have one key by chance, so one would be taught as the other; leave one image out")
 
 
 def look_up(

@@ -16,7 +16,7 @@ def run(params: Params) -> None:
     classifier = networks.build_student(params.student.model, params.student.init, len(images.classes), params.seed)
     rows = teaching.training_rows(images, mined.read(Path("data/mine")))
     processes = devices.join(params.machine.device)
-    distillation.train("distill", params.distill, classifier, rows, params, images, processes)
+    distillation.train("distill", params.distill, params.student.model, classifier, rows, params, images, processes)
 
 
 if __name__ == "__main__":

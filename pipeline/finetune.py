@@ -16,11 +16,19 @@ from pipeline.core.params import Params
 
 def run(params: Params) -> None:
     images = ImageSet.open(Path("data/prepare"))
-    classifier, _ = networks.load(Path("data/distill"))
+    classifier, card = networks.load(Path("data/distill"))
     before = training.Before("distill", copy.deepcopy(classifier), params.views.resolution)
     processes = devices.join(params.machine.device)
     distillation.train(
-        "finetune", params.finetune, classifier, images.rows("labelled"), params, images, processes, before
+        "finetune",
+        params.finetune,
+        card["model"],
+        classifier,
+        images.rows("labelled"),
+        params,
+        images,
+        processes,
+        before,
     )
 
 

@@ -24,11 +24,7 @@ from pathlib import Path
 
 for key, value in {
     "PREFECT_HOME": str(Path.cwd() / ".scratch/prefect"),  # a project's own: two do not disturb each other
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_RUNNER_POLL_FREQUENCY": "2",  # seconds until a triggered run is noticed
-    "DO_NOT_TRACK": "1",
-    "DVC_NO_ANALYTICS": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
 }.items():
     os.environ.setdefault(key, value)
 Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)  # Prefect itself would not make .scratch
@@ -143,8 +139,8 @@ def program(name: str, command: list[str] | None, programs: Programs, retries: i
 
 
 def error_in(lines: list[str]) -> str | None:
-    """Find the line that says best why a program failed: the stage's own, else DVC's."""
-    return next((line for mark in (STAGES_OWN_ERROR, "ERROR: ") for line in lines if mark in line), None)
+    """Find the line that says best why a program failed: the stage's own last one, else DVC's."""
+    return next((line for mark in (STAGES_OWN_ERROR, "ERROR: ") for line in reversed(lines) if mark in line), None)
 
 
 def show_results(results: Path) -> None:

@@ -52,7 +52,8 @@ def run(params: Params) -> None:
         card["mean"],
         card["std"],
         params.teacher.precision,
-        params.views.model_dump(),
+        params.views.resolution,
+        params.views.test_crop,
     ]
     key = hashlib.sha256(json.dumps([*asked, stage.code_digest()]).encode()).hexdigest()[:16]
     parts = stage.SCRATCH / "score" / key

@@ -65,6 +65,7 @@ def test_a_misspelt_key_in_the_file_is_one_line(data, tmp_path):
         ("distill.epochs", "many", "integer"),
         ("views.crop_scale", [0.9, 0.5], "crop_scale"),
         ("views.flip", 1.5, "less than or equal to 1"),
+        ("prepare.labelled_root", "~/photos", "~/photos: write the path out"),
         ("mine", None, "mine"),
     ],
 )

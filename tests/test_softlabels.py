@@ -183,3 +183,10 @@ def test_damaged_shards_alone_are_set_aside(cache, tmp_path):
     assert list(folder.glob("*.sl")) == [sound]
     assert {file.name for file in (tmp_path / "aside").iterdir()} == {cut.name, flipped.name}
     assert (SoftLabels(folder, DESCRIPTION).find(keys) >= 0).sum() == 10
+
+
+def test_two_views_of_one_key_are_found():
+    keys = some_keys(1000)
+    assert store.find_double(keys) is None
+    keys[700] = keys[20]
+    assert store.find_double(keys) == (20, 700)

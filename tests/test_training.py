@@ -14,11 +14,11 @@ from torch import nn
 
 import models
 from pipeline import teacher
-from pipeline.core import networks, stage
+from pipeline.core import checkpoints, networks, stage
 from pipeline.core.batches import TrainingOrder, Views
 from pipeline.core.devices import Processes
 from pipeline.core.engine import learning_rate, optimizer_of
-from pipeline.core.training import Before, better, labelled_loss, validator
+from pipeline.core.training import Before, _name, better, labelled_loss, validator
 from pipeline.core.views import ViewSpec
 
 
@@ -184,6 +184,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_samples(imag
     assert "test.lr" in str(error.value)
 
 
+def test_no_checkpoint_holds_a_loss_that_is_not_finite(images, tmp_path):
+    training = run(images, tmp_path)
+    training.losses = [torch.tensor(1.0), torch.tensor(float("nan"))]
+    training._save()
+    assert checkpoints.files(tmp_path) == []
+    training.losses = training.losses[:1]
+    training._save()
+    assert len(checkpoints.files(tmp_path)) == 1
+
+
+def test_a_run_is_named_after_its_network(images):
+    """ResNet50 and ResNet50_va have weights of the same names and shapes."""
+    params = tiny()
+    named = SimpleNamespace(recipe=params.baseline, identities={}, replicas=0, resolution=16)
+    names = {_name(SimpleNamespace(**vars(named), card={"model": it}), params) for it in ("ResNet50", "ResNet50_va")}
+    assert len(names) == 2
+
+
 def test_workers_render_the_same_batches(images):
     views = Views(images, ViewSpec.of(0, tiny().views))
     batch = next(TrainingOrder(images, images.rows("labelled"), 8, 0, 0).batches(0, 1))
@@ -244,6 +262,34 @@ def test_a_network_is_what_was_saved(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match="not the weights that"):
         networks.load(tmp_path / "n")
+
+
+def test_a_students_first_weights_may_be_of_other_classes(tmp_path, capsys):
+    source = networks.build("ResNet18_vd", 4, seed=3)
+    networks.save(tmp_path, source, {"model": "ResNet18_vd", "classes": list("abcd"), "resolution": 16})
+    file = str(tmp_path / "weights.safetensors")
+    same, other = (networks.build_student("ResNet18_vd", file, classes, seed=7) for classes in (4, 6))
+    assert networks.digest(same) == networks.digest(source)
+    fresh, given, now = (it.network.state_dict() for it in (networks.build("ResNet18_vd", 6, 7), source, other))
+    for key, value in now.items():
+        assert torch.equal(value, (fresh if key.startswith("fc.") else given)[key]), key
+    assert capsys.readouterr().out.count("made for 4 classes, not 6: fc.") == 2
+    with pytest.raises(ValueError, match="of another network"):
+        networks.build_student("ResNet34_vd", file, 6, seed=7)
+
+
+def test_first_weights_see_what_they_were_trained_on(tmp_path):
+    source = networks.build("test_resnet", 4, seed=3)
+    networks.save(tmp_path, source, {"model": "test_resnet", "classes": list("abcd"), "resolution": 16})
+    student = networks.build_student("test_resnet", str(tmp_path / "weights.safetensors"), 4, seed=0)
+    assert (student.mean / 255).flatten().tolist() == pytest.approx(models.build("test_resnet").pretrained_cfg["mean"])
+
+
+def test_a_network_with_two_classifiers_is_refused():
+    with pytest.raises(ValueError, match="deit_tiny_distilled_patch16_224 has more than one classifier"):
+        networks.check_takes(
+            networks.build("deit_tiny_distilled_patch16_224", 4, 0), "deit_tiny_distilled_patch16_224", 224
+        )
 
 
 def test_weights_that_do_not_fit_say_what_to_do(tmp_path):

@@ -74,7 +74,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _flush_all(folder: Path) -> None:
-    files = list(folder.rglob("*"))
+    files = [folder, *folder.rglob("*")]
     if len(files) > 100:  # one by one, thousands of small files take seconds
         os.sync()
     else:

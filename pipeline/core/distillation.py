@@ -79,6 +79,7 @@ def open_teacher(params: Params, images: ImageSet, asked_online: bool, device: t
 def train(
     name: str,
     recipe: Distill,
+    model: str,
     classifier: Classifier,
     rows: np.ndarray,
     params: Params,
@@ -98,7 +99,7 @@ def train(
         views=Views(images, spec),
         loss=distillation_loss(recipe.loss, recipe.temperature, teacher, images),
         resolution=spec.resolution,
-        card={"model": params.student.model},
+        card={"model": model},
         identities={
             "data": images.digest,
             "images": hashlib.sha256(np.sort(images.ids[rows]).tobytes()).hexdigest(),

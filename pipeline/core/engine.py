@@ -293,8 +293,8 @@ class Run:
         return devices.profiler(self.device, self.machine.profile_steps, file)
 
     def _save(self) -> None:
-        self._check_losses()
-        if not self.processes.first():
+        """Write a checkpoint, unless a loss is not finite: then all processes stop together, at their next look."""
+        if not self.processes.first() or not all(torch.isfinite(loss) for loss in self.losses):
             return
         state = {
             "step": self.step,

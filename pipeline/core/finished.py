@@ -51,7 +51,8 @@ def read(data: Path) -> Student:
     """Read the student.
 
     Raises:
-        ValueError: something is missing, or the evaluation is of another student or of other images.
+        ValueError: something is missing, or the evaluation is of other images or classes. That it is of another
+            student is seen when the version is loaded back.
     """
     images, card = ImageSet.open(data / "prepare"), read_json(data / "fixres" / "network.json")
     figures, speed = (read_json(data / "evaluate" / name) for name in ("metrics.json", "speed.json"))

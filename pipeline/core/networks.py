@@ -64,8 +64,10 @@ def check_takes(classifier: Classifier, name: str, resolution: int) -> None:
     """Make sure that a network takes square images of so many pixels a side; nothing is computed.
 
     Raises:
-        ValueError: it does not, as transformers at another resolution than their own.
+        ValueError: it does not, as transformers at another resolution than their own; or it has several classifiers.
     """
+    if not isinstance(classifier.network.get_classifier(), nn.Module):
+        raise ValueError(f"{name} has more than one classifier, and the stages need one; take another network")
     try:
         models.macs(classifier.network, resolution)
     except (AssertionError, RuntimeError) as error:
@@ -74,15 +76,19 @@ def check_takes(classifier: Classifier, name: str, resolution: int) -> None:
 
 
 def build_student(name: str, init: str | None, num_classes: int, seed: int) -> Classifier:
-    """Build a student with random weights, or with those of a file.
+    """Build a student with random weights, or with those of a file, whose classifier may be for other classes.
+
+    With a file, pixels are normalised as for the network's published weights.
 
     Raises:
         ValueError: the name is not known, or the file does not fit.
     """
     classifier = build(name, num_classes, seed)
-    if init:
-        load_weights(classifier.network, Path(init))
-    return classifier
+    if not init:
+        return classifier
+    load_weights(classifier.network, Path(init), new_classifier=True)
+    known = classifier.network.pretrained_cfg
+    return Classifier(classifier.network, known["mean"], known["std"])
 
 
 def digest(classifier: Classifier) -> str:
@@ -148,8 +154,11 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: no network here; run `dvc repro {folder.name}`, or `dvc pull`") from None
 
 
-def load_weights(network: nn.Module, file: Path) -> None:
+def load_weights(network: nn.Module, file: Path, new_classifier: bool = False) -> None:
     """Load a state dict from a .safetensors file, or from a PyTorch file that holds nothing but tensors.
+
+    Args:
+        new_classifier: leave the network's classifier as it is, and say so, where the file's is for other classes.
 
     Raises:
         ValueError: the file is missing, unreadable, unsafe, or of another network; it says what to do.
@@ -172,25 +181,38 @@ def load_weights(network: nn.Module, file: Path) -> None:
     state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file}: not a state dict of tensors")
-    _check_fits(network, state, file)
+    own = network.state_dict()
+    _check_names(own, state, file)
+    for key, classes in _other_classes(network, state).items():
+        if not new_classifier:
+            raise ValueError(
+                f"{file}: made for {classes} classes, but the data has {own[key].shape[0]}: take a file made for these "
+                "classes, or fit a teacher here (teacher.source: fit)"
+            )
+        print(f"{file}: made for {classes} classes, not {own[key].shape[0]}: {key} starts anew", flush=True)
+        state = {**state, key: own[key]}
+    for key, value in own.items():
+        if value.shape != state[key].shape:
+            raise ValueError(
+                f"{file}: of another network: {key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
+            )
     network.load_state_dict(state)
 
 
-def _check_fits(network: nn.Module, state: dict[str, Tensor], file: Path) -> None:
-    own = network.state_dict()
-    head = network.get_classifier() if hasattr(network, "get_classifier") else None
+def _check_names(own: dict[str, Tensor], state: dict[str, Tensor], file: Path) -> None:
     for key in sorted(own.keys() ^ state.keys()):
         which = "lacks" if key in own else "has a surplus"
         raise ValueError(f"{file}: of another network: it {which} {key}; set the model's name to what the file holds")
-    for key, value in own.items():
-        if value.shape == state[key].shape:
-            continue
-        if isinstance(head, nn.Linear) and value.data_ptr() in (head.weight.data_ptr(), head.bias.data_ptr()):
-            raise ValueError(
-                f"{file}: made for {state[key].shape[0]} classes, but the data has {value.shape[0]}: take a file made "
-                "for these classes, or fit a teacher here (teacher.source: fit)"
-            )
-        raise ValueError(f"{file}: of another network: {key} is {tuple(state[key].shape)}, not {tuple(value.shape)}")
+
+
+def _other_classes(network: nn.Module, state: dict[str, Tensor]) -> dict[str, int]:
+    """Name the classifier's weights that a file has for another number of classes, and that number."""
+    head = network.get_classifier() if hasattr(network, "get_classifier") else None
+    if not isinstance(head, nn.Linear):
+        return {}
+    places = [parameter.data_ptr() for parameter in head.parameters()]
+    own = {key: value for key, value in network.state_dict().items() if value.data_ptr() in places}
+    return {key: len(state[key]) for key, value in own.items() if len(state[key]) != len(value)}
 
 
 def file_digest(file: Path) -> str:

@@ -64,7 +64,10 @@ class Prepare(Section):
     shard_mb: Count
 
     @model_validator(mode="after")
-    def _a_quality_is_named(self) -> "Prepare":
+    def _roots_and_quality_are_named(self) -> "Prepare":
+        for root in (self.labelled_root, self.unlabelled_root):
+            if root.startswith("~"):
+                raise ValueError(f"{root}: write the path out; DVC, which watches it, takes ~ for a folder's name")
         if self.max_side is not None and self.jpeg_quality is None:
             raise ValueError("max_side needs jpeg_quality, 1 to 100: images are encoded anew; 90 is a usual one")
         return self

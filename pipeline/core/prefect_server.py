@@ -80,9 +80,10 @@ def _start(port: int) -> str:
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     log = _home() / "server.log"
     # One at a time: two servers that make the database at once spoil it.
-    with (_home() / "starting").open("w") as turn, log.open("w") as output:
+    with (_home() / "starting").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
-        server = programs.start(command, Path.cwd(), os.environ | {"PREFECT_API_URL": url}, output)
+        with log.open("w") as output:
+            server = programs.start(command, Path.cwd(), os.environ | {"PREFECT_API_URL": url}, output)
         atexit.register(programs.end, server.pid)
         deadline = time.monotonic() + PATIENCE
         while not _answers(url) and server.poll() is None and time.monotonic() < deadline:

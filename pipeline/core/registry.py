@@ -137,12 +137,8 @@ def by_alias(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | N
 def is_whole(client: "MlflowClient", version: "ModelVersion") -> bool:
     """Say whether a version's files are where the registry says."""
     import mlflow.artifacts
-    from mlflow.exceptions import MlflowException
 
-    try:
-        files = mlflow.artifacts.list_artifacts(_address(client, version), tracking_uri=client.tracking_uri)
-    except (MlflowException, OSError):
-        return False
+    files = mlflow.artifacts.list_artifacts(_address(client, version), tracking_uri=client.tracking_uri)
     return any(Path(file.path).name == "MLmodel" for file in files)
 
 

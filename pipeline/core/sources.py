@@ -66,7 +66,7 @@ def open_source(role: str, root: str, inner: str, opened: dict[Path, Tree]) -> S
     Raises:
         ValueError: there is no such thing, or it is damaged.
     """
-    base = Path(root).expanduser()
+    base = Path(root)
     if inner.startswith(TORCHVISION):
         from pipeline.core import torchvision_sets  # importing torchvision takes seconds
 

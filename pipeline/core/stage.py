@@ -65,19 +65,21 @@ def main(
             _relaunch_with_torchrun(params, name)
         arguments.run(params)
     except KeyboardInterrupt:
-        print(f"{name}: stopped; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        then = "goes on from the last checkpoint" if distributed or training else "starts it anew"
+        print(f"{name}: stopped; the same command {then}", file=sys.stderr, flush=True)
         _exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         left_alone = _left_alone(error)
         if out_of_memory(error):
             error = ValueError(f"out of memory{_whats_there_to_halve(params, name)}")
         elif left_alone:
-            error = ValueError(f"another process of this run has ended: {error}")
+            error = ValueError(f"another process of this run has ended ({error})")
         elif not isinstance(error, ValueError | OSError):
             raise
         if os.environ.get("SSLD_TRACEBACK"):
             raise
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        mark = "left alone" if left_alone else "error"  # the flow does not start a stage again that names an error
+        print(f"{name}: {mark}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         if not left_alone:
             _end_torchrun()
         _exit(1)

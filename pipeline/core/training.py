@@ -28,6 +28,7 @@ from pipeline.core.networks import Classifier
 from pipeline.core.params import Params, TrainingRecipe
 
 DATA = Path("data")
+VALIDATION_BATCH = 128  # images a forward pass
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def validator(
     """Make the function that gives top-1 and NLL on the validation split's clean views; processes share the batches."""
     rows, device = images.rows("val"), processes.device
     views = Views(images, None, resolution, params.views.test_crop)
-    batches = in_order(rows, params.evaluate.batch_size)[processes.rank :: processes.world]
+    batches = in_order(rows, VALIDATION_BATCH)[processes.rank :: processes.world]
     rendered = load(views, batches, params.machine.workers, device, again=True)
 
     @torch.inference_mode()
@@ -216,6 +217,7 @@ def _name(task: Task, params: Params) -> str:
     """Name a run after all that its result depends on, so that no checkpoint of another run is gone on from."""
     content = {
         "seed": params.seed,
+        "model": task.card["model"],
         "recipe": task.recipe.model_dump(),
         "identities": task.identities,
         "replicas": task.replicas,
