@@ -46,7 +46,7 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from pipeline import recipes
-from pipeline.core import dvc, prefect_server, store, tracking, workspace
+from pipeline.core import dvc, params, prefect_server, store, tracking, workspace
 from pipeline.core.programs import Programs
 
 RETRY_DELAY = 2  # seconds; a cancelled run waits them out at worst
@@ -64,7 +64,7 @@ def ssld(changes: dict[str, Any] = {}, stages: list[str] | None = None, retries:
     """
     root, say = Path.cwd(), get_run_logger().info
     try:
-        workspace.check(root, changes)
+        params.check_images(workspace.check(root, changes), root)
         dvc.upstream(dvc.graph(root), stages or [])
         with workspace.opened(root, changes, say) as folder, Programs(folder, environment(root)) as programs:
             graph = dvc.graph(folder)
@@ -212,7 +212,8 @@ def main() -> int:
     try:
         changes = recipes.changes(arguments.recipe) if arguments.recipe else {}
         changes |= dict(map(change, arguments.set_param))
-        workspace.check(Path.cwd(), changes)  # a mistake needs no server to be named
+        params.check_images(workspace.check(Path.cwd(), changes), Path())  # a mistake needs no server to be named
+        dvc.upstream(dvc.graph(Path.cwd()), arguments.stages or [])
         url = prefect_server.ready(port=4200 if arguments.what == "serve" else 0)
         with temporary_settings({PREFECT_API_URL: url}):
             if arguments.what == "serve":

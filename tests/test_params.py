@@ -65,7 +65,7 @@ def test_a_misspelt_key_in_the_file_is_one_line(data, tmp_path):
         ("distill.epochs", "many", "integer"),
         ("views.crop_scale", [0.9, 0.5], "crop_scale"),
         ("views.flip", 1.5, "less than or equal to 1"),
-        ("prepare.labelled_root", "~/photos", "~/photos: write the path out"),
+        ("prepare.labelled_root", "~/photos", "labelled_root begins with ~: write the path out"),
         ("mine", None, "mine"),
     ],
 )
@@ -122,3 +122,12 @@ def test_a_file_that_is_no_mapping_is_one_line(tmp_path, content):
 def test_a_missing_file_says_where_to_run(tmp_path):
     with pytest.raises(ValueError, match="no such file; run from the project's root"):
         params.load(tmp_path / "params.yaml")
+
+
+def test_images_that_are_not_there_are_named_before_anything_runs(data, tmp_path):
+    (tmp_path / "photos").mkdir()
+    data["prepare"] |= {"labelled_root": "photos", "unlabelled_root": str(tmp_path / "photos")}
+    params.check_images(params.check(data), tmp_path)
+    data["prepare"]["unlabelled_root"] = "heap"
+    with pytest.raises(ValueError, match=r"^prepare.unlabelled_root: heap: no such folder or archive$"):
+        params.check_images(params.check(data), tmp_path)

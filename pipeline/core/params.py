@@ -14,6 +14,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Range = tuple[Positive, Positive]
+EXAMPLE = "data/digits"  # what stage digits makes
 HARD = "hard"  # hard labels, as a loss that is weighed beside those against the teacher
 LOSSES = (
     "ssld", "js", "kl", "cross_entropy", "dkd", "tckd", "nckd", "dist", "dist_inter", "dist_intra", HARD
@@ -65,9 +66,9 @@ class Prepare(Section):
 
     @model_validator(mode="after")
     def _roots_and_quality_are_named(self) -> "Prepare":
-        for root in (self.labelled_root, self.unlabelled_root):
-            if root.startswith("~"):
-                raise ValueError(f"{root}: write the path out; DVC, which watches it, takes ~ for a folder's name")
+        for key in ("labelled_root", "unlabelled_root"):
+            if getattr(self, key).startswith("~"):
+                raise ValueError(f"{key} begins with ~: write the path out, DVC takes ~ for a folder's name")
         if self.max_side is not None and self.jpeg_quality is None:
             raise ValueError("max_side needs jpeg_quality, 1 to 100: images are encoded anew; 90 is a usual one")
         return self
@@ -268,6 +269,21 @@ def check(data: Any, where: str = "params.yaml") -> Params:
         raise ValueError(f"{where}: {_explain(first)}") from None
 
 
+def check_images(params: Params, root: Path) -> None:
+    """Make sure that the folders and archives of images are there; the example's folder is made by the first stage.
+
+    Args:
+        root: the project's root, from which the settings' paths lead.
+
+    Raises:
+        ValueError: one is not there; its key is named.
+    """
+    for key in ("labelled_root", "unlabelled_root"):
+        path = getattr(params.prepare, key)
+        if path != EXAMPLE and not (root / path).exists():
+            raise ValueError(f"prepare.{key}: {path}: no such folder or archive")
+
+
 def with_changes(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a params file's content with some keys changed.
 
@@ -295,7 +311,7 @@ def with_changes(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
 def main() -> None:
     """Check params.yaml, so that a mistake is named before anything runs."""
     try:
-        load()
+        check_images(load(), Path())
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -31,20 +31,21 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from pipeline.core import atomic, dvc, params
+from pipeline.core.params import Params
 from pipeline.core.stage import SCRATCH
 
 LABELS_DEPEND_ON = ("seed", "views", "teacher", "cache", "mine", "prepare")  # sections, what matters most first
 SETTINGS, SCORES = ("params.yaml", "dvc.lock"), ("data/evaluate/metrics.json", "data/evaluate/report.html")
 
 
-def check(root: Path, changes: dict[str, Any]) -> None:
-    """Make sure that params.yaml, with the changes, is right.
+def check(root: Path, changes: dict[str, Any]) -> Params:
+    """Make sure that params.yaml is right, and so with the changes; give the settings with them.
 
     Raises:
         ValueError: one line that names the wrong key or value, and the nearest right key.
     """
     params.load(root / "params.yaml")
-    params.check(_changed(root, changes), "params.yaml with the changes")
+    return params.check(_changed(root, changes), "params.yaml with the changes")
 
 
 @contextmanager
