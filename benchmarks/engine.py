@@ -12,7 +12,7 @@ import io
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,7 +104,7 @@ class BareLoop:
         self.optimizer.step()
         return loss
 
-    def step_by_step(self) -> Iterator[torch.Tensor]:
+    def step_by_step(self) -> Generator[torch.Tensor, None, None]:
         while True:
             yield self.step()
 

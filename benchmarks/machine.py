@@ -4,7 +4,7 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +29,11 @@ def own_memory() -> float:
     return (memory.rss - getattr(memory, "shared", 0)) / 1e6
 
 
-def take_turns(loops: dict[str, Iterator[object]], turns: int, steps: int, warm_up: int) -> dict[str, list[float]]:
+def take_turns(loops: dict[str, Generator], turns: int, steps: int, warm_up: int) -> dict[str, list[float]]:
     """Let training loops go on by turns, so that a machine whose speed wanders slows all of them alike.
 
     Args:
-        loops: each gives something after every step.
+        loops: each gives something after every step; they are closed in the end.
         turns: that each has, the first `warm_up` ones besides, which are not timed.
         steps: of a turn.
 
@@ -50,6 +50,8 @@ def take_turns(loops: dict[str, Iterator[object]], turns: int, steps: int, warm_
                 torch.cuda.synchronize()
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - begin)
+    for loop in loops.values():
+        loop.close()
     return seconds
 
 
