@@ -219,8 +219,7 @@ class Project:
     def wanted(self) -> cache.Wanted:
         with tempfile.TemporaryDirectory() as folder:  # the keys stay mapped
             file = Path(folder) / "keys.npy"
-            rows, replicas = np.sort(self.rows), self.params.cache.replicas
-            return cache.every_view(self.images, self.views, rows, replicas, file, quiet=True)
+            return cache.every_view(self.images, self.views, self.rows, self.params.cache.replicas, file, quiet=True)
 
     def order(self) -> TrainingOrder:
         return TrainingOrder(self.images, self.rows, self.params.distill.batch_size, 0, self.params.cache.replicas)

@@ -50,7 +50,7 @@ def run(params: Params) -> None:
     classifier, card = networks.load(Path("data/teacher"), processes.device)
     description = teaching.description(params, card)
     views = Views(images, ViewSpec.of(params.seed, params.views))
-    rows = np.sort(teaching.training_rows(images, mined.read(Path("data/mine"))))
+    rows = teaching.training_rows(images, mined.read(Path("data/mine")))
     listed = stage.SCRATCH / "cache" / "wanted.npy", stage.SCRATCH / "cache" / "missing.npy"
     if not processes.first():
         devices.wait_for_all(processes)  # until the first process has listed what is to be done

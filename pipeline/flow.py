@@ -46,7 +46,7 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from pipeline import recipes
-from pipeline.core import dvc, params, prefect_server, store, tracking, workspace
+from pipeline.core import dvc, prefect_server, preflight, store, tracking, workspace
 from pipeline.core.programs import Programs
 
 RETRY_DELAY = 2  # seconds; a cancelled run waits them out at worst
@@ -64,8 +64,7 @@ def ssld(changes: dict[str, Any] = {}, stages: list[str] | None = None, retries:
     """
     root, say = Path.cwd(), get_run_logger().info
     try:
-        params.check_images(workspace.check(root, changes), root)
-        dvc.upstream(dvc.graph(root), stages or [])
+        check(root, changes, stages)
         with workspace.opened(root, changes, say) as folder, Programs(folder, environment(root)) as programs:
             graph = dvc.graph(folder)
             graph = dvc.upstream(graph, stages or list(graph))
@@ -80,6 +79,16 @@ def ssld(changes: dict[str, Any] = {}, stages: list[str] | None = None, retries:
         return Failed(message=str(error))
     told = bool(changes) or "evaluate" in graph
     return Completed(message=f"{len(graph)} stages are up to date" + f"; results are in {results}" * told)
+
+
+def check(root: Path, changes: dict[str, Any], stages: list[str] | None) -> None:
+    """Make sure that a run's settings are right, that its images are there, and that it names stages that there are.
+
+    Raises:
+        ValueError: one line that names what is wrong.
+    """
+    preflight.check_images(workspace.check(root, changes), root)
+    dvc.upstream(dvc.graph(root), stages or [])
 
 
 def run_stages(graph: dvc.Graph, outdated: set[str], programs: Programs, retries: int) -> None:
@@ -212,8 +221,7 @@ def main() -> int:
     try:
         changes = recipes.changes(arguments.recipe) if arguments.recipe else {}
         changes |= dict(map(change, arguments.set_param))
-        params.check_images(workspace.check(Path.cwd(), changes), Path())  # a mistake needs no server to be named
-        dvc.upstream(dvc.graph(Path.cwd()), arguments.stages or [])
+        check(Path.cwd(), changes, arguments.stages)  # a mistake needs no server to be named
         url = prefect_server.ready(port=4200 if arguments.what == "serve" else 0)
         with temporary_settings({PREFECT_API_URL: url}):
             if arguments.what == "serve":

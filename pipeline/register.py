@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # torch and mlflow take seconds to import: --help and --if-mi
 DATA = Path("data")
 CHECKED = 5000  # test images, at most, on which the version that is loaded back is compared with what was recorded
 RECORD = DATA / "register" / "version.json"
-BATCH = 128  # images a forward pass
 TOLERANCE, TOLERANCE_GPU = 1e-4, 2e-2  # of logits, relative to the largest one; GPUs round to TF32 on the way
 TEXT = "Image classifiers from SSLD distillation. `champion` is the best version so far, `challenger` the latest."
 
@@ -218,7 +217,7 @@ def _ask(
     from pipeline.core.progress import Progress
 
     views = batches.Views(student.images, None, resolution, crop)
-    order = batches.in_order(rows, BATCH)
+    order = batches.in_order(rows, batches.IMAGES_A_PASS)
     found = []
     with torch.inference_mode(), Progress(len(rows), "images", f"register: {what}") as progress:
         for batch in batches.load(views, order, params.machine.workers, torch.device("cpu")):

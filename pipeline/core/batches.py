@@ -16,6 +16,7 @@ from pipeline.core.views import ViewSpec
 
 RowsAndReplicas = tuple[np.ndarray, np.ndarray]  # (B,) int64 each
 EVERY_REPLICA = 0  # "as many replicas as there are epochs": each epoch sees views of its own
+IMAGES_A_PASS = 128  # clean views that a network is asked about at once, where no setting says otherwise
 
 
 @dataclass(frozen=True)

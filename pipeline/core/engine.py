@@ -252,9 +252,13 @@ class Run:
         self.on_epoch(epoch, {**figures, **self.cost})
         self.meter.restart()
 
+    def _finite(self) -> Tensor:
+        """Whether each loss of the epoch so far is finite, (steps,) bool; one true value where there is none yet."""
+        return torch.isfinite(torch.stack(self.losses)) if self.losses else torch.ones(1, dtype=torch.bool)
+
     def _check_losses(self) -> None:
         """Stop where a loss is not finite. Every process sees the same mean losses, so all of them stop."""
-        finite = torch.isfinite(torch.stack(self.losses)) if self.losses else torch.ones(1, dtype=torch.bool)
+        finite = self._finite()
         if finite.all():
             return
         first = self.step - len(self.losses) + int(finite.int().argmin())
@@ -294,7 +298,7 @@ class Run:
 
     def _save(self) -> None:
         """Write a checkpoint, unless a loss is not finite: then all processes stop together, at their next look."""
-        if not self.processes.first() or not all(torch.isfinite(loss) for loss in self.losses):
+        if not self.processes.first() or not self._finite().all():
             return
         state = {
             "step": self.step,

@@ -1,7 +1,6 @@
 """The settings: `params.yaml` as typed, checked sections. A wrong key or value is one line that names it."""
 
 import difflib
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +13,6 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Range = tuple[Positive, Positive]
-EXAMPLE = "data/digits"  # what stage digits makes
 HARD = "hard"  # hard labels, as a loss that is weighed beside those against the teacher
 LOSSES = (
     "ssld", "js", "kl", "cross_entropy", "dkd", "tckd", "nckd", "dist", "dist_inter", "dist_intra", HARD
@@ -269,21 +267,6 @@ def check(data: Any, where: str = "params.yaml") -> Params:
         raise ValueError(f"{where}: {_explain(first)}") from None
 
 
-def check_images(params: Params, root: Path) -> None:
-    """Make sure that the folders and archives of images are there; the example's folder is made by the first stage.
-
-    Args:
-        root: the project's root, from which the settings' paths lead.
-
-    Raises:
-        ValueError: one is not there; its key is named.
-    """
-    for key in ("labelled_root", "unlabelled_root"):
-        path = getattr(params.prepare, key)
-        if path != EXAMPLE and not (root / path).exists():
-            raise ValueError(f"prepare.{key}: {path}: no such folder or archive")
-
-
 def with_changes(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a params file's content with some keys changed.
 
@@ -306,14 +289,6 @@ def with_changes(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
         else:
             raise ValueError(f"{key}: unknown key{nearest(key, _known_keys(data))}")
     return changed
-
-
-def main() -> None:
-    """Check params.yaml, so that a mistake is named before anything runs."""
-    try:
-        check_images(load(), Path())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
 
 
 def _known_keys(data: dict[str, Any]) -> list[str]:
@@ -346,7 +321,3 @@ def _keys_beside(place: list[str]) -> list[str]:
     if len(place) == 1:
         return list(sections)
     return [f"{place[0]}.{name}" for name in sections[place[0]].model_fields]
-
-
-if __name__ == "__main__":
-    main()

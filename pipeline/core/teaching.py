@@ -53,5 +53,5 @@ def open_labels(params: Params, card: dict, folder: Path = Path("data/cache")) -
 
 
 def training_rows(images: ImageSet, mined: np.ndarray) -> np.ndarray:
-    """Give the rows of the labelled and the mined samples; mined: (M,) uint64 ids."""
-    return np.concatenate([images.rows("labelled"), images.row_of(mined)])
+    """Give the rows, ascending, of the labelled and the mined samples; mined: (M,) uint64 ids."""
+    return np.sort(np.concatenate([images.rows("labelled"), images.row_of(mined)]))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.core import atomic, devices, engine, losses, networks, stage, tracking
-from pipeline.core.batches import EVERY_REPLICA, Batch, TrainingOrder, Views, in_order, load
+from pipeline.core.batches import EVERY_REPLICA, IMAGES_A_PASS, Batch, TrainingOrder, Views, in_order, load
 from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
 from pipeline.core.engine import Loss
@@ -28,7 +28,6 @@ from pipeline.core.networks import Classifier
 from pipeline.core.params import Params, TrainingRecipe
 
 DATA = Path("data")
-VALIDATION_BATCH = 128  # images a forward pass
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ def validator(
     """Make the function that gives top-1 and NLL on the validation split's clean views; processes share the batches."""
     rows, device = images.rows("val"), processes.device
     views = Views(images, None, resolution, params.views.test_crop)
-    batches = in_order(rows, VALIDATION_BATCH)[processes.rank :: processes.world]
+    batches = in_order(rows, IMAGES_A_PASS)[processes.rank :: processes.world]
     rendered = load(views, batches, params.machine.workers, device, again=True)
 
     @torch.inference_mode()
