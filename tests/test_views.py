@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from made_images import encode
-from PIL import Image, ImageFilter
+from PIL import Image
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional
 
-from pipeline.core import images, views
+from pipeline.core import augment, images, views
 from pipeline.core.images import Encoded
 from pipeline.core.views import ViewSpec
 
@@ -90,13 +89,13 @@ def test_draws_have_the_specified_frequencies():
     assert np.mean([v.flip for v in drawn]) == pytest.approx(0.5, abs=0.03)
     assert np.mean([v.mixing != "" for v in drawn]) == pytest.approx(0.5, abs=0.03)
     assert np.mean([v.mixing == "cutmix" for v in drawn]) == pytest.approx(0.25, abs=0.03)
-    areas = [v.crops[0][0] for v in drawn]
+    areas = [next(iter(v.crops))[0] for v in drawn]
     assert min(areas) >= 0.3
     assert max(areas) <= 1.0
     assert np.mean(areas) == pytest.approx(0.65, abs=0.02)
     counts = np.unique([name for v in drawn for name, _ in v.operations], return_counts=True)[1]
-    assert len(counts) == len(views.OPERATIONS)
-    assert counts.min() > 0.8 * 8000 / len(views.OPERATIONS)
+    assert len(counts) == len(augment.OPERATIONS)
+    assert counts.min() > 0.8 * 8000 / len(augment.OPERATIONS)
     mixup = [v.share for v in drawn if v.mixing == "mixup"]
     assert np.var(mixup) == pytest.approx(1 / (4 * (2 * 0.4 + 1)), rel=0.1)  # of Beta(0.4, 0.4)
 
@@ -152,7 +151,7 @@ def test_crops_lie_in_the_image_whatever_its_shape():
     for size in [(10, 500), (500, 10), (1, 1), (33, 32)]:
         for sample in range(50):
             view = views.draw(SPEC, sample, 0, PARTNERS)
-            left, top, right, bottom = views._crop_box(view, *size)
+            left, top, right, bottom = view.crops.box(*size)
             assert -1e-6 <= left < right <= size[0] + 1e-6
             assert -1e-6 <= top < bottom <= size[1] + 1e-6
 
@@ -172,7 +171,7 @@ PLAIN = dataclasses.replace(SPEC, randaugment_ops=0, mix_probability=0.0, flip=1
 def test_a_view_is_the_crop_resized_as_pil_does_it():
     for sample in range(20):
         view, image = views.draw(PLAIN, sample, 0, PARTNERS), photo(sample, (90, 70))
-        left, top, right, bottom = views._crop_box(view, 90, 70)
+        left, top, right, bottom = view.crops.box(90, 70)
         crop = image.crop((int(left), int(top), round(right), round(bottom)))
         expected = crop.resize((24, 24), Image.Resampling.BICUBIC).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         found = views.render(PLAIN, view, file(image), None)
@@ -215,31 +214,6 @@ def test_pixels_are_those_of_decode(orientation, mode):
 def test_pixels_of_other_files_come_in_full():
     image = file(photo(1))
     assert np.array_equal(images.pixels(image, 0.2), np.asarray(images.decode(image.content)))
-
-
-@pytest.mark.parametrize("strength", [1.0, -1.0, 0.3])
-def test_a_translation_is_torchvisions(strength):
-    image = photo(2, (33, 33))
-    for name, right, down in (("translate_x", strength, 0), ("translate_y", 0, strength)):
-        offset = [round(150 / 331 * 33 * right), round(150 / 331 * 33 * down)]
-        expected = v2.functional.affine(image, 0.0, offset, 1.0, [0.0, 0.0], v2.InterpolationMode.BILINEAR, fill=0)
-        assert np.array_equal(np.asarray(views.OPERATIONS[name](image, strength)), np.asarray(expected))
-
-
-@pytest.mark.parametrize("size", [(1, 1), (2, 5), (3, 3), (40, 1), (224, 224)])
-def test_smoothing_is_pils(size):
-    for seed in range(5):
-        noise = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-        for pixels in (noise, noise // 255 * 255):
-            wanted = np.asarray(Image.fromarray(pixels).filter(ImageFilter.SMOOTH))
-            assert np.array_equal(views.smooth(pixels), wanted)
-
-
-@pytest.mark.parametrize("strength", [-0.9, -0.3, 0.3, 0.9])
-def test_a_sharpened_view_is_torchvisions(strength):
-    image = photo(3, (31, 24))
-    sharper = views.OPERATIONS["sharpness"](image, strength)
-    assert np.array_equal(np.asarray(sharper), np.asarray(functional.adjust_sharpness(image, 1 + 0.9 * strength)))
 
 
 def test_views_lie_in_memory_as_batches_do():

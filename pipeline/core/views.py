@@ -18,17 +18,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.special import betaincinv
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 from pipeline.core import images
+from pipeline.core.augment import OPERATIONS
 from pipeline.core.images import Encoded
 from pipeline.core.params import Views as Section
 
-VERSION = 2  # of the functions below: a change that changes pixels must raise it, so that stored labels are refused
+VERSION = 2  # of what is drawn and rendered: a change that changes pixels must raise it; stored labels are refused then
 
-
+OPERATION_NAMES = tuple(OPERATIONS)
 CROP_TRIES = 10  # four numbers each, the first of a view's
+AFTER_CROPS = 4 * CROP_TRIES
 EIGHT_NUMBERS = struct.Struct(">8Q")
 
 
@@ -65,10 +65,44 @@ class ViewSpec:
         return hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode()).hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
+class Crops:
+    """The tries at a view's crop; drawn as they are asked for, since nearly always the first fits the image."""
+
+    spec: ViewSpec
+    sample_id: int
+    replica: int
+
+    def __iter__(self) -> Iterator[tuple[float, float, float, float]]:
+        """Give a try after the other: share of the area, width/height, left, top (0..1)."""
+        uniform = _uniforms(self.spec.seed, self.sample_id, self.replica)
+        (low, high), logs = self.spec.crop_scale, [math.log(ratio) for ratio in self.spec.crop_ratio]
+        for _ in range(CROP_TRIES):
+            area, ratio, left, top = next(uniform), next(uniform), next(uniform), next(uniform)
+            yield low + area * (high - low), math.exp(logs[0] + ratio * (logs[1] - logs[0])), left, top
+
+    def box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """The first try that fits an image, as torchvision's RandomResizedCrop; else the largest centre crop in ratio.
+
+        Returns:
+            left, top, right, bottom, in pixels.
+        """
+        for area, ratio, left, top in self:
+            wide, high = math.sqrt(width * height * area * ratio), math.sqrt(width * height * area / ratio)
+            if wide <= width and high <= height:
+                x, y = left * (width - wide), top * (height - high)
+                return x, y, x + wide, y + high
+        ratios = [ratio for _, ratio, _, _ in self]
+        ratio = min(max(width / height, min(ratios)), max(ratios))
+        wide, high = min(width, height * ratio), min(height, width / ratio)
+        x, y = (width - wide) / 2, (height - high) / 2
+        return x, y, x + wide, y + high
+
+
 class View(NamedTuple):
     """One view of one sample, before any pixel is touched."""
 
-    crops: tuple[tuple[float, float, float, float], ...]  # tries: share of the area, width/height, left, top (0..1)
+    crops: Crops
     flip: bool
     operations: tuple[tuple[str, float], ...]  # RandAugment: name and signed strength, -1..1
     partner: int | None  # id of the labelled sample that is mixed in
@@ -87,8 +121,8 @@ def draw(spec: ViewSpec, sample_id: int, replica: int, partners: np.ndarray) -> 
         partners: (L,) uint64, ascending: the ids of the labelled samples, from which the mixing partner is taken.
             They, and not all samples, so that a growing pool changes no view that was there before.
     """
-    uniform = _uniforms(spec.seed, sample_id, replica)
-    crops = tuple(_crop_try(spec, uniform) for _ in range(CROP_TRIES))
+    crops = Crops(spec, sample_id, replica)
+    uniform = _uniforms(spec.seed, sample_id, replica, AFTER_CROPS)
     flip = next(uniform) < spec.flip
     mixed, which, level, place, centre_x, centre_y = (next(uniform) for _ in range(6))
     operations = tuple(_operation(next(uniform), next(uniform)) for _ in range(spec.randaugment_ops))
@@ -108,7 +142,7 @@ def draw(spec: ViewSpec, sample_id: int, replica: int, partners: np.ndarray) -> 
 
 def draw_partner(spec: ViewSpec, sample_id: int, replica: int, partners: np.ndarray) -> int | None:
     """Draw the view's partner alone, which is all that its key needs: a fifth of the time that `draw` takes."""
-    uniform = _uniforms(spec.seed, sample_id, replica, first_block=4 * CROP_TRIES // 8)
+    uniform = _uniforms(spec.seed, sample_id, replica, AFTER_CROPS)
     _, mixed, _, _, place = (next(uniform) for _ in range(5))
     return _partner(spec, sample_id, mixed, place, partners)
 
@@ -145,34 +179,17 @@ def render_test(image: Image.Image, resolution: int, crop: float) -> np.ndarray:
     return np.asarray(resized).transpose(2, 0, 1)
 
 
-def _uniforms(seed: int, sample_id: int, replica: int, first_block: int = 0) -> Iterator[float]:
-    """Endless numbers in [0, 1): BLAKE2b of (seed, sample, replica, block), the same on every machine and version."""
+def _uniforms(seed: int, sample_id: int, replica: int, first: int = 0) -> Iterator[float]:
+    """Endless numbers in [0, 1), from number `first`, a multiple of 8, on.
+
+    BLAKE2b of (seed, sample, replica, block of 8): the same on every machine and version.
+    """
     key = b"".join(number.to_bytes(8, "big") for number in (seed, sample_id, replica))
-    block = first_block
+    block = first // 8
     while True:
         for number in EIGHT_NUMBERS.unpack(hashlib.blake2b(block.to_bytes(4, "big"), key=key).digest()):
             yield (number >> 11) * 2.0**-53
         block += 1
-
-
-def _crop_try(spec: ViewSpec, uniform: Iterator[float]) -> tuple[float, float, float, float]:
-    area, ratio, left, top = next(uniform), next(uniform), next(uniform), next(uniform)
-    low, high = spec.crop_scale
-    log_low, log_high = math.log(spec.crop_ratio[0]), math.log(spec.crop_ratio[1])
-    return low + area * (high - low), math.exp(log_low + ratio * (log_high - log_low)), left, top
-
-
-def _crop_box(view: View, width: int, height: int) -> tuple[float, float, float, float]:
-    """The first try that fits the image, as torchvision's RandomResizedCrop; else the largest centre crop in ratio."""
-    for area, ratio, left, top in view.crops:
-        wide, high = math.sqrt(width * height * area * ratio), math.sqrt(width * height * area / ratio)
-        if wide <= width and high <= height:
-            x, y = left * (width - wide), top * (height - high)
-            return x, y, x + wide, y + high
-    ratio = min(max(width / height, min(try_[1] for try_ in view.crops)), max(try_[1] for try_ in view.crops))
-    wide, high = min(width, height * ratio), min(height, width / ratio)
-    x, y = (width - wide) / 2, (height - high) / 2
-    return x, y, x + wide, y + high
 
 
 def _mixing_kinds(spec: ViewSpec) -> list[str]:
@@ -199,7 +216,7 @@ def _cutmix_box(side: int, share: float, centre_x: float, centre_y: float) -> tu
 
 
 def _render_alone(spec: ViewSpec, view: View, image: Encoded) -> np.ndarray:
-    side, box = spec.resolution, _crop_box(view, image.width, image.height)
+    side, box = spec.resolution, view.crops.box(image.width, image.height)
     needed = side / min(box[2] - box[0], box[3] - box[1])  # the share of the image's size at which no side is enlarged
     pixels = images.pixels(image, min(needed, 1.0))  # (H', W', 3)
     across, down = pixels.shape[1] / image.width, pixels.shape[0] / image.height
@@ -210,63 +227,12 @@ def _render_alone(spec: ViewSpec, view: View, image: Encoded) -> np.ndarray:
     crop = F.interpolate(crop, (side, side), mode="bicubic", antialias=True)[0]
     if view.flip:
         crop = crop.flip(2)
-    if not view.operations:
-        return crop.numpy()
-    # Plane by plane: for what has three channels, PIL and numpy are slow to change the order of axes.
-    augmented = Image.merge("RGB", [Image.fromarray(plane) for plane in crop.numpy()])
+    planes = crop.contiguous().numpy()
     for name, strength in view.operations:
-        augmented = OPERATIONS[name](augmented, strength * spec.randaugment_magnitude / 10)
-    return np.ascontiguousarray(np.asarray(augmented).transpose(2, 0, 1))
+        planes = OPERATIONS[name](planes, strength * spec.randaugment_magnitude / 10)
+    return np.ascontiguousarray(planes)
 
 
 def _operation(which: float, strength: float) -> tuple[str, float]:
     """RandAugment (Cubuk et al., arXiv:1909.13719): any operation, at the set strength, either way."""
-    return tuple(OPERATIONS)[int(which * len(OPERATIONS))], 1.0 if strength < 0.5 else -1.0
-
-
-def _affine(image: Image.Image, angle: float = 0, shear: tuple[float, float] = (0.0, 0.0)) -> Image.Image:
-    return functional.affine(image, angle, [0, 0], 1.0, list(shear), InterpolationMode.BILINEAR, fill=0, center=None)
-
-
-def _sharper(image: Image.Image, factor: float) -> Image.Image:
-    """PIL's ImageEnhance.Sharpness, with `smooth` for its filter."""
-    return Image.blend(Image.fromarray(smooth(np.asarray(image))), image, factor)
-
-
-def smooth(pixels: np.ndarray) -> np.ndarray:
-    """Filter pixels (H, W, 3) uint8 as PIL's ImageFilter.SMOOTH does, to the same bytes, but faster.
-
-    The mean of a pixel, weighed 5, and its 8 neighbours; the edge stays. No sum of 13 weights lies half-way between two
-    numbers, so that rounding in integers is rounding.
-    """
-    wide = pixels.astype(np.uint16)
-    rows = wide[:-2] + wide[1:-1] + wide[2:]
-    sums = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * wide[1:-1, 1:-1]
-    smoothed = pixels.copy()
-    smoothed[1:-1, 1:-1] = (2 * sums + 13) // 26
-    return smoothed
-
-
-def _moved(image: Image.Image, right: float, down: float) -> Image.Image:
-    moved = Image.new("RGB", image.size)
-    moved.paste(image, (round(right), round(down)))
-    return moved
-
-
-# Each takes an image and a strength in -1..1; the ranges are those of torchvision's RandAugment.
-OPERATIONS = {
-    "identity": lambda image, s: image,
-    "shear_x": lambda image, s: _affine(image, shear=(math.degrees(math.atan(0.3 * s)), 0.0)),
-    "shear_y": lambda image, s: _affine(image, shear=(0.0, math.degrees(math.atan(0.3 * s)))),
-    "translate_x": lambda image, s: _moved(image, 150 / 331 * image.width * s, 0),
-    "translate_y": lambda image, s: _moved(image, 0, 150 / 331 * image.height * s),
-    "rotate": lambda image, s: _affine(image, angle=30 * s),
-    "brightness": lambda image, s: functional.adjust_brightness(image, 1 + 0.9 * s),
-    "color": lambda image, s: functional.adjust_saturation(image, 1 + 0.9 * s),
-    "contrast": lambda image, s: functional.adjust_contrast(image, 1 + 0.9 * s),
-    "sharpness": lambda image, s: _sharper(image, 1 + 0.9 * s),
-    "posterize": lambda image, s: functional.posterize(image, 8 - round(4 * abs(s))),
-    "solarize": lambda image, s: functional.solarize(image, 255 * (1 - abs(s))),
-    "autocontrast": lambda image, s: functional.autocontrast(image),
-    "equalize": lambda image, s: functional.equalize(image),
-}
+    return OPERATION_NAMES[int(which * len(OPERATION_NAMES))], 1.0 if strength < 0.5 else -1.0
