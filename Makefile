@@ -1,6 +1,7 @@
 # What to type. `make help` lists it.
 
 PYTHON ?= python3
+PORT ?= 5000
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
@@ -34,7 +35,7 @@ plan: .venv/installed  ## say what a recipe would cost, without running it: RECI
 	@$(BIN)/python -m pipeline.plan $(or $(RECIPE),digits)
 
 test: .venv/installed  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: .venv/installed  ## check the code's style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -45,10 +46,10 @@ flow: .venv/installed  ## run the pipeline as a Prefect flow, here and now
 serve: .venv/installed  ## start Prefect's server and the deployment ssld/local, on this machine alone
 	$(BIN)/python -m pipeline.flow serve
 
-ui: .venv/installed  ## show the model registry's pages on http://127.0.0.1:5000
-	@echo "The student's versions: http://127.0.0.1:5000/#/models/resnet50_vd_ssld (Ctrl-C to stop)"
+ui: .venv/installed  ## show the model registry's pages on http://127.0.0.1:5000; PORT=5001 for another
+	@echo "The student's versions: http://127.0.0.1:$(PORT)/#/models/resnet50_vd_ssld (Ctrl-C to stop)"
 	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false PYTHONWARNINGS=ignore \
-	  $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 --uvicorn-opts "--log-level warning" \
+	  $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 --uvicorn-opts "--log-level warning" \
 	    --backend-store-uri "$$($(BIN)/python -m pipeline.core.store)" --artifacts-destination mlartifacts
 
 lock: .venv/installed  ## make requirements*.txt anew from requirements*.in

@@ -37,7 +37,7 @@ from pipeline.core import atomic, params
 RECIPE, STUDENT = "cifar10_small", "fixres"
 TRAIN, VAL, TEST = 1000, 100, 500  # images a class
 ALL_SEEDS = ("whole", "half", "online")  # rows that are compared over all seeds, whatever --ablated-seeds says
-WEIGHTS = Path("data/weights") / f"{RECIPE}.safetensors"
+WEIGHTS = Path("data/weights/teacher") / f"{RECIPE}.safetensors"
 
 
 class Row(NamedTuple):
@@ -172,7 +172,7 @@ def write_subset(archive: Path, small: Path) -> None:
 
 
 def fit_teacher(settings: params.Params, folder: Path) -> None:
-    """Fit the teacher with all labels; its weights go to data/weights."""
+    """Fit the teacher with all labels; its weights go to data/weights/teacher."""
     folder.mkdir(parents=True, exist_ok=True)
     own = {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}  # it is no run of the project's
     with contextlib.chdir(folder), mock.patch.dict(os.environ, own):

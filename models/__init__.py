@@ -21,7 +21,7 @@ from models.networks import BY_NAME, TABLE, Network
 
 VB = ("ResNet18", "ResNet34", "ResNet50", "ResNet101", "ResNet152")
 
-__all__ = ["BY_NAME", "TABLE", "Network", "build", "canonical", "macs", "names"]
+__all__ = ["BY_NAME", "TABLE", "Network", "build", "canonical", "macs", "names", "on_meta"]
 
 
 def names() -> tuple[str, ...]:
@@ -81,15 +81,21 @@ def build(name: str, num_classes: int = 1000, pretrained: bool = False, **kwargs
 
 def macs(network: nn.Module, resolution: int) -> int:
     """Count the multiply-adds of convolutions and linear layers for one square image; nothing is computed."""
-    state = {key: value.to("meta") for key, value in (*network.named_parameters(), *network.named_buffers())}
+    with FlopCounterMode(display=False) as counter:
+        on_meta(network, resolution)
+    return counter.get_total_flops() // 2
+
+
+def on_meta(network: nn.Module, resolution: int) -> Any:
+    """Give what a network in eval mode would answer to one square image: shapes and types; nothing is computed."""
+    state = {key: value.detach().to("meta") for key, value in (*network.named_parameters(), *network.named_buffers())}
     training = network.training
     network.eval()
     try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            functional_call(network, state, (torch.empty(1, 3, resolution, resolution, device="meta"),))
+        with torch.no_grad():
+            return functional_call(network, state, (torch.empty(1, 3, resolution, resolution, device="meta"),))
     finally:
         network.train(training)
-    return counter.get_total_flops() // 2
 
 
 def _spelt(name: str) -> str:

@@ -82,12 +82,12 @@ def ssld(changes: dict[str, Any] = {}, stages: list[str] | None = None, retries:
 
 
 def check(root: Path, changes: dict[str, Any], stages: list[str] | None) -> None:
-    """Make sure that a run's settings are right, that its images are there, and that it names stages that there are.
+    """Make sure that a run's settings are right, that what they name is there, and that it names stages that there are.
 
     Raises:
         ValueError: one line that names what is wrong.
     """
-    preflight.check_images(workspace.check(root, changes), root)
+    preflight.check(workspace.check(root, changes), root)
     dvc.upstream(dvc.graph(root), stages or [])
 
 

@@ -145,7 +145,7 @@ def speeds(settings: Params, counts: Counts, arguments: argparse.Namespace) -> d
 
 
 def sizes(settings: Params, counts: Counts) -> dict[str, float]:
-    """Give the bytes of what stages write: name to bytes. Checkpoints, which go when a run is done, are not counted."""
+    """Give the bytes of what stages write: name to bytes. Checkpoints are not counted."""
     teacher, student = (network(part.model, counts.classes) for part in (settings.teacher, settings.student))
     weights = [sum(p.numel() for p in it.parameters()) for it in (teacher, student)]
     scored = counts.unlabelled + counts.val + counts.test

@@ -8,7 +8,6 @@ made here because decoding is what takes the time. Run: python -m pipeline.score
 import hashlib
 import itertools
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -62,12 +61,12 @@ def run(params: Params) -> None:
         score_parts(classifier, images, rows, params, parts, processes)
         return
     with stage.only_writer("score"):
-        stage.run_folder(parts)
+        stage.begin_run(parts)
         devices.wait_for_all(processes)
         score_parts(classifier, images, rows, params, parts, processes)
         with atomic.replacing_folder(Path("data/score")) as folder:
             join_parts(parts, len(rows), folder)
-        shutil.rmtree(parts)
+        stage.end_run(parts)
     print(f"score: {len(rows):,} images")
 
 

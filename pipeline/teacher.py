@@ -7,6 +7,9 @@ network.json, and with `source: fit` history.csv. Run: python -m pipeline.teache
 import csv
 from pathlib import Path
 
+import torch
+from scipy.stats import binom
+
 import models
 from pipeline.core import atomic, devices, networks, stage, training
 from pipeline.core.batches import Views
@@ -16,6 +19,9 @@ from pipeline.core.networks import Classifier
 from pipeline.core.params import Params
 from pipeline.core.views import ViewSpec
 
+ENOUGH_TO_TRY = 100  # validation images with which a teacher that guesses is told from one that does not
+CHANCE = 0.01  # the probability that one that guesses passes
+
 
 def run(params: Params) -> None:
     images = ImageSet.open(Path("data/prepare"))
@@ -23,7 +29,7 @@ def run(params: Params) -> None:
     if params.teacher.source == "fit":
         fit(params, images, processes)
     elif processes.first():
-        take(params, images)
+        take(params, images, processes.device)
 
 
 def fit(params: Params, images: ImageSet, processes: Processes) -> None:
@@ -47,12 +53,12 @@ def fit(params: Params, images: ImageSet, processes: Processes) -> None:
     training.train(task, params, images, processes)
 
 
-def take(params: Params, images: ImageSet) -> None:
-    """Take a teacher as it is.
+def take(params: Params, images: ImageSet, device: torch.device) -> None:
+    """Take a teacher as it is, and try it on the validation split.
 
     Raises:
-        ValueError: it was made for another number of classes, does not take the views' resolution, or its file is
-            missing, unsafe or of another network.
+        ValueError: it was made for another number of classes, does not take the views' resolution, guesses, or its file
+            is missing, unsafe or of another network.
     """
     wanted, classes = params.teacher, len(images.classes)
     if wanted.source == "timm":
@@ -65,16 +71,38 @@ def take(params: Params, images: ImageSet) -> None:
     else:
         network = models.build(wanted.model, num_classes=classes)
         networks.load_weights(network, Path(wanted.checkpoint))
-    classifier = Classifier(network, network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
+    listed = network.pretrained_cfg
+    classifier = Classifier(network, wanted.mean or listed["mean"], wanted.std or listed["std"])
     networks.check_takes(classifier, wanted.model, params.views.resolution)
+    tried = try_out(classifier.to(device), params, images)
     card = {"model": wanted.model, "source": wanted.source, "classes": list(images.classes)}
     with stage.only_writer("teacher"), atomic.replacing_folder(Path("data/teacher")) as folder:
         networks.save(folder, classifier, {**card, "resolution": params.views.resolution})
         with (folder / "history.csv").open("w", newline="") as file:  # it was not trained here: no epoch
             csv.writer(file, lineterminator="\n").writerow(["epoch", "train_loss", "lr", "val_top1", "val_nll"])
     origin = wanted.checkpoint if wanted.source == "checkpoint" else "timm"
-    order = ", ".join(images.classes[:10]) + (", ..." if classes > 10 else "")
-    print(f"teacher: {wanted.model} from {origin}; its classes are taken to be, in this order, {order}")
+    print(f"teacher: {wanted.model} from {origin}{tried}")
+
+
+def try_out(classifier: Classifier, params: Params, images: ImageSet) -> str:
+    """Say how good a teacher is that was made elsewhere, in validation top-1; "" where there is no validation split.
+
+    Raises:
+        ValueError: it guesses, so its classes stand in another order, or its pixels were normalised otherwise.
+    """
+    validate = training.validator(params, images, params.views.resolution, Processes(classifier.mean.device))
+    found, classes = validate(classifier), len(images.classes)
+    if not found:
+        return ""
+    tried, top1 = len(images.rows("val")), found["val_top1"]
+    if tried >= ENOUGH_TO_TRY and round(tried * top1) <= binom.isf(CHANCE, tried, 1 / classes):
+        order = ", ".join(images.classes[:10]) + (", ..." if classes > 10 else "")
+        raise ValueError(
+            f"{params.teacher.model} guesses: validation top-1 {top1:.4f} of {tried:,} images of {classes} "
+            f"classes. Its classes must be these, in this order: {order}; and pixels must be normalised as it was "
+            "trained with (teacher.mean, teacher.std)"
+        )
+    return f": validation top-1 {top1:.4f}"
 
 
 if __name__ == "__main__":

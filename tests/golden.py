@@ -39,7 +39,9 @@ def steps(images: ImageSet, name: str, scratch: Path) -> list[float]:
         def loss(network: torch.nn.Module, batch) -> Tensor:
             return losses.ssld(network(batch.pixels), answers[batch.rows])
 
-    training = run(images, scratch, loss=loss, epochs=10, machine={"checkpoint_seconds": 1e9}, **RECIPES[name])
+    training = run(
+        images, scratch, loss=loss, epochs=10, warmup_epochs=5, machine={"checkpoint_seconds": 1e9}, **RECIPES[name]
+    )
     training.classifier.double()
     random = np.random.default_rng(0)  # torch's own random weights depend on the processor in their last digits
     for name, weight in training.part.named_parameters():

@@ -66,6 +66,7 @@ def small_settings() -> dict[str, object]:
         "mine.min_score": 0.0,
         "mine.copy_similarity": 1.0,  # drawn shapes are very like each other
         "baseline.epochs": 2,
+        "baseline.warmup_epochs": 1,
         "baseline.batch_size": 8,
         "distill.epochs": 2,
         "distill.batch_size": 8,

@@ -127,7 +127,7 @@ def test_a_missing_file_says_where_to_run(tmp_path):
 def test_images_that_are_not_there_are_named_before_anything_runs(data, tmp_path):
     (tmp_path / "photos").mkdir()
     data["prepare"] |= {"labelled_root": "photos", "unlabelled_root": str(tmp_path / "photos")}
-    preflight.check_images(params.check(data), tmp_path)
+    preflight.check_files(params.check(data), tmp_path)
     data["prepare"]["unlabelled_root"] = "heap"
     with pytest.raises(ValueError, match=r"^prepare.unlabelled_root: heap: no such folder or archive$"):
-        preflight.check_images(params.check(data), tmp_path)
+        preflight.check_files(params.check(data), tmp_path)

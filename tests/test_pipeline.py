@@ -105,7 +105,7 @@ def test_a_killed_stage_goes_on_and_ends_in_the_same_bytes(project, tmp_path, st
     clone = tmp_path / "killed"
     execute(project, "cp", "-r", str(project), str(clone))
     expected = digest(clone / "data" / stage)
-    execute(clone, "rm", "-r", f"data/{stage}")
+    execute(clone, "rm", "-rf", f"data/{stage}", f".scratch/{stage}")
     change(clone, **{"machine.checkpoint_seconds": 0})
     kill_when_it_has_written(clone, stage)
     execute(clone, "python", "-m", f"pipeline.{stage}")
@@ -122,7 +122,7 @@ def test_two_processes_leave_the_same_files_and_go_on_after_a_kill(project, tmp_
     assert digest(clone / "data/cache") == alone
     execute(clone, "python", "-m", "pipeline.distill")
     whole = digest(clone / "data/distill")
-    execute(clone, "rm", "-r", "data/distill")
+    execute(clone, "rm", "-r", "data/distill", ".scratch/distill")
     kill_when_it_has_written(clone, "distill")
     assert "going on from step" in execute(clone, "python", "-m", "pipeline.distill").stdout
     assert digest(clone / "data/distill") == whole

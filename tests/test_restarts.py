@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,7 @@ def test_a_run_with_killed_processes_ends_in_the_same_bytes(folder):
     assert "going on" not in finish(start(folder, restarts=0))
     expected = weights(folder)
     (folder / "data/baseline/weights.safetensors").unlink()
+    shutil.rmtree(folder / ".scratch/baseline")
     for rank in (0, -1):  # the process that writes, then torchrun itself
         down = start(folder, restarts=0)
         kill(down, rank, folder)

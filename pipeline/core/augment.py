@@ -76,7 +76,7 @@ def _posterize(pixels: np.ndarray, strength: float) -> np.ndarray:
 
 
 def _solarize(pixels: np.ndarray, strength: float) -> np.ndarray:
-    return _through(np.where(VALUES < 255 * (1 - abs(strength)), VALUES, 255 - VALUES), pixels)
+    return _through(np.where(255 * (1 - abs(strength)) > VALUES, VALUES, 255 - VALUES), pixels)
 
 
 def _autocontrast(pixels: np.ndarray, strength: float) -> np.ndarray:

@@ -48,7 +48,7 @@ def load(folder: Path) -> dict[str, Any] | None:
     """
     for file in files(folder):
         if networks.file_digest(file)[:DIGITS] == file.stem.partition("-")[2]:
-            # To the CPU: AdamW keeps its step counts there, and would wait for a GPU at every step otherwise.
+            # To the CPU: the GPU need not hold the state twice while it is loaded.
             return torch.load(file, map_location="cpu", weights_only=True)
         print(f"warning: {file}: damaged, removed", file=sys.stderr, flush=True)
         file.unlink()  # else it would be kept as the last one, in the place of a good one

@@ -47,7 +47,7 @@ def optimizer_of(part: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimiz
     Each group's `lr_multiplier` is that of its network stage; the classifier's is 1.
     """
     groups = []
-    for multiplier, weights in _stages(part, recipe):
+    for multiplier, weights in with_multipliers(part, recipe):
         decayed, others = [p for p in weights if p.ndim >= 2], [p for p in weights if p.ndim < 2]
         groups.append({"params": decayed, "weight_decay": recipe.weight_decay, "lr_multiplier": multiplier})
         groups.append({"params": others, "weight_decay": 0.0, "lr_multiplier": multiplier})
@@ -56,7 +56,7 @@ def optimizer_of(part: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
 
 
-def _stages(part: nn.Module, recipe: TrainingRecipe) -> list[tuple[float, list[nn.Parameter]]]:
+def with_multipliers(part: nn.Module, recipe: TrainingRecipe) -> list[tuple[float, list[nn.Parameter]]]:
     """Give the trained weights with their learning-rate multipliers, the classifier's first.
 
     Five numbers, as PaddleClas' lr_mult_list: for the stem (a vd network's three convolutions), then for each of the
@@ -100,7 +100,8 @@ class Run:
         on_epoch: told each epoch's number and figures, as they come, with what the epoch cost.
 
     Raises:
-        ValueError: the network cannot compute activations again, and is asked to.
+        ValueError: the network cannot compute activations again, and is asked to; or a batch's parts are not the same
+            for this number of processes as for one.
     """
 
     what: str
@@ -121,6 +122,13 @@ class Run:
     step: int = 0
 
     def __post_init__(self) -> None:
+        shares = self.processes.world * self.recipe.accumulate
+        if self.processes.world > 1 and self.order.batch_size % shares:
+            raise ValueError(
+                f"a batch of {self.order.batch_size} images cannot be shared out evenly to {self.processes.world} "
+                f"processes in {self.recipe.accumulate} parts each; set {self.what}.batch_size to a multiple of "
+                f"{shares}, or {self.what}.accumulate to another number"
+            )
         self.device = self.processes.device
         self.steps = self.recipe.epochs * self.order.steps_per_epoch
         self.classifier.to(self.device, memory_format=torch.channels_last)  # convolutions are faster so

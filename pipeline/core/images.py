@@ -107,10 +107,10 @@ def pixels(image: Encoded, shrink: float = 1.0) -> np.ndarray:
     """
     content = image.content
     if content[:2] == b"\xff\xd8" and not _turned(content):
-        *_, colours, _ = simplejpeg.decode_jpeg_header(content)
-        if colours in ("YCbCr", "Gray"):
-            least = {"min_width": math.ceil(image.width * shrink), "min_height": math.ceil(image.height * shrink)}
-            with contextlib.suppress(ValueError):  # it is stricter than PIL: stray bytes are an error to it
+        with contextlib.suppress(ValueError):  # it is stricter than PIL: stray bytes are an error to it
+            *_, colours, _ = simplejpeg.decode_jpeg_header(content)
+            if colours in ("YCbCr", "Gray"):
+                least = {"min_width": math.ceil(image.width * shrink), "min_height": math.ceil(image.height * shrink)}
                 return simplejpeg.decode_jpeg(content, "RGB", **(least if shrink <= 0.5 else {}))  # as PIL, but faster
     return np.array(decode(content))
 

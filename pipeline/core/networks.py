@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import models
 from pipeline.core import atomic
 
+WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every key
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -45,8 +46,9 @@ class Classifier(nn.Module):
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Give logits (B, C) and the features (B, D) that the classifier sees."""
-        features = self.network.forward_head(self.network.forward_features(self.normalise(pixels)), pre_logits=True)
-        return self.network.get_classifier()(features), features
+        maps = self.network.forward_features(self.normalise(pixels))
+        features = self.network.forward_head(maps, pre_logits=True)
+        return self.network.forward_head(maps), features.flatten(1)
 
 
 def build(name: str, num_classes: int, seed: int) -> Classifier:
@@ -64,15 +66,29 @@ def check_takes(classifier: Classifier, name: str, resolution: int) -> None:
     """Make sure that a network takes square images of so many pixels a side; nothing is computed.
 
     Raises:
-        ValueError: it does not, as transformers at another resolution than their own; or it has several classifiers.
+        ValueError: it does not, as transformers at another resolution than their own; or it has several classifiers, or
+            features that are no vector.
     """
     if not isinstance(classifier.network.get_classifier(), nn.Module):
         raise ValueError(f"{name} has more than one classifier, and the stages need one; take another network")
     try:
-        models.macs(classifier.network, resolution)
+        logits, features = models.on_meta(_Embed(classifier), resolution)
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{name} does not take images of {resolution} pixels: {reason}") from None
+    if logits.ndim != 2 or features.ndim != 2:
+        raise ValueError(f"{name} gives {tuple(logits.shape)} for an image, not a number a class; take another network")
+
+
+class _Embed(nn.Module):
+    """`Classifier.embed` as a network's forward pass."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.classifier.embed(pixels)
 
 
 def build_student(name: str, init: str | None, num_classes: int, seed: int) -> Classifier:
@@ -171,6 +187,8 @@ def load_weights(network: nn.Module, file: Path, new_classifier: bool = False) -
             state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror or error}") from None
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"{file}: cannot be read as weights: {str(error).splitlines()[0]}") from None
     except Exception as error:  # torch.load raises pickle's many errors: whatever it is, the file is refused
@@ -179,8 +197,11 @@ def load_weights(network: nn.Module, file: Path, new_classifier: bool = False) -
             "Save the state dict alone, best as .safetensors"
         ) from None
     state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f"{file}: not a state dict of tensors")
+    for prefix in WRAPPERS:
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
     own = network.state_dict()
     _check_names(own, state, file)
     for key, classes in _other_classes(network, state).items():
@@ -212,7 +233,7 @@ def _other_classes(network: nn.Module, state: dict[str, Tensor]) -> dict[str, in
         return {}
     places = [parameter.data_ptr() for parameter in head.parameters()]
     own = {key: value for key, value in network.state_dict().items() if value.data_ptr() in places}
-    return {key: len(state[key]) for key, value in own.items() if len(state[key]) != len(value)}
+    return {key: len(state[key]) for key, value in own.items() if state[key].shape[:1] not in ((), value.shape[:1])}
 
 
 def file_digest(file: Path) -> str:

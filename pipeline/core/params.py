@@ -115,6 +115,12 @@ class TrainingRecipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _the_warm_up_ends(self) -> "TrainingRecipe":
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs, {self.warmup_epochs:g}, must not be more than epochs, {self.epochs}")
+        return self
+
 
 class StudentRecipe(TrainingRecipe):
     """What a stage has besides that trains a student, which may go on from weights made elsewhere."""
@@ -126,6 +132,8 @@ class Teacher(TrainingRecipe):
     model: str
     source: Literal["fit", "timm", "checkpoint"]
     checkpoint: str | None
+    mean: tuple[NotNegative, NotNegative, NotNegative] | None
+    std: tuple[Positive, Positive, Positive] | None
     fit_on: Literal["withheld", "labelled"]
     label_smoothing: Share
 
@@ -203,7 +211,7 @@ class Evaluate(Section):
 
 
 class Register(Section):
-    name: str
+    name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")]  # what MLflow takes for models and for their files
     margin: NotNegative
 
 

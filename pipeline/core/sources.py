@@ -18,6 +18,7 @@ from pipeline.core import archives
 from pipeline.core.archives import Entry, Tree
 
 TORCHVISION = "torchvision:"
+ONE_ROOT = "name a root that holds all of it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,8 @@ def open_source(role: str, root: str, inner: str, opened: dict[Path, Tree]) -> S
         place = f"{inner} in {base}"
         files, classes = torchvision_sets.files(inner.removeprefix(TORCHVISION), base, role)
     else:
+        if not _inside(base / inner, base):
+            raise ValueError(f"prepare.{role}: {inner} leads out of {base}, which is all that DVC watches: {ONE_ROOT}")
         path, inside = _locate(base, inner)
         place = f"{path}: {inside}" if inside else str(path)
         files, classes = _files(path, inside, base, f"prepare.{role}: {place}", opened)
@@ -137,7 +140,11 @@ def _files(
             raise ValueError(f"{where}: no such folder or list in the archive{_some(top)}")
         return _by_folder(tree, inside, above)
     if path.suffix.lower() == ".csv":
-        return _by_list(_rows(path.read_bytes(), where), partial(_on_disk, path.parent, base), "")
+        rows = _rows(path.read_bytes(), where)
+        for name, _ in rows:
+            if not _inside(path.parent / name, base):
+                raise ValueError(f"{where}: {name} lies outside {base}, which is all that DVC watches: {ONE_ROOT}")
+        return _by_list(rows, partial(_on_disk, path.parent, base), "")
     raise ValueError(f"{where}: not a folder, an archive ({', '.join(archives.OPENERS)}) or a list (.csv)")
 
 
@@ -197,6 +204,11 @@ def _on_disk(folder: Path, base: Path, name: str) -> Entry:
 def _in_archive(entries: dict[str, Entry], folder: str, name: str) -> Entry:
     name = archives.plain(posixpath.join(folder, name))
     return entries.get(name) or Entry(name, 0, partial(archives.refuse, "unreadable", "not in the archive"))
+
+
+def _inside(path: Path, base: Path) -> bool:
+    """Whether a path stays below the root."""
+    return Path(os.path.normpath(path)).is_relative_to(os.path.normpath(base))
 
 
 def _below(path: Path, base: Path) -> str:

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ from pipeline.core import params as settings
 from pipeline.core.params import Params
 
 SCRATCH = Path(".scratch")  # checkpoints and locks: what a stage needs to go on after it was killed
+ENDED = "ended"  # a file in the folder of a run that has its results
 
 PROFILE_STEPS = 10  # that --profile traces
 
@@ -70,7 +72,12 @@ def main(
         _exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         left_alone = _left_alone(error)
-        if out_of_memory(error):
+        if out_of_shared_memory(error):
+            error = ValueError(
+                f"worker processes are out of shared memory: set machine.workers (now {params.machine.workers}) lower, "
+                "or give a container more (docker run --shm-size)"
+            )
+        elif out_of_memory(error):
             error = ValueError(f"out of memory{_whats_there_to_halve(params, name)}")
         elif left_alone:
             error = ValueError(f"another process of this run has ended ({error})")
@@ -79,7 +86,7 @@ def main(
         if os.environ.get("SSLD_TRACEBACK"):
             raise
         mark = "left alone" if left_alone else "error"  # the flow does not start a stage again that names an error
-        print(f"{name}: {mark}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"{name}: {mark}: {in_a_line(error)}", file=sys.stderr, flush=True)
         if not left_alone:
             _end_torchrun()
         _exit(1)
@@ -113,9 +120,15 @@ def only_writer(name: str) -> Iterator[Path]:
         yield folder
 
 
-def run_folder(folder: Path) -> None:
-    """Make a run's folder; say so where runs with other settings or other code have left theirs beside it."""
+def begin_run(folder: Path) -> None:
+    """Make a run's folder, or take up the one that is there.
+
+    Folders beside it, of runs with other settings or other code, go if those have ended; the others are named.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / ENDED).unlink(missing_ok=True)
+    for other in folder.parent.glob(f"*/{ENDED}"):
+        shutil.rmtree(other.parent)
     others = [other for other in folder.parent.iterdir() if other.is_dir() and other != folder and any(other.iterdir())]
     if others:
         print(
@@ -123,6 +136,15 @@ def run_folder(folder: Path) -> None:
             f"{folder.parent}; `make clean` removes them",
             flush=True,
         )
+
+
+def end_run(folder: Path) -> None:
+    """Note that a run has ended well, its results in place.
+
+    What it could go on from stays until the stage's next run: a DVC that is stopped before it has noted the results, or
+    cannot because another DVC is at work, removes them, and runs the stage again.
+    """
+    (folder / ENDED).touch()
 
 
 def code_digest() -> str:
@@ -143,6 +165,19 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and ("out of memory" in words or "allocate memory" in words)
     )
+
+
+def out_of_shared_memory(error: BaseException) -> bool:
+    """Whether an error of torch's DataLoader says that a worker process found no room to hand its batch over."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error) and "shared memory" in str(error)
+
+
+def in_a_line(error: BaseException) -> str:
+    """Give an error's words in one line; of one that a worker process raised, its own words alone."""
+    words = str(error)
+    if "DataLoader worker process" in words and "Original Traceback" in words:
+        words = words.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(words.split())
 
 
 def _left_alone(error: BaseException) -> bool:

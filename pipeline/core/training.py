@@ -1,13 +1,12 @@
 """What every training stage does around the one loop: open, resume, validate, track, and write the network.
 
 A training stage writes to data/<stage>: the network (`weights.safetensors`, `network.json`) and `history.csv`, an
-epoch a line. Until then it keeps its checkpoint under .scratch/<stage>, in a folder named after all that went in.
+epoch a line. Its checkpoints are under .scratch/<stage>, in a folder named after all that went in.
 """
 
 import csv
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +85,7 @@ def train(task: Task, params: Params, images: ImageSet, processes: Processes) ->
         _run(task, params, images, processes, folder, lambda epoch, figures: None)
         return
     with stage.only_writer(task.name):
-        stage.run_folder(folder)
+        stage.begin_run(folder)
         devices.wait_for_all(processes)
         described = {f"{task.name}.{key}": value for key, value in task.recipe.model_dump().items()}
         described |= {"seed": params.seed, "model": task.card["model"], "images": len(task.rows)}
@@ -99,7 +98,7 @@ def train(task: Task, params: Params, images: ImageSet, processes: Processes) ->
             card = {"classes": list(images.classes), "resolution": resolution, "kept": kept, **task.card}
             networks.save(out, best, {**card, "identities": task.identities})
             _write_history(out / "history.csv", run.history)
-        shutil.rmtree(folder)  # done: the same command again would be a new run
+        stage.end_run(folder)
 
 
 def better(

@@ -24,7 +24,7 @@ from pipeline.core.augment import OPERATIONS
 from pipeline.core.images import Encoded
 from pipeline.core.params import Views as Section
 
-VERSION = 2  # of what is drawn and rendered: a change that changes pixels must raise it; stored labels are refused then
+VERSION = 3  # of what is drawn and rendered: a change that changes pixels must raise it; stored labels are refused then
 
 OPERATION_NAMES = tuple(OPERATIONS)
 CROP_TRIES = 10  # four numbers each, the first of a view's
@@ -92,8 +92,8 @@ class Crops:
             if wide <= width and high <= height:
                 x, y = left * (width - wide), top * (height - high)
                 return x, y, x + wide, y + high
-        ratios = [ratio for _, ratio, _, _ in self]
-        ratio = min(max(width / height, min(ratios)), max(ratios))
+        least, most = self.spec.crop_ratio
+        ratio = min(max(width / height, least), most)
         wide, high = min(width, height * ratio), min(height, width / ratio)
         x, y = (width - wide) / 2, (height - high) / 2
         return x, y, x + wide, y + high

@@ -1,0 +1,64 @@
+"""What a run can go on from stays until the stage's next run, whatever becomes of its results."""
+
+import os
+from pathlib import Path
+
+import pytest
+from images import tiny
+
+from pipeline import baseline
+from pipeline.core import stage
+
+CHANGES = {
+    "machine.checkpoint_seconds": 0,
+    "student.model": "test_resnet",
+    "baseline.epochs": 3,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "run"
+
+
+def begin(folder, *files):
+    stage.begin_run(folder)
+    for file in files:
+        (folder / file).touch()
+
+
+def test_a_run_that_has_ended_is_gone_when_another_begins(folder, tmp_path, capsys):
+    begin(folder, "checkpoint")
+    stage.end_run(folder)
+    assert (folder / "checkpoint").exists()
+    begin(tmp_path / "other")
+    assert not folder.exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_has_not_ended_stays_and_is_named(folder, tmp_path, capsys):
+    begin(folder, "checkpoint")
+    begin(tmp_path / "other")
+    assert (folder / "checkpoint").exists()
+    assert "1 unfinished runs" in capsys.readouterr().out
+
+
+def test_a_run_that_begins_again_has_not_ended(folder, tmp_path):
+    begin(folder, "checkpoint")
+    stage.end_run(folder)
+    begin(folder)
+    begin(tmp_path / "other")
+    assert (folder / "checkpoint").exists()
+
+
+def test_a_trained_network_that_dvc_has_not_noted_costs_a_few_steps(images, capsys):
+    params = tiny(**CHANGES)
+    baseline.run(params)
+    weights = Path("data/baseline/weights.safetensors")
+    whole = weights.read_bytes()
+    os.remove(weights)  # as DVC does, before it runs the stage again
+    capsys.readouterr()
+    baseline.run(params)
+    said = capsys.readouterr().out
+    assert "baseline: going on from step" in said
+    assert weights.read_bytes() == whole
