@@ -14,6 +14,7 @@ from images import tiny
 from runs import run
 from timm.layers import BatchNormAct2d
 from torch import nn
+from torch._utils import ExceptionWrapper
 
 from pipeline.core import checkpoints, norms, stage
 from pipeline.core.dataset import ImageSet
@@ -225,6 +226,31 @@ def test_out_of_memory_names_what_to_halve(fill, monkeypatch, capsys, tmp_path):
         "distill: error: out of memory: halve distill.batch_size (now 8); or, for the same batches, double "
         "distill.accumulate (now 1) or set machine.checkpoint_activations to true\n"
     )
+
+
+def test_what_worker_processes_say_is_one_line():
+    lost = RuntimeError(
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+        "shared memory. Please try to raise your shared memory limit."
+    )
+    assert stage.out_of_shared_memory(lost)
+    assert not stage.out_of_shared_memory(RuntimeError("DataLoader worker (pid 7) exited unexpectedly"))
+    try:
+        raise ValueError("images-00000.tar: the image at byte 512: is damaged")
+    except ValueError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(ValueError) as error:
+        wrapped.reraise()
+    assert stage.in_a_line(error.value) == "images-00000.tar: the image at byte 512: is damaged"
+    assert stage.in_a_line(ValueError("two\nlines")) == "two lines"
+
+
+def test_parts_that_would_differ_with_the_number_of_processes_are_refused(images, tmp_path):
+    two = Processes(torch.device("cpu"), rank=0, world=2)
+    with pytest.raises(
+        ValueError, match=r"8 images .* to 2 processes in 3 parts each; set test.batch_size to a multiple of 6"
+    ):
+        run(images, tmp_path, processes=two, batch_size=8, accumulate=3)
 
 
 def test_another_error_is_not_called_out_of_memory():

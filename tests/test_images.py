@@ -213,7 +213,9 @@ def test_stray_bytes_and_xmp_orientation_give_the_same_pixels_to_every_stage():
     stray = plain[:-2] + bytes([1, 2, 3]) + plain[-2:]  # before the end marker
     xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     turned = plain[:2] + b"\xff\xe1" + (len(xmp) + 2).to_bytes(2, "big") + xmp + plain[2:]
-    for content in (plain, stray, turned):
+    between = plain[:20] + bytes([1, 2, 3]) + plain[20:]  # after the first segment
+    revision = plain[:11] + b"\2" + plain[12:]  # of JFIF: one that there is not
+    for content in (plain, stray, between, revision, turned):
         upright = images.decode(content)
         encoded = images.Encoded(content, upright.width, upright.height)
         assert np.array_equal(images.pixels(encoded), np.array(upright))

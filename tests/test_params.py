@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.core import params, preflight
+from pipeline.core import networks, params, preflight
 
 FILE = Path(__file__).parent.parent / "params.yaml"
 
@@ -66,6 +66,8 @@ def test_a_misspelt_key_in_the_file_is_one_line(data, tmp_path):
         ("views.crop_scale", [0.9, 0.5], "crop_scale"),
         ("views.flip", 1.5, "less than or equal to 1"),
         ("prepare.labelled_root", "~/photos", "labelled_root begins with ~: write the path out"),
+        ("baseline.warmup_epochs", 41, "warmup_epochs, 41, must not be more than epochs, 40"),
+        ("register.name", "photos/1", "register.name: String should match"),
         ("mine", None, "mine"),
     ],
 )
@@ -131,3 +133,42 @@ def test_images_that_are_not_there_are_named_before_anything_runs(data, tmp_path
     data["prepare"]["unlabelled_root"] = "heap"
     with pytest.raises(ValueError, match=r"^prepare.unlabelled_root: heap: no such folder or archive$"):
         preflight.check_files(params.check(data), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        (
+            "teacher.model",
+            "ResNet152_dv",
+            r"^teacher.model: 'ResNet152_dv': no such network; the nearest are ResNet152_vd",
+        ),
+        (
+            "student.model",
+            "vit_tiny_patch16_224",
+            "^student.model: vit_tiny_patch16_224 does not take images of 32 pixels",
+        ),
+        ("student.init", "nowhere.safetensors", "^student.init: nowhere.safetensors: no such file$"),
+    ],
+)
+def test_networks_and_weights_are_looked_at_before_anything_runs(data, tmp_path, key, value, words):
+    section, _, name = key.partition(".")
+    data[section][name] = value
+    for _ in range(2):  # what is wrong is not noted as right
+        with pytest.raises(ValueError, match=words):
+            preflight.check(params.check(data), tmp_path)
+
+
+def test_multipliers_are_looked_at_with_the_network(data, tmp_path):
+    data["student"]["model"], data["distill"]["lr_multipliers"] = "vgg11", [0.1] * 5
+    with pytest.raises(ValueError, match="lr_multipliers has 5 numbers"):
+        preflight.check(params.check(data), tmp_path)
+
+
+def test_networks_that_were_right_are_not_built_again(data, tmp_path, monkeypatch):
+    preflight.check(params.check(data), tmp_path)
+    monkeypatch.setattr(networks, "build", None)
+    preflight.check(params.check(data), tmp_path)
+    data["student"]["model"] = "ResNet34_vd"
+    with pytest.raises(TypeError):
+        preflight.check(params.check(data), tmp_path)

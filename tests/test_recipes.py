@@ -28,10 +28,9 @@ SHRUNKEN = {
     "prepare.unlabelled": "unlabelled",
     "teacher.model": "test_resnet",
     "teacher.source": "fit",
-    "teacher.epochs": 1,
     "student.model": "test_resnet",
-    "baseline.epochs": 1,
-    "distill.epochs": 1,
+    **{f"{stage}.epochs": 1 for stage in ("teacher", "baseline", "distill")},
+    **{f"{stage}.warmup_epochs": 0 for stage in ("teacher", "baseline", "distill", "finetune", "fixres")},
     **dict.fromkeys(
         [f"{stage}.precision" for stage in ("teacher", "baseline", "distill", "finetune", "fixres")], "float32"
     ),

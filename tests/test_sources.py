@@ -138,6 +138,8 @@ def test_a_list_that_names_a_missing_file(tmp_path):
         ("bad.csv", "its first line must name the columns file and label, not path, class"),
         ("empty.csv", "its first line must name"),
         ("hole.csv", "row 2 below the heading names no file"),
+        ("out.csv", r"\.\./out/x.png lies outside .*in, which is all that DVC watches"),
+        ("../in2", r"\.\./in2 leads out of .*in, which is all that DVC watches"),
         ("torchvision:Nonsense", "known are CIFAR10"),
         ("torchvision:CIFAR10", "not in .* or damaged"),
     ],
@@ -150,6 +152,7 @@ def test_sources_that_are_not_there(tmp_path, train, words):
             "x.rar": b"Rar!",
             "bad.csv": b"path,class\nx,y\n",
             "empty.csv": b"",
+            "out.csv": b"file,label\n../out/x.png,a\n",
             "hole.csv": b"file,label\ntrain/a/00.png,a\n,b\n",
         },
     )

@@ -305,6 +305,70 @@ def test_weights_that_do_not_fit_say_what_to_do(tmp_path):
     file.write_bytes(b"junk")
     with pytest.raises(ValueError, match="cannot be read as weights"):
         networks.load_weights(classifier.network, file)
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        networks.load_weights(classifier.network, tmp_path)
+    torch.save({0: torch.zeros(3)}, tmp_path / "numbers.pth")
+    with pytest.raises(ValueError, match="not a state dict"):
+        networks.load_weights(classifier.network, tmp_path / "numbers.pth")
+    torch.save({**classifier.network.state_dict(), "fc.weight": torch.tensor(1.0)}, tmp_path / "scalar.pth")
+    with pytest.raises(ValueError, match=r"of another network: fc.weight is \(\), not \(4, 512\)"):
+        networks.load_weights(classifier.network, tmp_path / "scalar.pth")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_of_a_wrapped_network_are_its_own(tmp_path, prefix):
+    state = networks.build("test_resnet", 4, seed=3).network.state_dict()
+    torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "weights.pth")
+    network = networks.build("test_resnet", 4, seed=0).network
+    networks.load_weights(network, tmp_path / "weights.pth")
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+
+
+# In some a convolution is the classifier, in some the features are no vector before it, some have parts of two sizes.
+@pytest.mark.parametrize(
+    ("model", "resolution"),
+    [("resnetv2_50", 64), ("dla34", 64), ("dpn48b", 64), ("cait_xxs24_224", 224), ("pit_ti_224", 224), (MODEL, 32)],
+)
+def test_an_embedding_is_a_vector_beside_the_networks_own_logits(model, resolution):
+    classifier = networks.build(model, 3, 0).eval()
+    networks.check_takes(classifier, model, resolution)
+    assert models.macs(classifier.network, resolution) > 0
+    pixels = torch.randint(0, 256, (2, 3, resolution, resolution), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits, features = classifier.embed(pixels)
+        assert torch.equal(logits, classifier(pixels))
+    assert features.shape == (2, classifier.network.num_features)
+
+
+def taken(tmp_path, monkeypatch, bias, **changes):
+    """Take a teacher that says the same of every image; give what was printed and the network's card."""
+    classifier = networks.build(MODEL, 4, 0)
+    head = classifier.network.get_classifier()
+    torch.nn.init.zeros_(head.weight)
+    head.bias.data.copy_(torch.tensor(bias))
+    networks.save(tmp_path / "made", classifier, {"model": MODEL, "classes": list("abcd"), "resolution": 16})
+    monkeypatch.setattr(teacher, "ENOUGH_TO_TRY", 10)
+    wanted = {"source": "checkpoint", "model": MODEL, "checkpoint": str(tmp_path / "made/weights.safetensors")}
+    params = tiny(**{f"teacher.{key}": value for key, value in {**wanted, **changes}.items()})
+    return params, torch.device("cpu")
+
+
+def test_a_teacher_that_guesses_is_refused(images, tmp_path, monkeypatch):
+    params, device = taken(tmp_path, monkeypatch, [1.0, 0.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match=r"guesses: validation top-1 0.2500 of 16 images of 4 classes.*in this order"):
+        teacher.take(params, images, device)
+    monkeypatch.setattr(teacher, "ENOUGH_TO_TRY", 17)  # of so few, nobody can tell
+    monkeypatch.chdir(tmp_path)
+    teacher.take(params, images, device)
+
+
+def test_a_taken_teacher_sees_pixels_as_it_was_trained_with(images, tmp_path, monkeypatch):
+    params, device = taken(tmp_path, monkeypatch, [0.0] * 4, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
+    monkeypatch.setattr(teacher, "ENOUGH_TO_TRY", 17)
+    monkeypatch.chdir(tmp_path)
+    teacher.take(params, images, device)
+    card = networks.read_card(tmp_path / "data/teacher")
+    assert (card["mean"], card["std"]) == ([0.5, 0.4, 0.3], [0.2, 0.2, 0.1])
 
 
 def test_a_teacher_that_does_not_take_the_resolution_is_refused(images, tmp_path, monkeypatch):
@@ -317,7 +381,7 @@ def test_a_teacher_that_does_not_take_the_resolution_is_refused(images, tmp_path
         "checkpoint": str(tmp_path / "weights.safetensors"),
     }
     with pytest.raises(ValueError, match="vit_tiny_patch16_224 does not take images of 16 pixels"):
-        teacher.take(tiny(**{f"teacher.{key}": value for key, value in wanted.items()}), images)
+        teacher.take(tiny(**{f"teacher.{key}": value for key, value in wanted.items()}), images, torch.device("cpu"))
     assert not (tmp_path / "data/teacher").exists()
 
 
