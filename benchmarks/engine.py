@@ -2,7 +2,7 @@
 
 step    a student's step on synthetic images, beside a bare hand-written loop of the same network and precision; the
         two take turns of --steps steps, --rounds times
-epoch   an epoch on a project's real images, beside the same on synthetic ones, --rounds times in turn
+epoch   --rounds epochs on a project's real images, beside the same on synthetic ones; the two take turns step by step
 Run: python benchmarks/engine.py step | epoch [--prepared data/prepare]
 """
 
@@ -11,7 +11,6 @@ import contextlib
 import io
 import sys
 import tempfile
-import time
 from collections.abc import Generator
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,14 +73,6 @@ def make_run(arguments: argparse.Namespace, views: Dataset, ids: np.ndarray, scr
     )
 
 
-def timed(run: engine.Run) -> float:
-    """Train, and give the images/s."""
-    started = time.perf_counter()
-    with contextlib.redirect_stderr(io.StringIO()):
-        run.train()
-    return run.steps * run.order.batch_size / (time.perf_counter() - started)
-
-
 class BareLoop:
     """The same training, with nothing around it."""
 
@@ -132,15 +123,17 @@ def epoch(arguments: argparse.Namespace) -> None:
     rows = images.rows("labelled", "unlabelled")
     arguments.resolution = settings.views.resolution
     real = Views(images, ViewSpec.of(settings.seed, settings.views))
-    rates: dict[str, list[float]] = {"real images": [], "synthetic images": []}
     ways = {"real images": real, "synthetic images": Synthetic(arguments.batch_size, arguments.resolution)}
-    for _ in range(arguments.rounds or 5):
+    order = TrainingOrder(images, rows, arguments.batch_size, 0, 0)
+    turns = (arguments.rounds or 3) * order.steps_per_epoch
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stderr(io.StringIO()):
+        loops = {}
         for name, views in ways.items():
-            with tempfile.TemporaryDirectory() as scratch:
-                run = make_run(arguments, views, images.ids, scratch, arguments.workers)
-                run.order = TrainingOrder(images, rows, arguments.batch_size, 0, 0)
-                run.steps = run.order.steps_per_epoch
-                rates[name].append(timed(run))
+            run = make_run(arguments, views, images.ids, f"{scratch}/{name}", arguments.workers)
+            run.order, run.steps = order, turns + WARM_UP
+            loops[name] = run.step_by_step()
+        seconds = take_turns(loops, turns, steps=1, warm_up=WARM_UP)
+    rates = {name: [arguments.batch_size / turn for turn in taken] for name, taken in seconds.items()}
     title(arguments, f"{len(rows)} images, {arguments.workers} workers")
     table(rates, "synthetic images")
 
@@ -173,7 +166,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--steps", type=int, default=1, help="steps of a turn; 20 or more on a GPU, which works ahead")
-    parser.add_argument("--rounds", type=int, help="turns that each has (60), or epochs (5)")
+    parser.add_argument("--rounds", type=int, help="turns that each has (60), or epochs (3)")
     parser.add_argument("--peak-tflops", type=float, default=0, help="of the device in this precision, for MFU")
     parser.add_argument("--prepared", type=Path, default=ROOT / "data/prepare", help="what `prepare` wrote")
     parser.add_argument("--workers", type=int, default=0, help="processes that render real images")
