@@ -1,11 +1,13 @@
 """What images of every kind decode to, and which are refused and why."""
 
 import io
+import math
 import pickle
 import zlib
 
 import numpy as np
 import pytest
+import simplejpeg
 from made_images import (
     chunk,
     encode,
@@ -220,3 +222,36 @@ def test_stray_bytes_and_xmp_orientation_give_the_same_pixels_to_every_stage():
         encoded = images.Encoded(content, upright.width, upright.height)
         assert np.array_equal(images.pixels(encoded), np.array(upright))
     assert images.decode(turned).size == images.decode(plain).size[::-1]
+
+
+def test_what_was_decoded_last_is_kept_and_no_more_than_fits():
+    contents = [encode(picture(number), "PNG") for number in range(6)]
+    size = pixels(0).nbytes + len(contents[0])
+    recent = images._Recent(most_bytes=3 * size)
+    encoded = [images.Encoded(content, *picture(0).size) for content in contents]
+    first = [recent.get(image, 8) for image in encoded[:3]]
+    assert recent.get(encoded[0], 8) is first[0]
+    recent.get(encoded[3], 8)  # in the place of the second, which was asked for longest ago
+    assert recent.bytes == 3 * size
+    assert recent.get(encoded[0], 8) is first[0]
+    assert recent.get(encoded[2], 8) is first[2]
+    again = recent.get(encoded[1], 8)
+    assert again is not first[1]
+    assert np.array_equal(again, first[1])
+
+
+def test_an_image_larger_than_all_that_may_be_kept_is_decoded_all_the_same():
+    recent = images._Recent(most_bytes=1)
+    image = images.Encoded(encode(picture(0), "PNG"), *picture(0).size)
+    for _ in range(2):
+        assert np.array_equal(recent.get(image, 8), pixels(0))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (81, 64), (100, 37)])
+def test_a_jpeg_is_decoded_to_the_size_that_simplejpeg_takes(size):
+    content = encode(picture(0).resize(size), "JPEG")
+    for shrink in np.linspace(0.02, 1, 50):
+        sides = [math.ceil(side * shrink) for side in size]
+        least = {"min_width": sides[0], "min_height": sides[1]} if shrink <= 0.5 else {}
+        expected = simplejpeg.decode_jpeg(content, "RGB", **least)
+        assert np.array_equal(images.pixels(images.Encoded(content, *size), shrink), expected)

@@ -5,6 +5,7 @@ RandAugment. On small images PIL spends its time on making images and lists of 2
 each value alone is a table of bytes here, made of PIL's answer to all 256 values, or as PIL makes it of a histogram.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -30,6 +31,7 @@ def _blend(other: np.ndarray, pixels: np.ndarray, factor: float) -> np.ndarray:
     return np.asarray(Image.blend(*flat, factor)).reshape(pixels.shape)
 
 
+@functools.cache
 def _contrast_table(middle: int, factor: float) -> np.ndarray:
     return _blend(np.full((1, 256), middle, np.uint8), VALUES[None], factor)[0]
 

@@ -30,6 +30,7 @@ BEGINNINGS = (
 )
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".ppm", ".pgm"}
 
+JPEG = b"\xff\xd8"
 ORIENTATION = 0x112  # EXIF's tag
 
 # PIL's own limit is one number for the whole process; `max_pixels` below is checked before anything is decoded.
@@ -97,7 +98,10 @@ def decode_first(encoded: bytes, max_pixels: int | None = None) -> tuple[Image.I
 
 
 def pixels(image: Encoded, shrink: float = 1.0) -> np.ndarray:
-    """Decode to pixels (H, W, 3) uint8 a file that is known to be whole: the same as `decode` gives.
+    """Decode to pixels (H, W, 3) uint8 a file that is known to be whole: as `decode` gives it; not to be written to.
+
+    What was decoded last is kept: where the teacher is asked, an image's views are rendered one after another, and a
+    small data set is decoded once.
 
     Args:
         image: of a file that `decode` takes.
@@ -105,14 +109,51 @@ def pixels(image: Encoded, shrink: float = 1.0) -> np.ndarray:
             next larger size that libjpeg's scaled transform (eighths) has, which computes nothing of the full size;
             others come in full.
     """
+    return RECENT.get(image, _eighths(image, shrink))
+
+
+def _eighths(image: Encoded, shrink: float) -> int:
+    """At how many eighths of its size a file is decoded, 1 to 8: the fewest of libjpeg's that leave what is needed."""
+    if shrink > 0.5 or not image.content.startswith(JPEG) or _turned(image.content):
+        return 8
+    sides = image.width, image.height
+    fits = (n for n in range(1, 8) if all(-(-side * n // 8) >= math.ceil(side * shrink) for side in sides))
+    return next(fits, 8)
+
+
+def _decoded(image: Encoded, eighths: int) -> np.ndarray:
     content = image.content
-    if content[:2] == b"\xff\xd8" and not _turned(content):
+    if content.startswith(JPEG) and not _turned(content):
         with contextlib.suppress(ValueError):  # it is stricter than PIL: stray bytes are an error to it
             *_, colours, _ = simplejpeg.decode_jpeg_header(content)
             if colours in ("YCbCr", "Gray"):
-                least = {"min_width": math.ceil(image.width * shrink), "min_height": math.ceil(image.height * shrink)}
-                return simplejpeg.decode_jpeg(content, "RGB", **(least if shrink <= 0.5 else {}))  # as PIL, but faster
+                sides = {"min_width": -(-image.width * eighths // 8), "min_height": -(-image.height * eighths // 8)}
+                return simplejpeg.decode_jpeg(content, "RGB", **sides)  # as PIL, but faster
     return np.array(decode(content))
+
+
+class _Recent:
+    """The images that a process decoded last, as many as fit into so many bytes."""
+
+    def __init__(self, most_bytes: int):
+        self.most_bytes, self.bytes = most_bytes, 0
+        self._images: dict[tuple[bytes, int], np.ndarray] = {}  # the one asked for longest ago first
+
+    def get(self, image: Encoded, eighths: int) -> np.ndarray:
+        key = image.content, eighths
+        found = self._images.pop(key, None)
+        if found is None:
+            found = _decoded(image, eighths)
+            self.bytes += found.nbytes + len(image.content)
+        self._images[key] = found
+        while self.bytes > self.most_bytes and len(self._images) > 1:
+            (content, _), oldest = next(iter(self._images.items()))
+            del self._images[next(iter(self._images))]
+            self.bytes -= oldest.nbytes + len(content)
+        return found
+
+
+RECENT = _Recent(32_000_000)
 
 
 def _turned(content: bytes) -> bool:
