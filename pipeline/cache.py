@@ -7,6 +7,7 @@ those come back. Some of what is there is asked again: where other code or anoth
 otherwise, the stage stops and says so. Run: python -m pipeline.cache
 """
 
+import hashlib
 import shutil
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.core import devices, mined, networks, stage, teaching
+from pipeline.core import atomic, devices, mined, networks, stage, teaching
 from pipeline.core.batches import RowsAndReplicas, Views, load
 from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
@@ -51,7 +52,7 @@ def run(params: Params) -> None:
     description = teaching.description(params, card)
     views = Views(images, ViewSpec.of(params.seed, params.views))
     rows = teaching.training_rows(images, mined.read(Path("data/mine")))
-    listed = stage.SCRATCH / "cache" / "wanted.npy", stage.SCRATCH / "cache" / "missing.npy"
+    listed = stage.SCRATCH / "cache" / keys_file(images, views, rows, params), stage.SCRATCH / "cache" / "missing.npy"
     if not processes.first():
         devices.wait_for_all(processes)  # until the first process has listed what is to be done
         keys, missing = (np.load(file, mmap_mode="r") for file in listed)
@@ -62,6 +63,8 @@ def run(params: Params) -> None:
         set_aside_others(FOLDER, scratch, description)
         for wrong in store.set_damaged_aside(FOLDER, description, scratch / "damaged"):
             print(f"cache: {wrong}: set aside in {scratch / 'damaged'}, to be computed again", flush=True)
+        for other in set(scratch.glob("wanted-*.npy")) - {listed[0]}:  # of a killed run with other images or settings
+            other.unlink()
         wanted = every_view(images, views, rows, params.cache.replicas, listed[0])
         check_distinct(images, wanted)
         missing = look_up(classifier, views, wanted, params, description)
@@ -71,6 +74,15 @@ def run(params: Params) -> None:
         finish(FOLDER, description, wanted.keys)
         for file in listed:
             file.unlink()
+
+
+def keys_file(images: ImageSet, views: Views, rows: np.ndarray, params: Params) -> str:
+    """Name the file of all keys after what they depend on: a killed run that goes on need not make billions anew."""
+    assert views.spec is not None
+    digest = hashlib.sha256(f"{views.spec.digest} {params.cache.replicas}".encode())
+    digest.update(images.ids[rows])
+    digest.update(views.partners)
+    return f"wanted-{digest.hexdigest()[:16]}.npy"
 
 
 def check_distinct(images: ImageSet, wanted: Wanted) -> None:
@@ -127,17 +139,22 @@ def check_same_answers(
 def every_view(
     images: ImageSet, views: Views, rows: np.ndarray, replicas: int, file: Path, quiet: bool = False
 ) -> Wanted:
-    """List all views of the samples in ascending order of row, sample by sample; their keys go to a .npy file."""
+    """List all views of the samples in ascending order of row, sample by sample.
+
+    Args:
+        file: the keys' (.npy); where it is there already, it is taken as it is.
+    """
     count = len(rows) * replicas
-    keys = np.lib.format.open_memmap(file, "w+", np.uint64, (count,))
-    wanted = Wanted(rows, replicas, keys)
-    with Progress(count, "views", "cache: keys", quiet=quiet) as progress:
-        for start in range(0, count, 10_000):
-            numbers = np.arange(start, min(count, start + 10_000))
-            keys[numbers] = teaching.keys(images, views, *wanted.views(numbers))
-            progress.update(len(numbers))
-    keys.flush()
-    return wanted
+    if not file.exists():
+        with atomic.replacing(file) as beside, Progress(count, "views", "cache: keys", quiet=quiet) as progress:
+            keys = np.lib.format.open_memmap(beside, "w+", np.uint64, (count,))
+            wanted = Wanted(rows, replicas, keys)
+            for start in range(0, count, 10_000):
+                numbers = np.arange(start, min(count, start + 10_000))
+                keys[numbers] = teaching.keys(images, views, *wanted.views(numbers))
+                progress.update(len(numbers))
+            keys.flush()
+    return Wanted(rows, replicas, np.load(file, mmap_mode="r"))
 
 
 def write_missing(

@@ -75,6 +75,32 @@ def test_again_nothing_is_asked(here, capsys):
     assert shards() == before
 
 
+def test_a_stopped_run_keeps_its_keys_and_one_with_other_settings_does_not_take_them(here, monkeypatch):
+    kept, write = Path(".scratch/cache"), cache.write_missing
+    shutil.rmtree("data/cache")
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "write_missing", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        go(cache)
+    (first,) = kept.glob("wanted-*.npy")
+    monkeypatch.setattr(cache.teaching, "keys", None)
+    with pytest.raises(KeyboardInterrupt):
+        go(cache)  # no key is made
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(cache, "write_missing", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        go(cache, **{"cache.replicas": 3})
+    (other,) = kept.glob("wanted-*.npy")
+    assert other != first
+    monkeypatch.setattr(cache, "write_missing", write)
+    go(cache)
+    assert not list(kept.glob("wanted-*"))
+
+
 def test_a_grown_pool_costs_its_own_views(here, capsys):
     before, weights, views = shards(), networks.read_card(Path("data/teacher"))["digest"], stored_views()
     write_folder(Path("more"), train=0, val=0, test=0, unlabelled=40)
@@ -224,7 +250,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_what_is_written_stays(here, m
     write, written = sealed.atomic.replacing, []
 
     def fail(path):
-        if len(written) == 2:
+        if len(written) == 3:  # the keys, and two shards
             error = errno.ENOSPC if what == "full" else errno.EROFS
             raise OSError(error, os.strerror(error), str(path))
         written.append(path)
