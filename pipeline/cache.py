@@ -63,7 +63,7 @@ def run(params: Params) -> None:
         set_aside_others(FOLDER, scratch, description)
         for wrong in store.set_damaged_aside(FOLDER, description, scratch / "damaged"):
             print(f"cache: {wrong}: set aside in {scratch / 'damaged'}, to be computed again", flush=True)
-        for other in set(scratch.glob("wanted-*.npy")) - {listed[0]}:  # of a killed run with other images or settings
+        for other in set(scratch.glob("*wanted*")) - {listed[0]}:  # of a killed run with other images or settings
             other.unlink()
         wanted = every_view(images, views, rows, params.cache.replicas, listed[0])
         check_distinct(images, wanted)
@@ -79,7 +79,7 @@ def run(params: Params) -> None:
 def keys_file(images: ImageSet, views: Views, rows: np.ndarray, params: Params) -> str:
     """Name the file of all keys after what they depend on: a killed run that goes on need not make billions anew."""
     assert views.spec is not None
-    digest = hashlib.sha256(f"{views.spec.digest} {params.cache.replicas}".encode())
+    digest = hashlib.sha256(f"{stage.code_digest()} {views.spec.digest} {params.cache.replicas}".encode())
     digest.update(images.ids[rows])
     digest.update(views.partners)
     return f"wanted-{digest.hexdigest()[:16]}.npy"

@@ -8,6 +8,7 @@ made here because decoding is what takes the time. Run: python -m pipeline.score
 import hashlib
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def run(params: Params) -> None:
         score_parts(classifier, images, rows, params, parts, processes)
         with atomic.replacing_folder(Path("data/score")) as folder:
             join_parts(parts, len(rows), folder)
-        stage.end_run(parts)
+        shutil.rmtree(parts)
     print(f"score: {len(rows):,} images")
 
 

@@ -86,6 +86,7 @@ def test_a_stopped_run_keeps_its_keys_and_one_with_other_settings_does_not_take_
     with pytest.raises(KeyboardInterrupt):
         go(cache)
     (first,) = kept.glob("wanted-*.npy")
+    (kept / f".{first.name}.part").touch()  # as kill -9 leaves it
     monkeypatch.setattr(cache.teaching, "keys", None)
     with pytest.raises(KeyboardInterrupt):
         go(cache)  # no key is made
@@ -94,8 +95,8 @@ def test_a_stopped_run_keeps_its_keys_and_one_with_other_settings_does_not_take_
     monkeypatch.setattr(cache, "write_missing", stopped)
     with pytest.raises(KeyboardInterrupt):
         go(cache, **{"cache.replicas": 3})
-    (other,) = kept.glob("wanted-*.npy")
-    assert other != first
+    (other,) = kept.glob("*wanted*")
+    assert other.name != first.name
     monkeypatch.setattr(cache, "write_missing", write)
     go(cache)
     assert not list(kept.glob("wanted-*"))
@@ -189,11 +190,9 @@ def scores():
 
 def test_a_killed_scoring_goes_on_from_its_last_part(here, monkeypatch):
     monkeypatch.setattr(score, "PART_IMAGES", 16)
-    shutil.rmtree(".scratch/score")
     go(score)
     whole = scores()
     shutil.rmtree("data/score")
-    shutil.rmtree(".scratch/score")
     save, written = np.savez, []
 
     def count(file, **arrays):
@@ -210,15 +209,6 @@ def test_a_killed_scoring_goes_on_from_its_last_part(here, monkeypatch):
     asked = len(list(Path(".scratch/score").rglob("part-*.npz")))
     go(score)
     assert asked == 2
-    assert scores() == whole
-
-
-def test_scores_that_dvc_has_not_noted_cost_nothing(here, monkeypatch):
-    go(score)
-    whole = scores()
-    shutil.rmtree("data/score")  # as DVC does, before it runs the stage again
-    monkeypatch.setattr(np, "savez", None)
-    go(score)
     assert scores() == whole
 
 

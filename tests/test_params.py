@@ -67,6 +67,8 @@ def test_a_misspelt_key_in_the_file_is_one_line(data, tmp_path):
         ("views.flip", 1.5, "less than or equal to 1"),
         ("prepare.labelled_root", "~/photos", "labelled_root begins with ~: write the path out"),
         ("baseline.warmup_epochs", 41, "warmup_epochs, 41, must not be more than epochs, 40"),
+        ("teacher.mean", [123.675, 116.28, 103.53], "teacher.mean.0: should be less than or equal to 1"),
+        ("teacher.std", [0.2, 0.2, 0.2], "set them to null to fit one here"),
         ("register.name", "photos/1", "register.name: String should match"),
         ("mine", None, "mine"),
     ],
@@ -161,7 +163,7 @@ def test_networks_and_weights_are_looked_at_before_anything_runs(data, tmp_path,
 
 def test_multipliers_are_looked_at_with_the_network(data, tmp_path):
     data["student"]["model"], data["distill"]["lr_multipliers"] = "vgg11", [0.1] * 5
-    with pytest.raises(ValueError, match="lr_multipliers has 5 numbers"):
+    with pytest.raises(ValueError, match=r"^distill: lr_multipliers has 5 numbers"):
         preflight.check(params.check(data), tmp_path)
 
 

@@ -38,10 +38,10 @@ def gone(pid: int) -> bool:
 
 def test_output_comes_line_by_line_and_both_streams(programs):
     times = []
-    code = "import sys, time; print('a', flush=True); time.sleep(0.5); sys.stderr.write('b'); sys.exit(7)"
+    code = "import sys, time; print('a', flush=True); time.sleep(2); sys.stderr.write('b'); sys.exit(7)"
     assert programs.run(python(code), lambda line: times.append((line, time.monotonic()))) == 7
     assert [line for line, _ in times] == ["a", "b"]
-    assert times[1][1] - times[0][1] > 0.3
+    assert times[1][1] - times[0][1] > 1
 
 
 def test_a_child_that_a_program_leaves_behind_is_ended_and_not_waited_for(programs):
@@ -61,7 +61,7 @@ def test_stop_ends_a_program_and_what_is_below_it(programs):
     while not lines:
         time.sleep(0.05)
     programs.stop()
-    runner.join(timeout=5)
+    runner.join(timeout=30)
     assert codes == [-15]
     assert gone(int(lines[0]))
 

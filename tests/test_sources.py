@@ -110,6 +110,17 @@ def test_labelled_and_unlabelled_images_may_lie_in_different_archives(tmp_path):
     assert images.source(images.rows("unlabelled")[0]).startswith("some/where/")
 
 
+def test_a_list_may_name_files_by_their_whole_paths(tmp_path, monkeypatch):
+    root = write(tmp_path / "in", good())
+    below = sorted(path.relative_to(root).as_posix() for path in (root / "train").rglob("*.png"))
+    rows = [(name, name.split("/")[1]) for name in below]
+    for file, before in (("short.csv", ""), ("whole.csv", f"{root}/")):
+        (root / file).write_text("\n".join(["file,label", *(f"{before}{name},{label}" for name, label in rows)]))
+    monkeypatch.chdir(tmp_path)
+    made = [prepared(tmp_path / out, Path("in"), train=f"{out}.csv") for out in ("short", "whole")]
+    assert made[0][0].digest == made[1][0].digest
+
+
 def test_a_list_may_hold_images_without_a_label(tmp_path):
     root = write(tmp_path / "in", good())
     rows = [f"{name},{name.split('/')[1] if int(name[8:10]) < 6 else ''}" for name in good()]

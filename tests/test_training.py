@@ -278,6 +278,13 @@ def test_a_students_first_weights_may_be_of_other_classes(tmp_path, capsys):
         networks.build_student("ResNet34_vd", file, 6, seed=7)
 
 
+def test_a_classifier_that_is_a_convolution_starts_anew_too(tmp_path, capsys):
+    source = networks.build("resnetv2_50", 7, seed=3)
+    torch.save(source.network.state_dict(), tmp_path / "weights.pth")
+    networks.build_student("resnetv2_50", str(tmp_path / "weights.pth"), 5, seed=7)
+    assert capsys.readouterr().out.count("made for 7 classes, not 5: head.fc.") == 2
+
+
 def test_first_weights_see_what_they_were_trained_on(tmp_path):
     source = networks.build("test_resnet", 4, seed=3)
     networks.save(tmp_path, source, {"model": "test_resnet", "classes": list("abcd"), "resolution": 16})
@@ -315,7 +322,7 @@ def test_weights_that_do_not_fit_say_what_to_do(tmp_path):
         networks.load_weights(classifier.network, tmp_path / "scalar.pth")
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_weights_of_a_wrapped_network_are_its_own(tmp_path, prefix):
     state = networks.build("test_resnet", 4, seed=3).network.state_dict()
     torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "weights.pth")
@@ -332,6 +339,7 @@ def test_weights_of_a_wrapped_network_are_its_own(tmp_path, prefix):
 def test_an_embedding_is_a_vector_beside_the_networks_own_logits(model, resolution):
     classifier = networks.build(model, 3, 0).eval()
     networks.check_takes(classifier, model, resolution)
+    assert not classifier.training
     assert models.macs(classifier.network, resolution) > 0
     pixels = torch.randint(0, 256, (2, 3, resolution, resolution), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -341,7 +349,7 @@ def test_an_embedding_is_a_vector_beside_the_networks_own_logits(model, resoluti
 
 
 def taken(tmp_path, monkeypatch, bias, **changes):
-    """Take a teacher that says the same of every image; give what was printed and the network's card."""
+    """Make a checkpoint of a teacher that says the same of every image; give what `teacher.take` needs to take it."""
     classifier = networks.build(MODEL, 4, 0)
     head = classifier.network.get_classifier()
     torch.nn.init.zeros_(head.weight)

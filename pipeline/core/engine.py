@@ -122,12 +122,12 @@ class Run:
     step: int = 0
 
     def __post_init__(self) -> None:
-        shares = self.processes.world * self.recipe.accumulate
-        if self.processes.world > 1 and self.order.batch_size % shares:
+        size, shares = self.order.batch_size, self.processes.world * self.recipe.accumulate
+        if self.processes.world > 1 and size % shares:
             raise ValueError(
-                f"a batch of {self.order.batch_size} images cannot be shared out evenly to {self.processes.world} "
-                f"processes in {self.recipe.accumulate} parts each; set {self.what}.batch_size to a multiple of "
-                f"{shares}, or {self.what}.accumulate to another number"
+                f"a batch of {size} images cannot be shared out evenly to {self.processes.world} processes in "
+                f"{self.recipe.accumulate} parts each; set {self.what}.batch_size to "
+                f"{size // shares * shares or shares}, or {self.what}.accumulate to another number"
             )
         self.device = self.processes.device
         self.steps = self.recipe.epochs * self.order.steps_per_epoch
@@ -298,7 +298,7 @@ class Run:
         return ", ".join(words)
 
     def _profile(self) -> Any:
-        """Trace a few steps into a file beside the run's scratch folder, which goes when the run is done."""
+        """Trace a few steps into a file beside the run's scratch folder."""
         if not self.machine.profile_steps:
             return nullcontext()
         file = self.scratch.parent / f"trace-{self.processes.rank}.json.gz"

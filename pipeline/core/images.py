@@ -144,13 +144,17 @@ class _Recent:
         found = self._images.pop(key, None)
         if found is None:
             found = _decoded(image, eighths)
-            self.bytes += found.nbytes + len(image.content)
+            if self._size(key, found) > self.most_bytes:
+                return found
+            self.bytes += self._size(key, found)
         self._images[key] = found
-        while self.bytes > self.most_bytes and len(self._images) > 1:
-            (content, _), oldest = next(iter(self._images.items()))
-            del self._images[next(iter(self._images))]
-            self.bytes -= oldest.nbytes + len(content)
+        while self.bytes > self.most_bytes:
+            oldest = next(iter(self._images))
+            self.bytes -= self._size(oldest, self._images.pop(oldest))
         return found
+
+    def _size(self, key: tuple[bytes, int], pixels: np.ndarray) -> int:
+        return len(key[0]) + pixels.nbytes
 
 
 RECENT = _Recent(32_000_000)

@@ -67,16 +67,16 @@ def check_takes(classifier: Classifier, name: str, resolution: int) -> None:
 
     Raises:
         ValueError: it does not, as transformers at another resolution than their own; or it has several classifiers, or
-            features that are no vector.
+            gives more than a number a class.
     """
     if not isinstance(classifier.network.get_classifier(), nn.Module):
         raise ValueError(f"{name} has more than one classifier, and the stages need one; take another network")
     try:
-        logits, features = models.on_meta(_Embed(classifier), resolution)
+        logits, _ = models.on_meta(_Embed(classifier), resolution)
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{name} does not take images of {resolution} pixels: {reason}") from None
-    if logits.ndim != 2 or features.ndim != 2:
+    if logits.ndim != 2:
         raise ValueError(f"{name} gives {tuple(logits.shape)} for an image, not a number a class; take another network")
 
 
@@ -86,6 +86,7 @@ class _Embed(nn.Module):
     def __init__(self, classifier: Classifier):
         super().__init__()
         self.classifier = classifier
+        self.train(classifier.training)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return self.classifier.embed(pixels)
@@ -199,9 +200,8 @@ def load_weights(network: nn.Module, file: Path, new_classifier: bool = False) -
     state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f"{file}: not a state dict of tensors")
-    for prefix in WRAPPERS:
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    while prefix := next((it for it in WRAPPERS if state and all(key.startswith(it) for key in state)), ""):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     own = network.state_dict()
     _check_names(own, state, file)
     for key, classes in _other_classes(network, state).items():
@@ -229,7 +229,7 @@ def _check_names(own: dict[str, Tensor], state: dict[str, Tensor], file: Path) -
 def _other_classes(network: nn.Module, state: dict[str, Tensor]) -> dict[str, int]:
     """Name the classifier's weights that a file has for another number of classes, and that number."""
     head = network.get_classifier() if hasattr(network, "get_classifier") else None
-    if not isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Linear | nn.Conv2d):
         return {}
     places = [parameter.data_ptr() for parameter in head.parameters()]
     own = {key: value for key, value in network.state_dict().items() if value.data_ptr() in places}

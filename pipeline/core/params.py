@@ -13,6 +13,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Range = tuple[Positive, Positive]
+Spread = Annotated[float, Field(gt=0, le=1)]
 HARD = "hard"  # hard labels, as a loss that is weighed beside those against the teacher
 LOSSES = (
     "ssld", "js", "kl", "cross_entropy", "dkd", "tckd", "nckd", "dist", "dist_inter", "dist_intra", HARD
@@ -132,15 +133,17 @@ class Teacher(TrainingRecipe):
     model: str
     source: Literal["fit", "timm", "checkpoint"]
     checkpoint: str | None
-    mean: tuple[NotNegative, NotNegative, NotNegative] | None
-    std: tuple[Positive, Positive, Positive] | None
+    mean: tuple[Share, Share, Share] | None
+    std: tuple[Spread, Spread, Spread] | None
     fit_on: Literal["withheld", "labelled"]
     label_smoothing: Share
 
     @model_validator(mode="after")
-    def _checkpoint_is_named(self) -> "Teacher":
+    def _it_fits_its_source(self) -> "Teacher":
         if self.source == "checkpoint" and not self.checkpoint:
             raise ValueError("source checkpoint needs teacher.checkpoint, the path of a file")
+        if self.source == "fit" and (self.mean or self.std):
+            raise ValueError("mean and std are of a teacher trained elsewhere: set them to null to fit one here")
         return self
 
 
@@ -211,7 +214,7 @@ class Evaluate(Section):
 
 
 class Register(Section):
-    name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")]  # what MLflow takes for models and for their files
+    name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")]  # MLflow takes more, but not everywhere the same
     margin: NotNegative
 
 

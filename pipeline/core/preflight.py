@@ -3,8 +3,10 @@
 No stage imports this, so a change here reruns nothing. Run: python -m pipeline.core.preflight
 """
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.core import atomic, params
@@ -51,28 +53,38 @@ def check_networks(settings: Params, root: Path) -> None:
         ValueError: see `check`.
     """
     views, fixres = settings.views.resolution, settings.fixres.resolution
-    trained = {name: getattr(settings, name).lr_multipliers for name in ("baseline", "distill", "finetune")}
     wanted = {"teacher": [settings.teacher.model, views], "student": [settings.student.model, views, fixres]}
-    noted, asked = root / NOTED, {**wanted, "lr_multipliers": trained}
-    if noted.exists() and json.loads(noted.read_text()) == json.loads(json.dumps(asked)):
-        return
+    multipliers = {name: getattr(settings, name).lr_multipliers for name in ("baseline", "distill", "finetune")}
+    asked = json.loads(json.dumps({**wanted, "lr_multipliers": multipliers}))
+    with contextlib.suppress(OSError, ValueError):  # no note, or none that can be read
+        if json.loads((root / NOTED).read_text()) == asked:
+            return
     import torch  # with timm, it takes seconds to load
 
     from pipeline.core import engine, networks
 
+    built = {}
     for who, (name, *resolutions) in wanted.items():
-        try:
-            with torch.device("meta"):  # no weight is drawn
-                classifier = networks.build(name, CLASSES, seed=0)
-            for resolution in resolutions:
-                networks.check_takes(classifier, name, resolution)
-        except ValueError as error:
-            raise ValueError(f"{who}.model: {error}") from None
-    for name, multipliers in trained.items():
-        if multipliers is not None:  # the student's: it was built last
-            engine.with_multipliers(classifier.network, getattr(settings, name))
-    noted.parent.mkdir(exist_ok=True)
-    atomic.write_json(noted, asked)
+        with _named(f"{who}.model"), torch.device("meta"):  # no weight is drawn
+            built[who] = networks.build(name, CLASSES, seed=0)
+        for resolution in resolutions:
+            with _named(f"{who}.model"):
+                networks.check_takes(built[who], name, resolution)
+    for name, numbers in multipliers.items():
+        if numbers is not None:
+            with _named(name):
+                engine.with_multipliers(built["student"].network, getattr(settings, name))
+    with contextlib.suppress(OSError):  # another run writes its own: no matter
+        atomic.write_json(root / NOTED, asked)
+
+
+@contextlib.contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Say of what key an error speaks."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def main() -> None:

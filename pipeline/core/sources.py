@@ -207,8 +207,8 @@ def _in_archive(entries: dict[str, Entry], folder: str, name: str) -> Entry:
 
 
 def _inside(path: Path, base: Path) -> bool:
-    """Whether a path stays below the root."""
-    return Path(os.path.normpath(path)).is_relative_to(os.path.normpath(base))
+    """Whether a path, which may be absolute, stays below the root."""
+    return os.path.relpath(path, base).split(os.sep)[0] != os.pardir
 
 
 def _below(path: Path, base: Path) -> str:

@@ -176,7 +176,7 @@ def in_a_line(error: BaseException) -> str:
     """Give an error's words in one line; of one that a worker process raised, its own words alone."""
     words = str(error)
     if "DataLoader worker process" in words and "Original Traceback" in words:
-        words = words.strip().splitlines()[-1].partition(": ")[2]
+        words = words.rpartition(f"\n{type(error).__name__}: ")[2]
     return " ".join(words.split())
 
 
