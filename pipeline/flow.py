@@ -186,7 +186,7 @@ def environment(root: Path) -> dict[str, str]:
 
 def serve(url: str) -> None:
     """Serve the flow as deployment ssld/local until Ctrl-C."""
-    print(f"Prefect's pages: {url.removesuffix('/api')}\nTo start a run, in another shell, in some seconds:")
+    print(f"Prefect's pages: {url.removesuffix('/api')}\nTo start a run, in another shell, in about 20 seconds:")
     print(f"    export PREFECT_API_URL={url}\n    prefect deployment run ssld/local")
     print("""    prefect deployment run ssld/local --param 'changes={"distill.epochs": 2}'""")
     print("Ctrl-C stops the runs, the deployment and the server.", flush=True)
