@@ -1,0 +1,177 @@
+"""Networks as files: weights that fit and those that do not, teachers made elsewhere, first weights of a student."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from images import tiny
+from runs import MODEL
+
+import models
+from pipeline import teacher
+from pipeline.core import networks
+
+
+def test_weights_come_from_the_seed_alone():
+    torch.manual_seed(1)
+    first = networks.build("ResNet18_vd", 4, seed=3)
+    torch.manual_seed(2)
+    assert networks.digest(first) == networks.digest(networks.build("ResNet18_vd", 4, seed=3))
+    assert networks.digest(first) != networks.digest(networks.build("ResNet18_vd", 4, seed=4))
+
+
+def test_a_network_is_what_was_saved(tmp_path):
+    classifier = networks.build("ResNet18_vd", 4, seed=3)
+    networks.save(tmp_path / "n", classifier, {"model": "ResNet18_vd", "classes": list("abcd"), "resolution": 16})
+    loaded, card = networks.load(tmp_path / "n")
+    assert networks.digest(loaded) == networks.digest(classifier)
+    assert card["num_classes"] == 4
+    weights = tmp_path / "n" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="not the weights that"):
+        networks.load(tmp_path / "n")
+
+
+def test_a_students_first_weights_may_be_of_other_classes(tmp_path, capsys):
+    source = networks.build("ResNet18_vd", 4, seed=3)
+    networks.save(tmp_path, source, {"model": "ResNet18_vd", "classes": list("abcd"), "resolution": 16})
+    file = str(tmp_path / "weights.safetensors")
+    same, other = (networks.build_student("ResNet18_vd", file, classes, seed=7) for classes in (4, 6))
+    assert networks.digest(same) == networks.digest(source)
+    fresh, given, now = (it.network.state_dict() for it in (networks.build("ResNet18_vd", 6, 7), source, other))
+    for key, value in now.items():
+        assert torch.equal(value, (fresh if key.startswith("fc.") else given)[key]), key
+    assert capsys.readouterr().out.count("made for 4 classes, not 6: fc.") == 2
+    with pytest.raises(ValueError, match="of another network"):
+        networks.build_student("ResNet34_vd", file, 6, seed=7)
+
+
+def test_a_classifier_that_is_a_convolution_starts_anew_too(tmp_path, capsys):
+    source = networks.build("resnetv2_50", 7, seed=3)
+    torch.save(source.network.state_dict(), tmp_path / "weights.pth")
+    networks.build_student("resnetv2_50", str(tmp_path / "weights.pth"), 5, seed=7)
+    assert capsys.readouterr().out.count("made for 7 classes, not 5: head.fc.") == 2
+
+
+def test_first_weights_see_what_they_were_trained_on(tmp_path):
+    source = networks.build("test_resnet", 4, seed=3)
+    networks.save(tmp_path, source, {"model": "test_resnet", "classes": list("abcd"), "resolution": 16})
+    student = networks.build_student("test_resnet", str(tmp_path / "weights.safetensors"), 4, seed=0)
+    assert (student.mean / 255).flatten().tolist() == pytest.approx(models.build("test_resnet").pretrained_cfg["mean"])
+
+
+def test_a_network_with_two_classifiers_is_refused():
+    with pytest.raises(ValueError, match="deit_tiny_distilled_patch16_224 has more than one classifier"):
+        networks.check_takes(
+            networks.build("deit_tiny_distilled_patch16_224", 4, 0), "deit_tiny_distilled_patch16_224", 224
+        )
+
+
+def test_weights_that_do_not_fit_say_what_to_do(tmp_path):
+    classifier = networks.build("ResNet18_vd", 4, seed=3)
+    networks.save(tmp_path, classifier, {"model": "ResNet18_vd", "classes": list("abcd"), "resolution": 16})
+    file = tmp_path / "weights.safetensors"
+    with pytest.raises(ValueError, match=r"made for 4 classes, but the data has 6.*teacher.source: fit"):
+        networks.load_weights(networks.build("ResNet18_vd", 6, 0).network, file)
+    with pytest.raises(ValueError, match="of another network"):
+        networks.load_weights(networks.build("ResNet34_vd", 4, 0).network, file)
+    with pytest.raises(ValueError, match="no such file"):
+        networks.load_weights(classifier.network, Path("nowhere.pth"))
+    file.write_bytes(b"junk")
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        networks.load_weights(classifier.network, file)
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        networks.load_weights(classifier.network, tmp_path)
+    torch.save({0: torch.zeros(3)}, tmp_path / "numbers.pth")
+    with pytest.raises(ValueError, match="not a state dict"):
+        networks.load_weights(classifier.network, tmp_path / "numbers.pth")
+    torch.save({**classifier.network.state_dict(), "fc.weight": torch.tensor(1.0)}, tmp_path / "scalar.pth")
+    with pytest.raises(ValueError, match=r"of another network: fc.weight is \(\), not \(4, 512\)"):
+        networks.load_weights(classifier.network, tmp_path / "scalar.pth")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_weights_of_a_wrapped_network_are_its_own(tmp_path, prefix):
+    state = networks.build("test_resnet", 4, seed=3).network.state_dict()
+    torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "weights.pth")
+    network = networks.build("test_resnet", 4, seed=0).network
+    networks.load_weights(network, tmp_path / "weights.pth")
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+
+
+# In some a convolution is the classifier, in some the features are no vector before it, some have parts of two sizes.
+@pytest.mark.parametrize(
+    ("model", "resolution"),
+    [("resnetv2_50", 64), ("dla34", 64), ("dpn48b", 64), ("cait_xxs24_224", 224), ("pit_ti_224", 224), (MODEL, 32)],
+)
+def test_an_embedding_is_a_vector_beside_the_networks_own_logits(model, resolution):
+    classifier = networks.build(model, 3, 0).eval()
+    networks.check_takes(classifier, model, resolution)
+    assert not classifier.training
+    assert models.macs(classifier.network, resolution) > 0
+    pixels = torch.randint(0, 256, (2, 3, resolution, resolution), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits, features = classifier.embed(pixels)
+        assert torch.equal(logits, classifier(pixels))
+    assert features.shape == (2, classifier.network.num_features)
+
+
+def taken(tmp_path, monkeypatch, bias, **changes):
+    """Make a checkpoint of a teacher that says the same of every image; give what `teacher.take` needs to take it."""
+    classifier = networks.build(MODEL, 4, 0)
+    head = classifier.network.get_classifier()
+    torch.nn.init.zeros_(head.weight)
+    head.bias.data.copy_(torch.tensor(bias))
+    networks.save(tmp_path / "made", classifier, {"model": MODEL, "classes": list("abcd"), "resolution": 16})
+    monkeypatch.setattr(teacher, "ENOUGH_TO_TRY", 10)
+    wanted = {"source": "checkpoint", "model": MODEL, "checkpoint": str(tmp_path / "made/weights.safetensors")}
+    params = tiny(**{f"teacher.{key}": value for key, value in {**wanted, **changes}.items()})
+    return params, torch.device("cpu")
+
+
+def test_a_teacher_that_guesses_is_refused(images, tmp_path, monkeypatch):
+    params, device = taken(tmp_path, monkeypatch, [1.0, 0.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match=r"guesses: validation top-1 0.2500 of 16 images of 4 classes.*in this order"):
+        teacher.take(params, images, device)
+    monkeypatch.setattr(teacher, "ENOUGH_TO_TRY", 17)  # of so few, nobody can tell
+    monkeypatch.chdir(tmp_path)
+    teacher.take(params, images, device)
+
+
+def test_a_taken_teacher_sees_pixels_as_it_was_trained_with(images, tmp_path, monkeypatch):
+    params, device = taken(tmp_path, monkeypatch, [0.0] * 4, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
+    monkeypatch.setattr(teacher, "ENOUGH_TO_TRY", 17)
+    monkeypatch.chdir(tmp_path)
+    teacher.take(params, images, device)
+    card = networks.read_card(tmp_path / "data/teacher")
+    assert (card["mean"], card["std"]) == ([0.5, 0.4, 0.3], [0.2, 0.2, 0.1])
+
+
+def test_a_teacher_that_does_not_take_the_resolution_is_refused(images, tmp_path, monkeypatch):
+    network = networks.build("vit_tiny_patch16_224", 4, 0)
+    networks.save(tmp_path, network, {"model": "vit", "classes": list("abcd"), "resolution": 224})
+    monkeypatch.chdir(tmp_path)
+    wanted = {
+        "source": "checkpoint",
+        "model": "vit_tiny_patch16_224",
+        "checkpoint": str(tmp_path / "weights.safetensors"),
+    }
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224 does not take images of 16 pixels"):
+        teacher.take(tiny(**{f"teacher.{key}": value for key, value in wanted.items()}), images, torch.device("cpu"))
+    assert not (tmp_path / "data/teacher").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def test_a_pickle_that_is_more_than_tensors_is_refused(tmp_path, capsys):
+    classifier = networks.build("ResNet18_vd", 4, seed=3)
+    file = tmp_path / "weights.pth"
+    torch.save({"state_dict": classifier.network.state_dict(), "evil": Evil()}, file)
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        networks.load_weights(classifier.network, file)
+    assert "this ran" not in capsys.readouterr().out
+    torch.save({"state_dict": classifier.network.state_dict()}, file)
+    networks.load_weights(networks.build("ResNet18_vd", 4, seed=5).network, file)
