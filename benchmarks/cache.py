@@ -136,7 +136,10 @@ def _open_and_read(folder: str) -> tuple[float, float, float, float]:
 
 
 def write(arguments: argparse.Namespace) -> None:
-    """The stage's own loop against forward passes over one batch of tensors in memory."""
+    """The stage's own loop against forward passes over one batch of tensors in memory, and against rendering alone.
+
+    No stage is faster than the slower of the two; where rendering is, more machine.workers help, if there are cores.
+    """
     project, count = Project(), arguments.views or 2048
     wanted = project.wanted()
     some = np.arange(min(count, len(wanted.keys)))
@@ -148,13 +151,22 @@ def write(arguments: argparse.Namespace) -> None:
             part = pixels[: min(len(pixels), len(some) - start)].to(project.device)
             teaching.answer(project.classifier, part, project.params.teacher.precision).cpu()
 
+    def render() -> None:
+        asked = (wanted.views(some[start : start + len(pixels)]) for start in range(0, len(some), len(pixels)))
+        for batch in load(project.views, asked, project.params.machine.workers, project.device):
+            batch.pixels.to(project.device)
+
     def stage() -> None:
         with scratch_cache(), silence():
             which = project.views, wanted, some
             cache.write_missing(project.classifier, *which, project.params, project.description, project.processes)
 
-    loops = {"bare forward passes": again_and_again(bare), "cache stage": again_and_again(stage)}
-    show(take_turns(loops, arguments.rounds, steps=1, warm_up=1), len(some), "views/s")
+    ways = {"bare forward passes": bare, "rendering alone": render, "cache stage": stage}
+    loops = {name: again_and_again(way) for name, way in ways.items()}
+    seconds = take_turns(loops, arguments.rounds, steps=1, warm_up=1)
+    show(seconds, len(some), "views/s")
+    least = np.maximum(seconds["bare forward passes"], seconds["rendering alone"])
+    print(f"\nThe stage against the slower of the two: {against(seconds['cache stage'], least)}")
 
 
 def epoch(arguments: argparse.Namespace) -> None:

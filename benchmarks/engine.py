@@ -3,7 +3,10 @@
 step    a student's step on synthetic images, beside a bare hand-written loop of the same network and precision; the
         two take turns of --steps steps, --rounds times
 epoch   --rounds epochs on a project's real images, beside the same on synthetic ones; the two take turns step by step
-Run: python benchmarks/engine.py step | epoch [--prepared data/prepare]
+answer  a teacher's answers about synthetic images, without anything else
+where   what a training step's time goes to, operation by operation
+MFU is the share that the network's operations have of the rate of a large matrix product, measured in the same run.
+Run: python benchmarks/engine.py step | epoch [--prepared data/prepare] | answer --model ResNet152_vd | where
 """
 
 import argparse
@@ -26,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from machine import against, machine, take_turns
 
-from pipeline.core import devices, engine, networks, params
+from pipeline.core import devices, engine, networks, params, teaching
 from pipeline.core.batches import Batch, TrainingOrder, Views
 from pipeline.core.dataset import ImageSet
 from pipeline.core.views import ViewSpec
@@ -68,7 +71,8 @@ def make_run(arguments: argparse.Namespace, views: Dataset, ids: np.ndarray, scr
         validate=lambda classifier: {},
         scratch=Path(scratch),
         machine=settings.machine.model_copy(
-            update={"checkpoint_seconds": 1e9, "workers": workers, "compile": arguments.compile}
+            update={"checkpoint_seconds": 1e9, "workers": workers}
+            | {"compile": arguments.compile, "cuda_graphs": arguments.cuda_graphs}
         ),
     )
 
@@ -87,9 +91,18 @@ class BareLoop:
         self.pixels = torch.randint(0, 256, size, dtype=torch.uint8).to(self.device)
         self.labels = torch.zeros(arguments.batch_size, dtype=torch.int64, device=self.device)
 
-    def step(self) -> torch.Tensor:
+    def loss(self, network: nn.Module) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            loss = F.cross_entropy(self.forward(self.pixels).float(), self.labels)
+            return F.cross_entropy(network(self.pixels).float(), self.labels)
+
+    def flops(self) -> float:
+        """Operations a training step takes for each image."""
+        with FlopCounterMode(display=False) as counter:
+            self.loss(self.network).backward()
+        return counter.get_total_flops() / len(self.pixels)
+
+    def step(self) -> torch.Tensor:
+        loss = self.loss(self.forward)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -102,10 +115,7 @@ class BareLoop:
 
 def step(arguments: argparse.Namespace) -> None:
     bare = BareLoop(arguments)
-    counter = FlopCounterMode(display=False)
-    with counter:
-        bare.step()
-    flops = counter.get_total_flops() / arguments.batch_size
+    flops = bare.flops()
     views = Synthetic(arguments.batch_size, arguments.resolution)
     turns, images = arguments.rounds or 60, arguments.steps * arguments.batch_size
     ids = np.arange((turns + WARM_UP) * images, dtype=np.uint64)
@@ -115,7 +125,66 @@ def step(arguments: argparse.Namespace) -> None:
         seconds = take_turns(loops, turns, arguments.steps, WARM_UP)
     rates = {name: [images / turn for turn in taken] for name, taken in seconds.items()}
     title(arguments)
-    table(rates, "bare loop", flops, arguments.peak_tflops)
+    table(rates, "bare loop", flops, matrix_product_tflops(arguments))
+
+
+def answer(arguments: argparse.Namespace) -> None:
+    device = devices.join(arguments.device).device
+    classifier = networks.build(arguments.model, CLASSES, seed=0).eval()
+    classifier.to(device, memory_format=torch.channels_last)
+    size = (arguments.batch_size, 3, arguments.resolution, arguments.resolution)
+    pixels = torch.randint(0, 256, size, dtype=torch.uint8).to(device)
+
+    def ask() -> Generator[torch.Tensor, None, None]:
+        while True:
+            yield teaching.answer(classifier, pixels, arguments.precision)
+
+    seconds = take_turns({"teacher": ask()}, arguments.rounds or 20, arguments.steps, WARM_UP)
+    rates = {name: [arguments.steps * len(pixels) / turn for turn in taken] for name, taken in seconds.items()}
+    with FlopCounterMode(display=False) as counter:
+        teaching.answer(classifier, pixels, arguments.precision)
+    title(arguments)
+    table(rates, "teacher", counter.get_total_flops() / len(pixels), matrix_product_tflops(arguments))
+
+
+def where(arguments: argparse.Namespace) -> None:
+    ids = np.arange(2 * (WARM_UP + arguments.steps) * arguments.batch_size, dtype=np.uint64)
+    views = Synthetic(arguments.batch_size, arguments.resolution)
+    kinds = torch.profiler.ProfilerActivity
+    cuda = torch.cuda.is_available() and arguments.device != "cpu"
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stderr(io.StringIO()):
+        ours = make_run(arguments, views, ids, scratch, workers=0).step_by_step()
+        for _ in range(WARM_UP):
+            next(ours)
+        with torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if cuda else [])]) as profile:
+            for _ in range(arguments.steps):
+                next(ours)
+            if cuda:
+                torch.cuda.synchronize()
+        ours.close()
+    own = "self_device_time_total" if cuda else "self_cpu_time_total"
+    host = torch.autograd.DeviceType.CPU  # what it called, not the kernels that came of that: they would count twice
+    calls = [each for each in profile.key_averages() if each.device_type == host]
+    spent = sorted(((getattr(each, own), each.key) for each in calls), reverse=True)
+    total = sum(time for time, _ in spent)
+    title(arguments)
+    print(f"| operation | ms a step of {total / arguments.steps / 1000:.1f} | share |\n|---|---|---|")
+    for time, name in spent[:15]:
+        print(f"| {name[:80]} | {time / arguments.steps / 1000:.2f} | {time / total:.1%} |")
+
+
+def matrix_product_tflops(arguments: argparse.Namespace) -> float:
+    """The rate of a large matrix product in the benchmark's precision: what the device does at best, TFLOP/s."""
+    device, side = devices.join(arguments.device).device, 8192 if torch.cuda.is_available() else 2048
+    dtype = torch.bfloat16 if arguments.precision == "bfloat16" else torch.float32
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+
+    def multiply() -> Generator[torch.Tensor, None, None]:
+        while True:
+            yield left @ right
+
+    seconds = take_turns({"product": multiply()}, turns=5, steps=10, warm_up=2)["product"]
+    return 2 * side**3 * 10 / float(np.median(seconds)) / 1e12
 
 
 def epoch(arguments: argparse.Namespace) -> None:
@@ -158,21 +227,23 @@ def table(rates: dict[str, list[float]], other: str, flops: float = 0, peak_tflo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("step", "epoch"))
+    parser.add_argument("what", choices=sorted(COMMANDS))
     parser.add_argument("--model", default="ResNet50_vd")
     parser.add_argument("--resolution", type=int, default=32, help="pixels a side of synthetic images")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--cuda-graphs", action="store_true", help="machine.cuda_graphs: of this engine alone")
     parser.add_argument("--steps", type=int, default=1, help="steps of a turn; 20 or more on a GPU, which works ahead")
     parser.add_argument("--rounds", type=int, help="turns that each has (60), or epochs (3)")
-    parser.add_argument("--peak-tflops", type=float, default=0, help="of the device in this precision, for MFU")
     parser.add_argument("--prepared", type=Path, default=ROOT / "data/prepare", help="what `prepare` wrote")
     parser.add_argument("--workers", type=int, default=0, help="processes that render real images")
     arguments = parser.parse_args()
-    {"step": step, "epoch": epoch}[arguments.what](arguments)
+    COMMANDS[arguments.what](arguments)
 
+
+COMMANDS = {"step": step, "epoch": epoch, "answer": answer, "where": where}
 
 if __name__ == "__main__":
     main()

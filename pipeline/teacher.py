@@ -85,18 +85,21 @@ def take(params: Params, images: ImageSet, device: torch.device) -> None:
 
 
 def try_out(classifier: Classifier, params: Params, images: ImageSet) -> str:
-    """Say how good a teacher is that was made elsewhere, in validation top-1; "" where there is no validation split.
+    """Say how good a teacher is that was made elsewhere, in validation top-1; with too few images, what must be true.
 
     Raises:
         ValueError: it guesses, so its classes stand in another order, or its pixels were normalised otherwise.
     """
     validate = training.validator(params, images, params.views.resolution, Processes(classifier.mean.device))
     found, classes = validate(classifier), len(images.classes)
-    if not found:
-        return ""
-    tried, top1 = len(images.rows("val")), found["val_top1"]
-    if tried >= ENOUGH_TO_TRY and round(tried * top1) <= binom.isf(CHANCE, tried, 1 / classes):
-        order = ", ".join(images.classes[:10]) + (", ..." if classes > 10 else "")
+    order = ", ".join(images.classes[:10]) + (", ..." if classes > 10 else "")
+    tried, top1 = len(images.rows("val")), found.get("val_top1", 0.0)
+    if tried < ENOUGH_TO_TRY:
+        return (
+            f"; {tried} validation images are too few to tell one that guesses: its classes are taken to be, in this "
+            f"order, {order}"
+        )
+    if round(tried * top1) <= binom.isf(CHANCE, tried, 1 / classes):
         raise ValueError(
             f"{params.teacher.model} guesses: validation top-1 {top1:.4f} of {tried:,} images of {classes} "
             f"classes. Its classes must be these, in this order: {order}; and pixels must be normalised as it was "

@@ -245,12 +245,6 @@ def test_what_worker_processes_say_is_one_line():
     assert stage.in_a_line(ValueError("two\nlines")) == "two lines"
 
 
-def test_parts_that_would_differ_with_the_number_of_processes_are_refused(images, tmp_path):
-    two = Processes(torch.device("cpu"), rank=0, world=2)
-    with pytest.raises(ValueError, match=r"8 images .* to 2 processes in 3 parts each; set test.batch_size to 6,"):
-        run(images, tmp_path, processes=two, batch_size=8, accumulate=3)
-
-
 def test_another_error_is_not_called_out_of_memory():
     assert not stage.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not stage.out_of_memory(ValueError("out of memory"))

@@ -53,8 +53,14 @@ def test_processes_share_out_each_batch():
     assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in whole]
     of_order = TrainingOrder(Fourteen, np.arange(14), 4, 0, 0, 1, 2)
     assert [of_order.whole_batch(step)[0].tolist() for step in (5, 0)] == [whole[5], whole[0]]
-    with pytest.raises(ValueError, match="shared out evenly to 3"):
+    with pytest.raises(
+        ValueError, match=r"shared out evenly to 3 processes; set batch_size to 3, or machine.processes"
+    ):
         TrainingOrder(Fourteen, np.arange(14), 4, 0, 0, 0, 3)
+    with pytest.raises(
+        ValueError, match=r"2 processes in 3 parts each; set batch_size to 6, or machine.processes or acc"
+    ):
+        TrainingOrder(Fourteen, np.arange(14), 8, 0, 0, 0, 2, parts=3)
 
 
 def test_replicas_go_round():

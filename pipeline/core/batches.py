@@ -2,6 +2,7 @@
 
 import itertools
 import multiprocessing
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -101,6 +102,7 @@ class TrainingOrder:
         seed: of the order.
         replicas: an epoch shows replica (epoch mod replicas); EVERY_REPLICA: replica = epoch.
         rank, world: this process takes every world-th image of each batch.
+        parts: that each process computes its images in.
 
     Raises:
         ValueError: there are no samples, or a batch cannot be shared out evenly.
@@ -115,16 +117,18 @@ class TrainingOrder:
         replicas: int,
         rank: int = 0,
         world: int = 1,
+        parts: int = 1,
     ):
         if len(rows) == 0:
             raise ValueError("there is no image to train on: see data/prepare/summary.json for what was found")
         self.rows = rows[np.argsort(images.ids[rows])].astype(np.int32)
         self.batch_size = min(batch_size, len(rows))
-        if self.batch_size % world:
-            fitting = self.batch_size // world * world
+        if world > 1 and self.batch_size % (world * parts):
+            each, shares = f" in {parts} parts each" if parts > 1 else "", world * parts
             raise ValueError(
-                f"a batch of {self.batch_size} images cannot be shared out evenly to {world} processes; "
-                f"set batch_size to {fitting or world}, or machine.processes to another number"
+                f"a batch of {self.batch_size} images cannot be shared out evenly to {world} processes{each}; set "
+                f"batch_size to {self.batch_size // shares * shares or shares}, or machine.processes"
+                f"{' or accumulate' if each else ''} to another number"
             )
         self.seed, self.replicas, self.rank, self.world = seed, replicas, rank, world
         self.steps_per_epoch = len(rows) // self.batch_size
@@ -155,7 +159,7 @@ def load(
         again: the same batches are asked for again: worker processes, which take seconds to start, stay for that.
     """
     if workers:
-        multiprocessing.set_forkserver_preload(["torch", "pipeline.core.batches"])  # once, not in each worker
+        multiprocessing.set_forkserver_preload(_imported_by_workers())  # once, not in each worker
     return DataLoader(
         dataset,
         batch_size=None,
@@ -166,6 +170,12 @@ def load(
         multiprocessing_context="forkserver" if workers else None,
         persistent_workers=again and workers > 0,
     )
+
+
+def _imported_by_workers() -> list[str]:
+    """Name what worker processes import: what they need, and the program that they serve, as multiprocessing wants."""
+    program = getattr(sys.modules["__main__"], "__spec__", None)  # none: it was started as a file, not with -m
+    return ["torch", "pipeline.core.batches", program.name if program else "__main__"]
 
 
 def in_order(rows: np.ndarray, batch_size: int) -> list[RowsAndReplicas]:

@@ -36,7 +36,12 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
         raise OSError(f"{folder}: a checkpoint cannot be written: {str(error).splitlines()[0]}") from None
     finally:
         beside.unlink(missing_ok=True)
-    for old in files(folder)[keep:]:
+    keep_last(folder, keep)
+
+
+def keep_last(folder: Path, count: int) -> None:
+    """Remove all but the last checkpoints."""
+    for old in files(folder)[count:]:
         old.unlink()
 
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,58 @@ def join(device: str) -> Processes:
         # Shards are dealt out in advance, so one process may wait hours for another.
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=7))
     return Processes(torch.device(device), rank, world)
+
+
+def be_deterministic() -> None:
+    """Have CUDA compute in the same way every time; where it knows no such way, torch stops and names what it is."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+class _Captured(nn.Module):
+    """A network for training alone: asked itself, in validation, it computes as ever."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.network(pixels)
+
+
+def capture(network: nn.Module, pixels: Tensor) -> nn.Module:
+    """Record a network's forward and backward pass for batches of one shape as CUDA graphs.
+
+    Each is launched as one then, where a deep network on small images waits for its thousands of launches. The kernels
+    are the same, and the network is as before. For one process, and one backward pass a step, since gradients lie in
+    fixed places; no other thread may ask CUDA for memory meanwhile, as a DataLoader's does.
+
+    Args:
+        pixels: (B, 3, R, R) uint8 on the GPU; values do not matter.
+
+    Raises:
+        ValueError: the network does something that a graph cannot hold, such as looking at a value.
+    """
+    state = [(buffer, buffer.clone()) for buffer in network.buffers()]  # passes that warm up move BatchNorm's
+    try:
+        captured = torch.cuda.make_graphed_callables(_Captured(network), (pixels,))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(
+            f"the network's passes cannot be captured ({str(error).splitlines()[0]}); set machine.cuda_graphs to false"
+        ) from error
+    for buffer, value in state:
+        buffer.copy_(value)
+    # It warns that gradients are made on another stream than the one that they are first asked for on: the capture's.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    return captured
+
+
+def send(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to a device; the host does not wait for what a GPU has still to do."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def wait_for_all(processes: Processes) -> None:

@@ -100,8 +100,7 @@ class Run:
         on_epoch: told each epoch's number and figures, as they come, with what the epoch cost.
 
     Raises:
-        ValueError: the network cannot compute activations again, and is asked to; or a batch's parts are not the same
-            for this number of processes as for one.
+        ValueError: the network cannot compute activations again, and is asked to.
     """
 
     what: str
@@ -122,14 +121,9 @@ class Run:
     step: int = 0
 
     def __post_init__(self) -> None:
-        size, shares = self.order.batch_size, self.processes.world * self.recipe.accumulate
-        if self.processes.world > 1 and size % shares:
-            raise ValueError(
-                f"a batch of {size} images cannot be shared out evenly to {self.processes.world} processes in "
-                f"{self.recipe.accumulate} parts each; set {self.what}.batch_size to "
-                f"{size // shares * shares or shares}, or {self.what}.accumulate to another number"
-            )
         self.device = self.processes.device
+        if self.device.type == "cuda" and self.machine.deterministic:
+            devices.be_deterministic()
         self.steps = self.recipe.epochs * self.order.steps_per_epoch
         self.classifier.to(self.device, memory_format=torch.channels_last)  # convolutions are faster so
         self.classifier.requires_grad_(False)
@@ -167,10 +161,10 @@ class Run:
     def step_by_step(self) -> Iterator[int]:
         """Train as `train` does, but pause after each step, with its number, for who has something to do meanwhile."""
         self._resume()
+        self._set_mode()
         network = self._network()
         batches = load(self.views, self.order.batches(self.step, self.steps), self.machine.workers, self.device)
         size, saved = self.order.batch_size, time.monotonic()
-        self._set_mode()
         self.meter.restart()
         progress = Progress(
             self.steps * size, "images", self.what, done=self.step * size, quiet=not self.processes.first()
@@ -196,12 +190,25 @@ class Run:
         self.classifier.eval()
 
     def _network(self) -> nn.Module:
+        """The classifier as it is called: shared with other processes, compiled, or captured as CUDA graphs."""
         network: nn.Module = self.classifier
         if self.processes.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             # BatchNorm's buffers need no broadcast: every process computes the same ones.
             network = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
-        return torch.compile(network) if self.machine.compile else network
+        if self.machine.compile:
+            return torch.compile(network)
+        as_whole = self.processes.world == self.recipe.accumulate == 1 and not self.machine.checkpoint_activations
+        if self.device.type == "cuda" and self.machine.cuda_graphs and as_whole:
+            rows, replicas = self.order.whole_batch(self.step)
+            one = self.views[rows[:1], replicas[:1]].pixels.to(self.device)
+            with torch.autocast("cuda", torch.bfloat16, enabled=self._mixed, cache_enabled=False):
+                return devices.capture(network, one.repeat(len(rows), 1, 1, 1))
+        return network
+
+    @property
+    def _mixed(self) -> bool:
+        return self.recipe.precision == "bfloat16"
 
     def _set_mode(self) -> None:
         self.classifier.eval()
@@ -235,7 +242,7 @@ class Run:
 
     def _gradients(self, network: nn.Module, part: Batch, share: float) -> Tensor:
         """Add a part's share to the gradients; return its share of the batch's loss."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed):
             loss = self.loss(network, part) * share
         if not self.machine.checkpoint_activations:
             loss.backward()

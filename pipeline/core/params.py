@@ -35,6 +35,8 @@ class Machine(Section):
     keep_checkpoints: Count
     checkpoint_activations: bool
     compile: bool
+    cuda_graphs: bool
+    deterministic: bool
     profile_steps: CountOrZero
 
 

@@ -140,11 +140,7 @@ def _files(
             raise ValueError(f"{where}: no such folder or list in the archive{_some(top)}")
         return _by_folder(tree, inside, above)
     if path.suffix.lower() == ".csv":
-        rows = _rows(path.read_bytes(), where)
-        for name, _ in rows:
-            if not _inside(path.parent / name, base):
-                raise ValueError(f"{where}: {name} lies outside {base}, which is all that DVC watches: {ONE_ROOT}")
-        return _by_list(rows, partial(_on_disk, path.parent, base), "")
+        return _by_list(_rows(path.read_bytes(), where), partial(_on_disk, path.parent, base, where), "")
     raise ValueError(f"{where}: not a folder, an archive ({', '.join(archives.OPENERS)}) or a list (.csv)")
 
 
@@ -195,7 +191,9 @@ def _rows(content: bytes, where: str) -> list[tuple[str, str]]:
     return found
 
 
-def _on_disk(folder: Path, base: Path, name: str) -> Entry:
+def _on_disk(folder: Path, base: Path, where: str, name: str) -> Entry:
+    if not _inside(folder / name, base):
+        raise ValueError(f"{where}: {name} lies outside {base}, which is all that DVC watches: {ONE_ROOT}")
     path = os.path.normpath(folder / name)
     size = os.path.getsize(path) if os.path.isfile(path) else 0
     return Entry(Path(os.path.relpath(path, base)).as_posix(), size, partial(archives.read_file, path))

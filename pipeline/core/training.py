@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.core import atomic, devices, engine, losses, networks, stage, tracking
+from pipeline.core import atomic, checkpoints, devices, engine, losses, networks, stage, tracking
 from pipeline.core.batches import EVERY_REPLICA, IMAGES_A_PASS, Batch, TrainingOrder, Views, in_order, load
 from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
@@ -98,6 +98,7 @@ def train(task: Task, params: Params, images: ImageSet, processes: Processes) ->
             card = {"classes": list(images.classes), "resolution": resolution, "kept": kept, **task.card}
             networks.save(out, best, {**card, "identities": task.identities})
             _write_history(out / "history.csv", run.history)
+        checkpoints.keep_last(folder, 1)  # enough for who needs the stage once more
         stage.end_run(folder)
 
 
@@ -133,11 +134,7 @@ def targets(images: ImageSet, labels: np.ndarray, smoothing: float) -> Callable[
 
     def wanted(batch: Batch) -> torch.Tensor:
         device = batch.pixels.device
-        # Not blocking: a copy that the host waits for would make it wait for all the GPU still has to do.
-        own, other = (
-            torch.from_numpy(labels[rows].astype(np.int64)).to(device, non_blocking=True)
-            for rows in (batch.rows, batch.partner_rows)
-        )
+        own, other = (devices.send(labels[rows].astype(np.int64), device) for rows in (batch.rows, batch.partner_rows))
         return losses.hard_targets(own, other, batch.shares, len(images.classes), smoothing)
 
     return wanted
@@ -171,7 +168,7 @@ def validator(
         total = torch.zeros(2, dtype=torch.float64, device=device)  # right answers, and NLL
         for batch in rendered:
             logits = classifier(batch.pixels.to(device, non_blocking=True)).float()
-            labels = torch.from_numpy(images.labels[batch.rows].astype(np.int64)).to(device, non_blocking=True)
+            labels = devices.send(images.labels[batch.rows].astype(np.int64), device)
             total[0] += (logits.argmax(1) == labels).sum()
             total[1] += F.cross_entropy(logits, labels, reduction="sum")
         if processes.world > 1:
@@ -191,7 +188,14 @@ def _run(
     on_epoch: Callable[[int, dict[str, float]], None],
 ) -> engine.Run:
     order = TrainingOrder(
-        images, task.rows, task.recipe.batch_size, params.seed, task.replicas, processes.rank, processes.world
+        images,
+        task.rows,
+        task.recipe.batch_size,
+        params.seed,
+        task.replicas,
+        processes.rank,
+        processes.world,
+        task.recipe.accumulate,
     )
     run = engine.Run(
         what=task.name,
