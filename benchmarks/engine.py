@@ -72,7 +72,7 @@ def make_run(arguments: argparse.Namespace, views: Dataset, ids: np.ndarray, scr
         scratch=Path(scratch),
         machine=settings.machine.model_copy(
             update={"checkpoint_seconds": 1e9, "workers": workers}
-            | {"compile": arguments.compile, "cuda_graphs": arguments.cuda_graphs}
+            | {name: getattr(arguments, name) for name in ("compile", "cuda_graphs", "cudnn_benchmark")}
         ),
     )
 
@@ -233,8 +233,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="machine.compile: of both loops")
     parser.add_argument("--cuda-graphs", action="store_true", help="machine.cuda_graphs: of this engine alone")
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="machine.cudnn_benchmark: of both loops")
     parser.add_argument("--steps", type=int, default=1, help="steps of a turn; 20 or more on a GPU, which works ahead")
     parser.add_argument("--rounds", type=int, help="turns that each has (60), or epochs (3)")
     parser.add_argument("--prepared", type=Path, default=ROOT / "data/prepare", help="what `prepare` wrote")

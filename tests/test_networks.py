@@ -129,13 +129,16 @@ def taken(tmp_path, monkeypatch, bias, **changes):
     return params, torch.device("cpu")
 
 
-def test_a_teacher_that_guesses_is_refused(images, tmp_path, monkeypatch):
+def test_a_teacher_that_guesses_is_refused(images, tmp_path, monkeypatch, capsys):
     params, device = taken(tmp_path, monkeypatch, [1.0, 0.0, 0.0, 0.0])
     with pytest.raises(ValueError, match=r"guesses: validation top-1 0.2500 of 16 images of 4 classes.*in this order"):
         teacher.take(params, images, device)
     monkeypatch.setattr(teacher, "ENOUGH_TO_TRY", 17)  # of so few, nobody can tell
     monkeypatch.chdir(tmp_path)
     teacher.take(params, images, device)
+    said = capsys.readouterr().out
+    assert "16 validation images are too few" in said
+    assert f"in this order, {', '.join(images.classes)}\n" in said
 
 
 def test_a_taken_teacher_sees_pixels_as_it_was_trained_with(images, tmp_path, monkeypatch):

@@ -70,6 +70,7 @@ def test_a_misspelt_key_in_the_file_is_one_line(data, tmp_path):
         ("teacher.mean", [123.675, 116.28, 103.53], "teacher.mean.0: should be less than or equal to 1"),
         ("teacher.std", [0.2, 0.2, 0.2], "set them to null to fit one here"),
         ("register.name", "photos/1", "register.name: String should match"),
+        ("machine", {"cudnn_benchmark": True, "deterministic": True}, "not both"),
         ("mine", None, "mine"),
     ],
 )
@@ -78,7 +79,7 @@ def test_a_wrong_value_names_its_key(data, key, value, words):
     if name:
         data[section][name] = value
     else:
-        data[section] = value
+        data[section] = {**data[section], **value} if value else value
     with pytest.raises(ValueError, match=section) as error:
         params.check(data)
     assert words in str(error.value)

@@ -109,7 +109,7 @@ def test_which_recipe_was_there_before_does_not_matter(project, first, then):
 
 def test_what_no_recipe_sets_stays(project):
     file = project / "params.yaml"
-    file.write_text(file.read_text().replace("workers: 0 ", "workers: 7 ").replace("seed: 0 ", "seed: 5 "))
+    file.write_text(file.read_text().replace("workers: auto ", "workers: 7 ").replace("seed: 0 ", "seed: 5 "))
     recipes.apply("imagenet_ssld")
     assert settings(project)["machine"]["workers"] == 7
     assert settings(project)["seed"] == 5

@@ -1,6 +1,7 @@
 """The training loop: order, schedule, resuming to the same bytes, stopping where the loss is not finite."""
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from torch import nn
 
 import models
 from pipeline.core import checkpoints, networks, stage
-from pipeline.core.batches import TrainingOrder, Views
+from pipeline.core.batches import TrainingOrder, Views, in_order, load
 from pipeline.core.devices import Processes
 from pipeline.core.engine import learning_rate, optimizer_of
 from pipeline.core.training import Before, _name, better, labelled_loss, validator
@@ -210,13 +211,25 @@ def test_a_run_is_named_after_its_network(images):
 def test_workers_render_the_same_batches(images):
     views = Views(images, ViewSpec.of(0, tiny().views))
     batch = next(TrainingOrder(images, images.rows("labelled"), 8, 0, 0).batches(0, 1))
-    from pipeline.core.batches import load
-
     here = next(iter(load(views, [batch], 0, torch.device("cpu"))))
     there = next(iter(load(views, [batch], 1, torch.device("cpu"))))
     for field in dataclasses.fields(here):
         a, b = getattr(here, field.name), getattr(there, field.name)
         assert np.array_equal(np.asarray(a), np.asarray(b)), field.name
+
+
+def test_workers_are_as_many_as_cores_and_batches_allow(images, monkeypatch):
+    views, cpu, gpu = Views(images, None, 16), torch.device("cpu"), torch.device("cuda")
+    batches = in_order(images.rows("labelled"), 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6), raising=False)
+    assert load(views, batches, "auto", cpu).num_workers == 0
+    assert load(views, batches, "auto", gpu).num_workers == 5
+    assert load(views, batches[:3], "auto", gpu).num_workers == 3
+    assert load(views, iter(batches), 4, cpu).num_workers == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun's: processes on this machine
+    assert load(views, batches, "auto", gpu).num_workers == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert load(views, batches, "auto", gpu).num_workers == 1
 
 
 def test_partners_are_labelled_and_named(images):

@@ -2,9 +2,11 @@
 
 import itertools
 import multiprocessing
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -151,13 +153,22 @@ class TrainingOrder:
 
 
 def load(
-    dataset: Views, batches: Iterable[RowsAndReplicas], workers: int, device: torch.device, again: bool = False
+    dataset: Views,
+    batches: Iterable[RowsAndReplicas],
+    workers: int | Literal["auto"],
+    device: torch.device,
+    again: bool = False,
 ) -> DataLoader:
     """Render batches, in worker processes where there are any, a few ahead.
 
     Args:
+        workers: as `machine.workers`; there are no more of them than batches.
         again: the same batches are asked for again: worker processes, which take seconds to start, stay for that.
     """
+    if workers == "auto":
+        workers = spare_cores() if device.type == "cuda" else 0
+    if isinstance(batches, list):
+        workers = min(workers, len(batches))
     if workers:
         multiprocessing.set_forkserver_preload(_imported_by_workers())  # once, not in each worker
     return DataLoader(
@@ -170,6 +181,12 @@ def load(
         multiprocessing_context="forkserver" if workers else None,
         persistent_workers=again and workers > 0,
     )
+
+
+def spare_cores() -> int:
+    """How many cores this process has beside its own: its share of the machine's, less one, at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
 
 
 def _imported_by_workers() -> list[str]:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -53,10 +54,15 @@ def join(device: str) -> Processes:
     return Processes(torch.device(device), rank, world)
 
 
-def be_deterministic() -> None:
-    """Have CUDA compute in the same way every time; where it knows no such way, torch stops and names what it is."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+def choose_algorithms(cudnn_benchmark: bool, deterministic: bool) -> None:
+    """Say how CUDA computes: by what cuDNN takes for fast or tries out, or in the same way every time.
+
+    What has no deterministic way then raises a RuntimeError that names it.
+    """
+    torch.backends.cudnn.benchmark = cudnn_benchmark
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
 
 
 class _Captured(nn.Module):
@@ -84,6 +90,10 @@ def capture(network: nn.Module, pixels: Tensor) -> nn.Module:
         ValueError: the network does something that a graph cannot hold, such as looking at a value.
     """
     state = [(buffer, buffer.clone()) for buffer in network.buffers()]  # passes that warm up move BatchNorm's
+    # Gradients lie where they were made, on the capture's stream, and the first product there finds no context: both
+    # are as they should be.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
     try:
         captured = torch.cuda.make_graphed_callables(_Captured(network), (pixels,))
     except torch.OutOfMemoryError:
@@ -94,8 +104,6 @@ def capture(network: nn.Module, pixels: Tensor) -> nn.Module:
         ) from error
     for buffer, value in state:
         buffer.copy_(value)
-    # It warns that gradients are made on another stream than the one that they are first asked for on: the capture's.
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     return captured
 
 

@@ -122,8 +122,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.device = self.processes.device
-        if self.device.type == "cuda" and self.machine.deterministic:
-            devices.be_deterministic()
+        if self.device.type == "cuda":
+            devices.choose_algorithms(self.machine.cudnn_benchmark, self.machine.deterministic)
         self.steps = self.recipe.epochs * self.order.steps_per_epoch
         self.classifier.to(self.device, memory_format=torch.channels_last)  # convolutions are faster so
         self.classifier.requires_grad_(False)

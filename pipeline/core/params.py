@@ -30,14 +30,21 @@ class Machine(Section):
     device: Literal["auto", "cpu", "cuda"]
     processes: Count | Literal["auto"]
     restarts: CountOrZero
-    workers: CountOrZero
+    workers: CountOrZero | Literal["auto"]
     checkpoint_seconds: NotNegative
     keep_checkpoints: Count
     checkpoint_activations: bool
     compile: bool
     cuda_graphs: bool
+    cudnn_benchmark: bool
     deterministic: bool
     profile_steps: CountOrZero
+
+    @model_validator(mode="after")
+    def _one_choice_of_algorithms(self) -> "Machine":
+        if self.cudnn_benchmark and self.deterministic:
+            raise ValueError("cudnn_benchmark takes what is fastest that day, deterministic the same always: not both")
+        return self
 
 
 class Digits(Section):
