@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument(
         "--views", type=int, help="how many views (read: 262,144; large: 5,000,000; write, peers: 2,048)"
     )
+    parser.add_argument("--workers", type=int, help="machine.workers, in place of the project's")
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds of `write` and `epoch` (default: 3)")
     arguments = parser.parse_args()
     print(f"{machine()}\n")
@@ -140,7 +141,7 @@ def write(arguments: argparse.Namespace) -> None:
 
     No stage is faster than the slower of the two; where rendering is, more machine.workers help, if there are cores.
     """
-    project, count = Project(), arguments.views or 2048
+    project, count = Project(arguments), arguments.views or 2048
     wanted = project.wanted()
     some = np.arange(min(count, len(wanted.keys)))
     pixels = torch.randint(0, 256, (project.params.cache.batch_size, 3, *[project.params.views.resolution] * 2))
@@ -171,7 +172,7 @@ def write(arguments: argparse.Namespace) -> None:
 
 def epoch(arguments: argparse.Namespace) -> None:
     """Epochs of the student on the same views in the same order; the ways take turns, step by step."""
-    project = Project()
+    project = Project(arguments)
     stored, _ = distillation.open_teacher(project.params, project.images, False, project.device)
     asked, _ = distillation.open_teacher(project.params, project.images, True, project.device)
     labels = np.where(project.images.labels >= 0, project.images.labels, 0)  # of any class: the work is the same
@@ -190,7 +191,7 @@ def epoch(arguments: argparse.Namespace) -> None:
 
 def peers(arguments: argparse.Namespace) -> None:
     """The same answers in other formats: time to write, size, time to read an epoch in random order."""
-    project, count = Project(), arguments.views or 2048
+    project, count = Project(arguments), arguments.views or 2048
     wanted = project.wanted()
     some = np.arange(min(count, len(wanted.keys)))
     keys, parts = wanted.keys[some], np.array_split(some, -(-len(some) // 256))
@@ -217,8 +218,11 @@ def peers(arguments: argparse.Namespace) -> None:
 class Project:
     """What the stages of a project open, in the present folder."""
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: argparse.Namespace) -> None:
         self.params = params.load(Path("params.yaml"))
+        if arguments.workers is not None:
+            how = self.params.machine.model_copy(update={"workers": arguments.workers})
+            self.params = self.params.model_copy(update={"machine": how})
         self.images = ImageSet.open(Path("data/prepare"))
         self.processes = devices.join(self.params.machine.device)
         self.device = self.processes.device

@@ -214,17 +214,38 @@ def pythons_error():
     raise MemoryError
 
 
-@pytest.mark.parametrize("fill", [torchs_error, gpus_error, pythons_error])
-def test_out_of_memory_names_what_to_halve(fill, monkeypatch, capsys, tmp_path):
+@pytest.fixture
+def said(monkeypatch, capsys):
+    """What stage distill says of an error: give it what raises one."""
     monkeypatch.setattr(sys, "argv", ["distill"])
     monkeypatch.setattr(stage.settings, "load", lambda path: tiny())
     monkeypatch.setattr(stage, "_exit", sys.exit)
     monkeypatch.setattr(stage.signal, "signal", lambda *arguments: None)
-    with pytest.raises(SystemExit):
-        stage.main(lambda params: fill(), None, training=True)
-    assert capsys.readouterr().err == (
+
+    def say(work):
+        with pytest.raises(SystemExit):
+            stage.main(lambda params: work(), None, training=True)
+        return capsys.readouterr().err
+
+    return say
+
+
+@pytest.mark.parametrize("fill", [torchs_error, gpus_error, pythons_error])
+def test_out_of_memory_names_what_to_halve(fill, said):
+    assert said(fill) == (
         "distill: error: out of memory: halve distill.batch_size (now 8); or, for the same batches, double "
         "distill.accumulate (now 1) or set machine.checkpoint_activations to true\n"
+    )
+
+
+def test_what_cannot_be_computed_the_same_way_every_time_is_named(said):
+    torch.use_deterministic_algorithms(True)
+    try:
+        line = said(lambda: torch.zeros(3).put_(torch.tensor([0]), torch.ones(1)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert line == (
+        "distill: error: put_ does not have a deterministic implementation: set machine.deterministic to false\n"
     )
 
 

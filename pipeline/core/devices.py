@@ -81,7 +81,7 @@ def capture(network: nn.Module, pixels: Tensor) -> nn.Module:
 
     Each is launched as one then, where a deep network on small images waits for its thousands of launches. The kernels
     are the same, and the network is as before. For one process, and one backward pass a step, since gradients lie in
-    fixed places; no other thread may ask CUDA for memory meanwhile, as a DataLoader's does.
+    fixed places.
 
     Args:
         pixels: (B, 3, R, R) uint8 on the GPU; values do not matter.
@@ -95,10 +95,11 @@ def capture(network: nn.Module, pixels: Tensor) -> nn.Module:
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
     try:
-        captured = torch.cuda.make_graphed_callables(_Captured(network), (pixels,))
+        # What other threads ask CUDA for meanwhile, a DataLoader's for pinned memory, is no part of it.
+        captured = torch.cuda.make_graphed_callables(_Captured(network), (pixels,), capture_error_mode="thread_local")
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # a hook of the network is an assertion's
         raise ValueError(
             f"the network's passes cannot be captured ({str(error).splitlines()[0]}); set machine.cuda_graphs to false"
         ) from error

@@ -79,6 +79,8 @@ def main(
             )
         elif out_of_memory(error):
             error = ValueError(f"out of memory{_whats_there_to_halve(params, name)}")
+        elif "does not have a deterministic implementation" in str(error):
+            error = ValueError(f"{str(error).partition(',')[0]}: set machine.deterministic to false")
         elif left_alone:
             error = ValueError(f"another process of this run has ended ({error})")
         elif not isinstance(error, ValueError | OSError):
