@@ -224,7 +224,7 @@ class Project:
             how = self.params.machine.model_copy(update={"workers": arguments.workers})
             self.params = self.params.model_copy(update={"machine": how})
         self.images = ImageSet.open(Path("data/prepare"))
-        self.processes = devices.join(self.params.machine.device)
+        self.processes = devices.join(self.params.machine)
         self.device = self.processes.device
         self.classifier, card = networks.load(Path("data/teacher"), self.device)
         self.description = teaching.description(self.params, card)

@@ -67,21 +67,24 @@ def make_run(arguments: argparse.Namespace, views: Dataset, ids: np.ndarray, scr
         order=TrainingOrder(SimpleNamespace(ids=ids), np.arange(len(ids)), arguments.batch_size, 0, 0),
         loss=loss,
         recipe=settings.distill.model_copy(update=changes),
-        processes=devices.join(arguments.device),
+        processes=devices.join(how(arguments)),
         validate=lambda classifier: {},
         scratch=Path(scratch),
-        machine=settings.machine.model_copy(
-            update={"checkpoint_seconds": 1e9, "workers": workers}
-            | {name: getattr(arguments, name) for name in ("compile", "cuda_graphs", "cudnn_benchmark")}
-        ),
+        machine=how(arguments).model_copy(update={"workers": workers}),
     )
+
+
+def how(arguments: argparse.Namespace) -> params.Machine:
+    """The settings of section machine that the arguments give."""
+    given = {name: getattr(arguments, name) for name in ("device", "compile", "cuda_graphs", "cudnn_benchmark")}
+    return params.load(ROOT / "params.yaml").machine.model_copy(update={"checkpoint_seconds": 1e9, **given})
 
 
 class BareLoop:
     """The same training, with nothing around it."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self.device = devices.join(arguments.device).device
+        self.device = devices.join(how(arguments)).device
         self.bfloat16 = arguments.precision == "bfloat16"
         network = networks.build(arguments.model, CLASSES, seed=0)
         self.network = network.to(self.device, memory_format=torch.channels_last).train()
@@ -129,7 +132,7 @@ def step(arguments: argparse.Namespace) -> None:
 
 
 def answer(arguments: argparse.Namespace) -> None:
-    device = devices.join(arguments.device).device
+    device = devices.join(how(arguments)).device
     classifier = networks.build(arguments.model, CLASSES, seed=0).eval()
     classifier.to(device, memory_format=torch.channels_last)
     size = (arguments.batch_size, 3, arguments.resolution, arguments.resolution)
@@ -151,7 +154,7 @@ def where(arguments: argparse.Namespace) -> None:
     ids = np.arange(2 * (WARM_UP + arguments.steps) * arguments.batch_size, dtype=np.uint64)
     views = Synthetic(arguments.batch_size, arguments.resolution)
     kinds = torch.profiler.ProfilerActivity
-    cuda = torch.cuda.is_available() and arguments.device != "cpu"
+    cuda = devices.join(how(arguments)).device.type == "cuda"
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stderr(io.StringIO()):
         ours = make_run(arguments, views, ids, scratch, workers=0).step_by_step()
         for _ in range(WARM_UP):
@@ -175,8 +178,10 @@ def where(arguments: argparse.Namespace) -> None:
 
 def matrix_product_tflops(arguments: argparse.Namespace) -> float:
     """The rate of a large matrix product in the benchmark's precision: what the device does at best, TFLOP/s."""
-    device, side = devices.join(arguments.device).device, 8192 if torch.cuda.is_available() else 2048
+    device = devices.join(how(arguments)).device
+    side = 8192 if device.type == "cuda" else 2048
     dtype = torch.bfloat16 if arguments.precision == "bfloat16" else torch.float32
+    torch.backends.cuda.matmul.allow_tf32 = True  # in float32, as cuDNN's convolutions do
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
 
     def multiply() -> Generator[torch.Tensor, None, None]:
@@ -233,10 +238,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--compile", action="store_true", help="machine.compile: of both loops")
-    parser.add_argument("--cuda-graphs", action="store_true", help="machine.cuda_graphs: of this engine alone")
-    parser.add_argument("--cudnn-benchmark", action="store_true", help="machine.cudnn_benchmark: of both loops")
-    parser.add_argument("--steps", type=int, default=1, help="steps of a turn; 20 or more on a GPU, which works ahead")
+    parser.add_argument("--compile", action="store_true", help="machine.compile: of step's both loops")
+    parser.add_argument("--cuda-graphs", action="store_true", help="machine.cuda_graphs: of step's and epoch's engine")
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="machine.cudnn_benchmark: of all")
+    parser.add_argument("--steps", type=int, default=1, help="steps of a turn; several on a GPU, which works ahead")
     parser.add_argument("--rounds", type=int, help="turns that each has (60), or epochs (3)")
     parser.add_argument("--prepared", type=Path, default=ROOT / "data/prepare", help="what `prepare` wrote")
     parser.add_argument("--workers", type=int, default=0, help="processes that render real images")

@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from cache import ALL, made_cache
 from machine import machine, own_memory, silence
 
-from pipeline.core import devices, distillation, engine, networks, params, shards, training
+from pipeline.core import distillation, engine, networks, params, shards, training
 from pipeline.core.batches import TrainingOrder, Views
 from pipeline.core.dataset import ImageSet
+from pipeline.core.devices import Processes
 from pipeline.core.softlabels import SoftLabels, make_keys
 from pipeline.core.views import ViewSpec
 
@@ -112,7 +113,7 @@ def make_run(images: ImageSet, labels: SoftLabels, model: str, batch_size: int, 
     assert images.digest
     assert len(np.sort(images.ids[rows]).tobytes())
     classifier = networks.build(model, len(images.classes), seed=0)
-    processes = devices.join("cpu")
+    processes = Processes(torch.device("cpu"))
     return engine.Run(
         what="benchmark",
         classifier=classifier,

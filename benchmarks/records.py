@@ -118,7 +118,7 @@ def real_logits(project: Path, count: int) -> Tensor:
     """Ask a project's teacher about views of its training images."""
     settings = params.load(project / "params.yaml")
     images = ImageSet.open(project / "data/prepare")
-    device = devices.join(settings.machine.device).device
+    device = devices.join(settings.machine).device
     classifier, _ = networks.load(project / "data/teacher", device)
     rows = images.rows("labelled", "unlabelled")
     replicas, rows = np.divmod(np.arange(count), len(rows))[0], np.resize(rows, count)

@@ -34,9 +34,10 @@ from timm.data import FastCollateMixup, create_dataset, create_loader
 from timm.task import LogitDistillationTask
 
 from pipeline import cache, recipes
-from pipeline.core import devices, distillation, engine, networks, params, teaching
+from pipeline.core import distillation, engine, networks, params, teaching
 from pipeline.core.batches import TrainingOrder, Views
 from pipeline.core.dataset import ImageSet
+from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
 from pipeline.core.softlabels import SoftLabels
 from pipeline.core.views import ViewSpec
@@ -94,7 +95,9 @@ def ours(work: Work) -> Course:
         started = time.perf_counter()
         wanted = cache.every_view(images, views, work.rows, settings.cache.replicas, Path("keys.npy"), quiet=True)
         everything = np.arange(len(wanted.keys))
-        cache.write_missing(work.teacher, views, wanted, everything, settings, described, devices.join("cpu"))
+        cache.write_missing(
+            work.teacher, views, wanted, everything, settings, described, Processes(torch.device("cpu"))
+        )
         cache.finish(cache.FOLDER, described, wanted.keys)
         before = time.perf_counter() - started
         answers = distillation.cached(SoftLabels(cache.FOLDER, described), images)
@@ -118,7 +121,7 @@ def ours(work: Work) -> Course:
             order=TrainingOrder(images, work.rows, recipe.batch_size, settings.seed, settings.cache.replicas),
             loss=distillation.distillation_loss(recipe.loss, recipe.temperature, answers, images),
             recipe=recipe,
-            processes=devices.join("cpu"),
+            processes=Processes(torch.device("cpu")),
             validate=test,
             scratch=Path("scratch"),
             machine=settings.machine.model_copy(update={"checkpoint_seconds": 1e9}),

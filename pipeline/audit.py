@@ -52,7 +52,7 @@ def audit(params: Params, share: float, seed: int) -> Findings:
         ValueError: the cache is not there, damaged, or of another teacher or other views.
     """
     images = ImageSet.open(Path("data/prepare"))
-    device = devices.join(params.machine.device).device
+    device = devices.join(params.machine).device
     classifier, card = networks.load(Path("data/teacher"), device)
     labels = teaching.open_labels(params, card)
     rows = teaching.training_rows(images, mined.read(Path("data/mine")))

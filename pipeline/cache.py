@@ -47,7 +47,7 @@ class Wanted(NamedTuple):
 
 def run(params: Params) -> None:
     images = ImageSet.open(Path("data/prepare"))
-    processes = devices.join(params.machine.device)
+    processes = devices.join(params.machine)
     classifier, card = networks.load(Path("data/teacher"), processes.device)
     description = teaching.description(params, card)
     views = Views(images, ViewSpec.of(params.seed, params.views))

@@ -61,7 +61,7 @@ def run(params: Params) -> None:
             )
         for name in NETWORKS:  # before the work, not in the middle of it
             check_classes(name, networks.read_card(DATA / name), images.classes)
-        device = devices.join(params.machine.device).device
+        device = devices.join(params.machine).device
         results = {}
         with Progress(len(NETWORKS) * len(rows), "images", "evaluate") as progress:
             for name in NETWORKS:

@@ -18,7 +18,7 @@ def run(params: Params) -> None:
     images = ImageSet.open(Path("data/prepare"))
     classifier, card = networks.load(Path("data/distill"))
     before = training.Before("distill", copy.deepcopy(classifier), params.views.resolution)
-    processes = devices.join(params.machine.device)
+    processes = devices.join(params.machine)
     distillation.train(
         "finetune",
         params.finetune,

@@ -36,7 +36,7 @@ def run(params: Params) -> None:
         },
         before=before,
     )
-    training.train(task, params, images, devices.join(params.machine.device))
+    training.train(task, params, images, devices.join(params.machine))
 
 
 if __name__ == "__main__":

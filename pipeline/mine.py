@@ -26,7 +26,7 @@ SCORE = Path("data/score")
 
 def run(params: Params) -> None:
     images, settings = ImageSet.open(Path("data/prepare")), params.mine
-    device = devices.join(params.machine.device).device
+    device = devices.join(params.machine).device
     ids, logits, embeddings, thumbs = scores(images, SCORE)
     count = len(images.rows("unlabelled"))
     pool = ids[:count]

@@ -43,7 +43,7 @@ class ViewsAndThumbnails(Views):
 
 def run(params: Params) -> None:
     images = ImageSet.open(Path("data/prepare"))
-    processes = devices.join(params.machine.device)
+    processes = devices.join(params.machine)
     classifier, card = networks.load(Path("data/teacher"), processes.device)
     rows = np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])
     asked = [

@@ -25,7 +25,7 @@ CHANCE = 0.01  # the probability that one that guesses passes
 
 def run(params: Params) -> None:
     images = ImageSet.open(Path("data/prepare"))
-    processes = devices.join(params.machine.device)
+    processes = devices.join(params.machine)
     if params.teacher.source == "fit":
         fit(params, images, processes)
     elif processes.first():
@@ -95,10 +95,8 @@ def try_out(classifier: Classifier, params: Params, images: ImageSet) -> str:
     order = ", ".join(images.classes[:10]) + (", ..." if classes > 10 else "")
     tried, top1 = len(images.rows("val")), found.get("val_top1", 0.0)
     if tried < ENOUGH_TO_TRY:
-        return (
-            f"; {tried} validation images are too few to tell one that guesses: its classes are taken to be, in this "
-            f"order, {order}"
-        )
+        known = f": validation top-1 {top1:.4f}" if tried else ""
+        return f"{known}; {tried} images are too few to see whether its classes are, as they must be, in order: {order}"
     if round(tried * top1) <= binom.isf(CHANCE, tried, 1 / classes):
         raise ValueError(
             f"{params.teacher.model} guesses: validation top-1 {top1:.4f} of {tried:,} images of {classes} "

@@ -184,7 +184,7 @@ def network(kind: str, depth: int, seed: int, settings: Settings, data: Data) ->
             order=TrainingOrder(data.images, data.rows, settings.batch_size, seed, EVERY_REPLICA),
             loss=training.labelled_loss(data.images, data.labels, smoothing=0.0),
             recipe=recipe,
-            processes=devices.join(data.params.machine.device),
+            processes=devices.join(data.params.machine),
             validate=lambda trained: errors(trained, data),
             scratch=checkpoints,
             machine=data.params.machine,
@@ -196,7 +196,7 @@ def network(kind: str, depth: int, seed: int, settings: Settings, data: Data) ->
             atomic.write_json(folder / "history.json", run.history)
     shutil.rmtree(checkpoints, ignore_errors=True)
     networks.load_weights(classifier.network, kept / "weights.safetensors")
-    classifier.to(devices.join(data.params.machine.device).device)
+    classifier.to(devices.join(data.params.machine).device)
     return classifier.eval(), json.loads((kept / "history.json").read_text())
 
 

@@ -266,19 +266,6 @@ def test_what_worker_processes_say_is_one_line():
     assert stage.in_a_line(ValueError("two\nlines")) == "two lines"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
-@pytest.mark.parametrize("head_alone", [False, True])
-def test_captured_steps_end_in_the_same_bytes(images, tmp_path, head_alone):
-    part = (lambda classifier: classifier.network.get_classifier()) if head_alone else None
-    one_gpu = Processes(torch.device("cuda"))
-    ended = []
-    for graphs in (False, True):
-        machine = {"cuda_graphs": graphs, "deterministic": True, "workers": 0}
-        ended.append(run(images, tmp_path / str(graphs), part=part, processes=one_gpu, machine=machine, epochs=3))
-        ended[-1].train()
-    assert same_weights(*ended)
-
-
 def test_another_error_is_not_called_out_of_memory():
     assert not stage.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not stage.out_of_memory(ValueError("out of memory"))

@@ -137,8 +137,8 @@ def test_a_teacher_that_guesses_is_refused(images, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     teacher.take(params, images, device)
     said = capsys.readouterr().out
-    assert "16 validation images are too few" in said
-    assert f"in this order, {', '.join(images.classes)}\n" in said
+    assert ": validation top-1 0.2500; 16 images are too few" in said
+    assert f"in order: {', '.join(images.classes)}\n" in said
 
 
 def test_a_taken_teacher_sees_pixels_as_it_was_trained_with(images, tmp_path, monkeypatch):

@@ -197,6 +197,10 @@ def test_a_recipes_networks_are_known_and_its_plan_is_said(name):
 ESTIMATES = [name for name in NAMES if "# Costs, an estimate: teacher" in (ROOT / f"recipes/{name}.yaml").read_text()]
 
 
+def test_recipes_that_were_not_run_give_estimates():
+    assert ESTIMATES == ["imagenet_ssld", "imagenet_v2"]
+
+
 @pytest.mark.parametrize("name", ESTIMATES)
 def test_the_first_lines_have_the_hours_and_the_disk_of_the_plan(name):
     own, counts, options = costs(name)

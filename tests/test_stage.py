@@ -56,6 +56,7 @@ def test_a_trained_network_that_dvc_has_not_noted_costs_a_few_steps(images, caps
     baseline.run(params)
     weights = Path("data/baseline/weights.safetensors")
     whole = weights.read_bytes()
+    assert len(list(Path(".scratch/baseline").glob("*/*.pt"))) == 1
     os.remove(weights)  # as DVC does, before it runs the stage again
     capsys.readouterr()
     baseline.run(params)

@@ -1,21 +1,23 @@
 """The training loop: order, schedule, resuming to the same bytes, stopping where the loss is not finite."""
 
 import dataclasses
-import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import joblib
 import numpy as np
 import pytest
 import torch
-from images import tiny
+from commands import ENVIRONMENT
+from images import ROOT, prepared, tiny
 from runs import MODEL, run
 from torch import nn
 
 import models
 from pipeline.core import checkpoints, networks, stage
-from pipeline.core.batches import TrainingOrder, Views, in_order, load
+from pipeline.core.batches import TrainingOrder, Views, in_order, load, spare_cores
 from pipeline.core.devices import Processes
 from pipeline.core.engine import learning_rate, optimizer_of
 from pipeline.core.training import Before, _name, better, labelled_loss, validator
@@ -54,12 +56,10 @@ def test_processes_share_out_each_batch():
     assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in whole]
     of_order = TrainingOrder(Fourteen, np.arange(14), 4, 0, 0, 1, 2)
     assert [of_order.whole_batch(step)[0].tolist() for step in (5, 0)] == [whole[5], whole[0]]
-    with pytest.raises(
-        ValueError, match=r"shared out evenly to 3 processes; set batch_size to 3, or machine.processes"
-    ):
+    with pytest.raises(ValueError, match=r"evenly to 3 processes; set the stage's batch_size to 3, or machine.pro"):
         TrainingOrder(Fourteen, np.arange(14), 4, 0, 0, 0, 3)
     with pytest.raises(
-        ValueError, match=r"2 processes in 3 parts each; set batch_size to 6, or machine.processes or acc"
+        ValueError, match=r"in 3 parts each; set the stage's batch_size to 6, or its accumulate or machine.processes to"
     ):
         TrainingOrder(Fourteen, np.arange(14), 8, 0, 0, 0, 2, parts=3)
 
@@ -218,10 +218,11 @@ def test_workers_render_the_same_batches(images):
         assert np.array_equal(np.asarray(a), np.asarray(b)), field.name
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_are_as_many_as_cores_and_batches_allow(images, monkeypatch):
     views, cpu, gpu = Views(images, None, 16), torch.device("cpu"), torch.device("cuda")
     batches = in_order(images.rows("labelled"), 2)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6), raising=False)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 6)
     assert load(views, batches, "auto", cpu).num_workers == 0
     assert load(views, batches, "auto", gpu).num_workers == 5
     assert load(views, batches[:3], "auto", gpu).num_workers == 3
@@ -230,6 +231,32 @@ def test_workers_are_as_many_as_cores_and_batches_allow(images, monkeypatch):
     assert load(views, batches, "auto", gpu).num_workers == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert load(views, batches, "auto", gpu).num_workers == 1
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 1024)
+    assert spare_cores() == 16
+
+
+PROGRAM = """
+import torch
+from pathlib import Path
+from pipeline.core import networks
+from pipeline.core.batches import Views, in_order, load
+from pipeline.core.dataset import ImageSet
+
+if __name__ == "__main__":
+    images = ImageSet.open(Path("data/prepare"))
+    batches = in_order(images.rows("labelled"), 4)
+    assert len(list(load(Views(images, None, 16), batches, 2, torch.device("cpu")))) == len(batches)
+"""
+
+
+def test_workers_start_in_silence(tmp_path, monkeypatch):
+    prepared(tmp_path, monkeypatch)
+    (tmp_path / "asks.py").write_text(PROGRAM)
+    variables = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "asks"], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_partners_are_labelled_and_named(images):

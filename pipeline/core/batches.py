@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import joblib
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from pipeline.core.views import ViewSpec
 
 RowsAndReplicas = tuple[np.ndarray, np.ndarray]  # (B,) int64 each
 EVERY_REPLICA = 0  # "as many replicas as there are epochs": each epoch sees views of its own
+MOST_WORKERS = 16  # that `auto` starts
 IMAGES_A_PASS = 128  # clean views that a network is asked about at once, where no setting says otherwise
 
 
@@ -104,7 +106,7 @@ class TrainingOrder:
         seed: of the order.
         replicas: an epoch shows replica (epoch mod replicas); EVERY_REPLICA: replica = epoch.
         rank, world: this process takes every world-th image of each batch.
-        parts: that each process computes its images in.
+        parts: that each process computes its share of a batch in, one after another.
 
     Raises:
         ValueError: there are no samples, or a batch cannot be shared out evenly.
@@ -128,11 +130,11 @@ class TrainingOrder:
         if world > 1 and self.batch_size % (world * parts):
             each, shares = f" in {parts} parts each" if parts > 1 else "", world * parts
             raise ValueError(
-                f"a batch of {self.batch_size} images cannot be shared out evenly to {world} processes{each}; set "
-                f"batch_size to {self.batch_size // shares * shares or shares}, or machine.processes"
-                f"{' or accumulate' if each else ''} to another number"
+                f"a batch of {self.batch_size} images cannot be shared out evenly to {world} processes{each}; set the "
+                f"stage's batch_size to {self.batch_size // shares * shares or shares}, or "
+                f"{'its accumulate or ' if each else ''}machine.processes to another number"
             )
-        self.seed, self.replicas, self.rank, self.world = seed, replicas, rank, world
+        self.seed, self.replicas, self.rank, self.world, self.parts = seed, replicas, rank, world, parts
         self.steps_per_epoch = len(rows) // self.batch_size
         self._order = (-1, self.rows)  # the last epoch that was asked for, and its order
 
@@ -184,15 +186,20 @@ def load(
 
 
 def spare_cores() -> int:
-    """How many cores this process has beside its own: its share of the machine's, less one, at least one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
+    """How many cores this process has beside its own, from 1 to 16: its share of what a container or batch job may use.
+
+    More workers than that take shared memory by the gigabyte, and another stage may be at work beside this one.
+    """
+    share = joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(max(share - 1, 1), MOST_WORKERS)
 
 
 def _imported_by_workers() -> list[str]:
-    """Name what worker processes import: what they need, and the program that they serve, as multiprocessing wants."""
-    program = getattr(sys.modules["__main__"], "__spec__", None)  # none: it was started as a file, not with -m
-    return ["torch", "pipeline.core.batches", program.name if program else "__main__"]
+    """Name what worker processes import: what this process has of the pipeline, since they run its program's imports.
+
+    The program itself is not named: they run that once more, and it would be there twice.
+    """
+    return ["torch", *sorted(name for name in sys.modules if name.startswith("pipeline.core."))]
 
 
 def in_order(rows: np.ndarray, batch_size: int) -> list[RowsAndReplicas]:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.core.params import Machine
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -26,16 +28,19 @@ class Processes:
         return self.rank == 0
 
 
-def join(device: str) -> Processes:
-    """Take a device and, under torchrun, join the other processes.
+def join(machine: Machine) -> Processes:
+    """Take a device, say how it computes and, under torchrun, join the other processes.
 
     Raises:
         ValueError: CUDA was asked for and is not there, or there are fewer devices than processes on this machine.
     """
+    device = machine.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("machine.device is cuda, but torch sees no CUDA device; set it to auto or cpu")
+    if device == "cuda":
+        choose_algorithms(machine.cudnn_benchmark, machine.deterministic)
     if "RANK" not in os.environ:
         return Processes(torch.device(device))
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -55,13 +60,14 @@ def join(device: str) -> Processes:
 
 
 def choose_algorithms(cudnn_benchmark: bool, deterministic: bool) -> None:
-    """Say how CUDA computes: by what cuDNN takes for fast or tries out, or in the same way every time.
+    """Set, for this process, whether cuDNN times its algorithms, and whether CUDA may use only deterministic ones.
 
-    What has no deterministic way then raises a RuntimeError that names it.
+    With the latter, what has no deterministic way raises a RuntimeError that names it.
     """
     torch.backends.cudnn.benchmark = cudnn_benchmark
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it is there to find errors, and takes time
     torch.use_deterministic_algorithms(deterministic)
 
 
@@ -80,36 +86,43 @@ def capture(network: nn.Module, pixels: Tensor) -> nn.Module:
     """Record a network's forward and backward pass for batches of one shape as CUDA graphs.
 
     Each is launched as one then, where a deep network on small images waits for its thousands of launches. The kernels
-    are the same, and the network is as before. For one process, and one backward pass a step, since gradients lie in
-    fixed places.
+    are the same, and the network is as before. Only what the GPU computes is repeated: no hook, no random number of the
+    host. For one process, and one forward and backward pass a step, since activations and gradients lie in fixed
+    places.
 
     Args:
         pixels: (B, 3, R, R) uint8 on the GPU; values do not matter.
 
-    Raises:
-        ValueError: the network does something that a graph cannot hold, such as looking at a value.
+    Returns:
+        what to call in the network's place; the network itself, and a warning, where it cannot be recorded. What is
+        wrong with more than the recording will show at the first step.
     """
     state = [(buffer, buffer.clone()) for buffer in network.buffers()]  # passes that warm up move BatchNorm's
-    # Gradients lie where they were made, on the capture's stream, and the first product there finds no context: both
-    # are as they should be.
+    stream = torch.cuda.current_stream()
+    # Gradients stay where they were made, on the recording's stream, which torch warns of.
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-    warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
+    captured = network
     try:
-        # What other threads ask CUDA for meanwhile, a DataLoader's for pinned memory, is no part of it.
-        captured = torch.cuda.make_graphed_callables(_Captured(network), (pixels,), capture_error_mode="thread_local")
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError) as error:  # a hook of the network is an assertion's
-        raise ValueError(
-            f"the network's passes cannot be captured ({str(error).splitlines()[0]}); set machine.cuda_graphs to false"
-        ) from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attempting to run cuBLAS")  # the first product on that stream
+            # Local to this thread: another's may ask CUDA for pinned memory meanwhile, as a DataLoader's does.
+            captured = torch.cuda.make_graphed_callables(
+                _Captured(network), (pixels,), capture_error_mode="thread_local"
+            )
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        print(f"warning: goes on without CUDA graphs, which could not be recorded: {why}", file=sys.stderr, flush=True)
+    finally:
+        torch.cuda.set_stream(stream)  # a recording that failed leaves its own behind
+    if captured is network:
+        torch.cuda.empty_cache()
     for buffer, value in state:
         buffer.copy_(value)
     return captured
 
 
 def send(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy an array to a device; the host does not wait for what a GPU has still to do."""
+    """Copy an array to a device; the host does not wait for what a GPU has still to do, as from pageable memory."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

@@ -122,8 +122,6 @@ class Run:
 
     def __post_init__(self) -> None:
         self.device = self.processes.device
-        if self.device.type == "cuda":
-            devices.choose_algorithms(self.machine.cudnn_benchmark, self.machine.deterministic)
         self.steps = self.recipe.epochs * self.order.steps_per_epoch
         self.classifier.to(self.device, memory_format=torch.channels_last)  # convolutions are faster so
         self.classifier.requires_grad_(False)
@@ -198,13 +196,18 @@ class Run:
             network = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
         if self.machine.compile:
             return torch.compile(network)
-        as_whole = self.processes.world == self.recipe.accumulate == 1 and not self.machine.checkpoint_activations
-        if self.device.type == "cuda" and self.machine.cuda_graphs and as_whole:
-            rows, replicas = self.order.whole_batch(self.step)
-            one = self.views[rows[:1], replicas[:1]].pixels.to(self.device)
-            with torch.autocast("cuda", torch.bfloat16, enabled=self._mixed, cache_enabled=False):
-                return devices.capture(network, one.repeat(len(rows), 1, 1, 1))
-        return network
+        if not self._captures():
+            return network
+        rows, replicas = self.order.whole_batch(self.step)
+        one = self.views[rows[:1], replicas[:1]].pixels.to(self.device)  # for its shape
+        with torch.autocast("cuda", torch.bfloat16, enabled=self._mixed, cache_enabled=False):
+            return devices.capture(network, one.repeat(len(rows), 1, 1, 1))
+
+    def _captures(self) -> bool:
+        """Whether a step is one forward and one backward pass of one process on a GPU, and nobody looks into it."""
+        alone = self.processes.world == self.order.parts == 1
+        looked_into = self.machine.checkpoint_activations or self.machine.profile_steps
+        return self.device.type == "cuda" and self.machine.cuda_graphs and alone and not looked_into
 
     @property
     def _mixed(self) -> bool:
@@ -225,7 +228,7 @@ class Run:
             self.order.seed * 1_000_003 + self.step * self.processes.world + self.processes.rank
         )  # dropout
         self.optimizer.zero_grad(set_to_none=True)
-        parts = batch.to(self.device).parts(self.recipe.accumulate)
+        parts = batch.to(self.device).parts(self.order.parts)
         losses = []
         for number, part in enumerate(parts, start=1):
             apart = self.processes.world > 1 and number < len(parts)  # gradients are exchanged once a step

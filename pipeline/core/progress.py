@@ -118,5 +118,5 @@ def memory_gb(device: str) -> float:
     if device == "cuda":
         import torch  # not every stage that shows progress needs it
 
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_reserved() / 1e9  # CUDA graphs hold what is not counted as allocated
     return psutil.Process().memory_info().rss / 1e9

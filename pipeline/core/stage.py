@@ -74,8 +74,8 @@ def main(
         left_alone = _left_alone(error)
         if out_of_shared_memory(error):
             error = ValueError(
-                f"worker processes are out of shared memory: set machine.workers (now {params.machine.workers}) lower, "
-                "or give a container more (docker run --shm-size)"
+                "worker processes are out of shared memory: set machine.workers to fewer (now "
+                f"{params.machine.workers}), 0 for none, or give a container more (docker run --shm-size)"
             )
         elif out_of_memory(error):
             error = ValueError(f"out of memory{_whats_there_to_halve(params, name)}")

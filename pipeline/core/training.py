@@ -98,7 +98,7 @@ def train(task: Task, params: Params, images: ImageSet, processes: Processes) ->
             card = {"classes": list(images.classes), "resolution": resolution, "kept": kept, **task.card}
             networks.save(out, best, {**card, "identities": task.identities})
             _write_history(out / "history.csv", run.history)
-        checkpoints.keep_last(folder, 1)  # enough for who needs the stage once more
+        checkpoints.keep_last(folder, 1)  # should DVC run the stage once more
         stage.end_run(folder)
 
 

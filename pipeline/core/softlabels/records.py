@@ -211,8 +211,8 @@ def dense(
     stored /= np.repeat(total, counts).astype(np.float32)
     places = classes + np.repeat(np.arange(len(counts)) * num_classes, counts)  # in the batch, row after row
     arrays = places, stored, (each / total).astype(np.float32)
-    tensors = map(torch.from_numpy, arrays)
+    tensors = [torch.from_numpy(array) for array in arrays]
     if device is not None and device.type == "cuda":  # from pageable memory the host would wait for the GPU
-        tensors = (tensor.pin_memory() for tensor in tensors)
+        tensors = [tensor.pin_memory() for tensor in tensors]
     places, stored, each = (tensor.to(device, non_blocking=True) for tensor in tensors)
     return each.repeat_interleave(num_classes).scatter_(0, places, stored).view(len(counts), num_classes)
