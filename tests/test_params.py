@@ -61,6 +61,8 @@ def test_a_misspelt_key_in_the_file_is_one_line(data, tmp_path):
     ("key", "value", "words"),
     [
         ("teacher.source", "hub", "'fit', 'timm' or 'checkpoint'"),
+        ("machine.workers", "many", "machine.workers: should be auto or a whole number, not 'many'"),
+        ("machine.processes", 0, "machine.processes: should be auto or a whole number from 1 on, not 0"),
         ("teacher.lr", 0, "greater than 0"),
         ("distill.epochs", "many", "integer"),
         ("views.crop_scale", [0.9, 0.5], "crop_scale"),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import joblib
 import numpy as np
+import psutil
 import pytest
 import torch
 from commands import ENVIRONMENT
@@ -257,6 +258,29 @@ def test_workers_start_in_silence(tmp_path, monkeypatch):
         [sys.executable, "-m", "asks"], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_workers_end_with_a_program_that_is_killed(tmp_path, monkeypatch):
+    prepared(tmp_path, monkeypatch)
+    waits = PROGRAM.partition("    assert")[0] + (
+        "    it = iter(load(Views(images, None, 16), batches, 2, torch.device('cpu')))\n"
+        "    next(it)\n    print('begun', flush=True)\n    input()\n"
+    )
+    (tmp_path / "waits.py").write_text(waits)
+    program = subprocess.Popen(
+        [sys.executable, "-m", "waits"],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert program.stdout.readline() == "begun\n"
+    below = psutil.Process(program.pid).children(recursive=True)
+    assert len(below) >= 4  # the server, two workers, and multiprocessing's own
+    program.kill()
+    program.communicate()
+    assert psutil.wait_procs(below, timeout=20)[1] == []
 
 
 def test_partners_are_labelled_and_named(images):

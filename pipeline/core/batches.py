@@ -3,9 +3,12 @@
 import itertools
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing import connection, forkserver
 from typing import Literal
 
 import joblib
@@ -172,7 +175,7 @@ def load(
     if isinstance(batches, list):
         workers = min(workers, len(batches))
     if workers:
-        multiprocessing.set_forkserver_preload(_imported_by_workers())  # once, not in each worker
+        _start_server()
     return DataLoader(
         dataset,
         batch_size=None,
@@ -182,6 +185,7 @@ def load(
         pin_memory=device.type == "cuda",
         multiprocessing_context="forkserver" if workers else None,
         persistent_workers=again and workers > 0,
+        worker_init_fn=_end_with_program if workers else None,
     )
 
 
@@ -194,12 +198,32 @@ def spare_cores() -> int:
     return min(max(share - 1, 1), MOST_WORKERS)
 
 
-def _imported_by_workers() -> list[str]:
-    """Name what worker processes import: what this process has of the pipeline, since they run its program's imports.
+def _start_server() -> None:
+    """Start the process that workers are forked from, unless it is there.
 
-    The program itself is not named: they run that once more, and it would be there twice.
+    It imports what this process has of the pipeline, once for all workers, since they run its program's imports; not
+    the program, which would be there twice then. It is deaf to Ctrl-C, as workers are: they end with the program.
     """
-    return ["torch", *sorted(name for name in sys.modules if name.startswith("pipeline.core."))]
+    multiprocessing.set_forkserver_preload(
+        ["torch", *sorted(name for name in sys.modules if name.startswith("pipeline.core."))]
+    )
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, heard)
+
+
+def _end_with_program(number: int) -> None:
+    """Have this worker process end as the program does that it serves, however that ends; the server waits for both."""
+    program = multiprocessing.parent_process()
+    assert program is not None
+
+    def watch() -> None:
+        connection.wait([program.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def in_order(rows: np.ndarray, batch_size: int) -> list[RowsAndReplicas]:

@@ -1,11 +1,12 @@
 """The settings: `params.yaml` as typed, checked sections. A wrong key or value is one line that names it."""
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, field_validator, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -26,11 +27,21 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _say_both(value: Any, look: Callable[[Any], Any]) -> Any:
+    """Check a value that is a number or auto; pydantic would name the two as if they were keys."""
+    try:
+        return look(value)
+    except ValidationError as error:
+        least = error.errors()[0].get("ctx", {}).get("ge")
+        number = "a whole number" if least is None else f"a whole number from {least} on"
+        raise ValueError(f"should be auto or {number}, not {value!r}") from None
+
+
 class Machine(Section):
     device: Literal["auto", "cpu", "cuda"]
-    processes: Count | Literal["auto"]
+    processes: Annotated[Count | Literal["auto"], WrapValidator(_say_both)]
     restarts: CountOrZero
-    workers: CountOrZero | Literal["auto"]
+    workers: Annotated[CountOrZero | Literal["auto"], WrapValidator(_say_both)]
     checkpoint_seconds: NotNegative
     keep_checkpoints: Count
     checkpoint_activations: bool
