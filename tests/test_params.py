@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from pipeline.core import networks, params, preflight
@@ -154,6 +155,10 @@ def test_images_that_are_not_there_are_named_before_anything_runs(data, tmp_path
             "^student.model: vit_tiny_patch16_224 does not take images of 32 pixels",
         ),
         ("student.init", "nowhere.safetensors", "^student.init: nowhere.safetensors: no such file$"),
+        pytest.param(
+            *("machine.device", "cuda", "^machine.device is cuda, but torch sees no CUDA device"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_networks_and_weights_are_looked_at_before_anything_runs(data, tmp_path, key, value, words):

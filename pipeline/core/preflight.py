@@ -18,7 +18,7 @@ CLASSES = 10  # the number makes no difference here, and the images' own is not 
 
 
 def check(settings: Params, root: Path) -> None:
-    """Make sure that images and weights are there, and that the networks are known and take the images.
+    """Make sure that images, weights and the GPU are there, and that the networks are known and take the images.
 
     Args:
         root: the project's root, from which the settings' paths lead.
@@ -27,6 +27,10 @@ def check(settings: Params, root: Path) -> None:
         ValueError: one line that names the key.
     """
     check_files(settings, root)
+    if settings.machine.device == "cuda":
+        from pipeline.core import devices  # torch takes seconds to load
+
+        devices.join(settings.machine)
     check_networks(settings, root)
 
 
