@@ -246,7 +246,10 @@ def main() -> None:
     parser.add_argument("--prepared", type=Path, default=ROOT / "data/prepare", help="what `prepare` wrote")
     parser.add_argument("--workers", type=int, default=0, help="processes that render real images")
     arguments = parser.parse_args()
-    COMMANDS[arguments.what](arguments)
+    try:
+        COMMANDS[arguments.what](arguments)
+    except ValueError as error:
+        sys.exit(f"engine: {error}")
 
 
 COMMANDS = {"step": step, "epoch": epoch, "answer": answer, "where": where}
