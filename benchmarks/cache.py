@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from timm.task import LogitDistillationTask
 
@@ -48,6 +49,7 @@ def main() -> None:
         "--views", type=int, help="how many views (read: 262,144; large: 5,000,000; write, peers: 2,048)"
     )
     parser.add_argument("--workers", type=int, help="machine.workers, in place of the project's")
+    parser.add_argument("--by-batch", action="store_true", help="`write`: take turns batch by batch")
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds of `write` and `epoch` (default: 3)")
     arguments = parser.parse_args()
     print(f"{machine()}\n")
@@ -140,6 +142,7 @@ def write(arguments: argparse.Namespace) -> None:
     """The stage's own loop against forward passes over one batch of tensors in memory, and against rendering alone.
 
     No stage is faster than the slower of the two; where rendering is, more machine.workers help, if there are cores.
+    A turn is all views, worker processes' start included, or a batch, where it is not (--by-batch).
     """
     project, count = Project(arguments), arguments.views or 2048
     wanted = project.wanted()
@@ -147,10 +150,12 @@ def write(arguments: argparse.Namespace) -> None:
     pixels = torch.randint(0, 256, (project.params.cache.batch_size, 3, *[project.params.views.resolution] * 2))
     pixels = pixels.to(torch.uint8)
 
+    def bare_pass(count: int) -> None:
+        teaching.answer(project.classifier, pixels[:count].to(project.device), project.params.teacher.precision).cpu()
+
     def bare() -> None:
         for start in range(0, len(some), len(pixels)):
-            part = pixels[: min(len(pixels), len(some) - start)].to(project.device)
-            teaching.answer(project.classifier, part, project.params.teacher.precision).cpu()
+            bare_pass(min(len(pixels), len(some) - start))
 
     def render() -> None:
         asked = (wanted.views(some[start : start + len(pixels)]) for start in range(0, len(some), len(pixels)))
@@ -162,12 +167,54 @@ def write(arguments: argparse.Namespace) -> None:
             which = project.views, wanted, some
             cache.write_missing(project.classifier, *which, project.params, project.description, project.processes)
 
+    if arguments.by_batch:
+        show(batch_by_batch(stage, lambda: bare_pass(len(pixels)), arguments.rounds), len(pixels), "views/s")
+        return
     ways = {"bare forward passes": bare, "rendering alone": render, "cache stage": stage}
     loops = {name: again_and_again(way) for name, way in ways.items()}
     seconds = take_turns(loops, arguments.rounds, steps=1, warm_up=1)
     show(seconds, len(some), "views/s")
     least = np.maximum(seconds["bare forward passes"], seconds["rendering alone"])
     print(f"\nThe stage against the slower of the two: {against(seconds['cache stage'], least)}")
+
+
+def batch_by_batch(stage: Callable[[], None], bare: Callable[[], None], rounds: int) -> dict[str, list[float]]:
+    """Run the stage, with a bare forward pass before each of its own; its worker processes stand still meanwhile.
+
+    Returns:
+        the seconds of each bare pass, and of the stage from each pass to the next; those of the first round, and the
+        first and the last (smaller) batch of each, are left out.
+    """
+    ask = teaching.answer
+    seconds: dict[str, list[float]] = {"bare forward passes": [], "cache stage": []}
+
+    def timed(*arguments: object) -> torch.Tensor:
+        nonlocal left_at
+        came_at = time.perf_counter()
+        workers = psutil.Process().children(recursive=True)
+        for worker in workers:
+            worker.suspend()
+        teaching.answer, begin = ask, time.perf_counter()
+        bare()
+        teaching.answer, end = timed, time.perf_counter()
+        for worker in workers:
+            worker.resume()
+        of_round.append((end - begin, came_at - left_at))
+        left_at = time.perf_counter()
+        return ask(*arguments)
+
+    for number in range(rounds + 1):
+        of_round: list[tuple[float, float]] = []
+        left_at = time.perf_counter()
+        teaching.answer = timed
+        try:
+            stage()
+        finally:
+            teaching.answer = ask
+        for passed, of_stage in of_round[1:-1] if number else ():
+            seconds["bare forward passes"].append(passed)
+            seconds["cache stage"].append(of_stage)
+    return seconds
 
 
 def epoch(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,8 @@ Read: the folders, archives, lists or torchvision sets that section `prepare` of
 Write: data/prepare/: images-NNNNN.tar (the images as they were encoded, or encoded anew where the settings say so),
 manifest.arrow (id, label, split, size and source of each), classes.json, refused.csv (every file left out, and why) and
 summary.json. The same images give the same bytes, whatever the order of the files. Where the stage stops because of
-what it refused, the list is in .scratch/prepare/refused.csv.
+what it refused, the list is in .scratch/prepare/refused.csv. What an earlier run, killed or not, has decoded is read
+again but not decoded again; what a killed run has encoded anew is not encoded again.
 Run: python -m pipeline.prepare [--params FILE]
 """
 
@@ -20,7 +21,8 @@ from typing import Any
 from pipeline.core import atomic, choose, dataset, shards, stage
 from pipeline.core.archives import Tree
 from pipeline.core.choose import Found, Parts, Picture, Pictures, Stored
-from pipeline.core.images import Unreadable, decode_first
+from pipeline.core.examined import Examined
+from pipeline.core.images import Unreadable
 from pipeline.core.params import Params
 from pipeline.core.progress import Progress
 from pipeline.core.reading import in_threads
@@ -45,6 +47,7 @@ def run(params: Params) -> None:
                 summary = prepare(
                     sources,
                     folder,
+                    scratch,
                     seed=params.seed,
                     images_per_class=settings.images_per_class,
                     labels_per_class=settings.labels_per_class,
@@ -83,6 +86,7 @@ def open_sources(settings: dict[str, Any]) -> list[Source]:
 def prepare(
     sources: list[Source],
     folder: Path,
+    scratch: Path,
     *,
     seed: int,
     images_per_class: int | None,
@@ -101,6 +105,7 @@ def prepare(
     Args:
         sources: train, and where there are any val, test and unlabelled.
         folder: where to write.
+        scratch: where what was found stays for the next run.
         seed: of every choice.
         images_per_class: at most so many of train; None: all.
         labels_per_class: keep so many labels; the others' images join the pool; None: all.
@@ -116,18 +121,22 @@ def prepare(
     """
     classes = class_names(sources)
     pictures: Pictures = {}
-    found, unread = read_all(sources, max_pixels, images_per_class is not None, pictures)
-    refusals += unread
-    parts, refused = choose.select(
-        found,
-        pictures,
-        partial(add_pictures, pictures, max_pixels),
-        seed=seed,
-        images_per_class=images_per_class,
-        labels_per_class=labels_per_class,
-        val_share=val_share,
-        test_share=test_share,
-    )
+    most_bytes = 8 * max_pixels + 10_000_000  # no encoding needs more for a pixel (16-bit RGBA); room for metadata
+    with Examined(scratch, max_pixels) as examined:
+        if len(examined):
+            print(f"prepare: {len(examined):,} images were decoded by an earlier run", file=sys.stderr, flush=True)
+        found, unread = read_all(sources, examined, most_bytes, images_per_class is not None, pictures)
+        refusals += unread
+        parts, refused = choose.select(
+            found,
+            pictures,
+            partial(add_pictures, pictures, examined, most_bytes),
+            seed=seed,
+            images_per_class=images_per_class,
+            labels_per_class=labels_per_class,
+            val_share=val_share,
+            test_share=test_share,
+        )
     refusals += refused
     looked_at = [each.source for each in unread] + [each.role for each in found if each.sha256 in pictures]
     files = {source.role: looked_at.count(source.role) for source in sources}
@@ -135,18 +144,21 @@ def prepare(
     check_parts(parts, classes, refusals)  # here too, as encoding takes long
 
     stored, give = as_they_are(parts, pictures), partial(contents, found)
+    reencoded = None
     if jpeg_quality is not None:
         # In the order of their sources, as archives are fastest to read; a name can stand twice in a zip archive.
         kept = {(each.role, each.file.name, each.sha256) for part in parts.values() for each in part}
         chosen = [each for each in found if (each.role, each.file.name, each.sha256) in kept]
-        reencoded = Reencoded(folder, max_side, jpeg_quality)
-        stored, give = reencoded.add(chosen, _most_bytes(max_pixels)), reencoded.contents
+        reencoded = Reencoded(scratch, max_side, jpeg_quality)
+        stored, give = reencoded.add(chosen, most_bytes), reencoded.contents
         parts, refused = choose.one_of_each(parts, stored)
         refusals += refused
         check_parts(parts, classes, refusals)
     refusals += further_frames(parts, pictures)
     samples = to_samples(parts, stored, classes)
     manifest = shards.write(folder, samples, classes, shard_bytes, give)
+    if reencoded:
+        reencoded.remove()
     atomic.write_text(folder / "refused.csv", as_csv(refusals))
     summary = summarise(samples, classes, files, refusals, dataset.digest(manifest, tuple(classes)))
     atomic.write_json(folder / "summary.json", summary)
@@ -154,22 +166,26 @@ def prepare(
 
 
 def read_all(
-    sources: list[Source], max_pixels: int, lazy: bool, pictures: Pictures
+    sources: list[Source], examined: Examined, most_bytes: int, lazy: bool, pictures: Pictures
 ) -> tuple[list[Found], list[Refusal]]:
     """Hash every file and decode its image; add what was seen to `pictures`.
 
     Args:
+        sources: whose files.
+        examined: decodes them.
+        most_bytes: a larger file is refused unread.
         lazy: leave the labelled images of train to be decoded when they are wanted.
     """
     found, refusals = [], []
 
     def look(decode_labelled: bool, file: SourceFile, encoded: bytes) -> tuple[str, int, Picture | Unreadable | None]:
-        picture = _picture(encoded, max_pixels) if decode_labelled or not file.class_name else None
-        return hashlib.sha256(encoded).hexdigest(), len(encoded), picture
+        sha256 = hashlib.sha256(encoded).hexdigest()
+        picture = examined.picture(sha256, encoded) if decode_labelled or not file.class_name else None
+        return sha256, len(encoded), picture
 
     for source in sources:
         work = partial(look, source.role != "train" or not lazy)
-        results = in_threads(source.files, work, _most_bytes(max_pixels), f"prepare: read {source.role}")
+        results = in_threads(source.files, work, most_bytes, f"prepare: read {source.role}")
         for file, result in zip(source.files, results, strict=True):
             if isinstance(result, Unreadable):
                 refusals.append(Refusal(source.role, file.name, result.reason, result.detail))
@@ -181,28 +197,15 @@ def read_all(
     return found, refusals
 
 
-def add_pictures(pictures: Pictures, max_pixels: int, found: list[Found]) -> None:
+def add_pictures(pictures: Pictures, examined: Examined, most_bytes: int, found: list[Found]) -> None:
     """Decode the contents that were not decoded yet."""
     missing = [each for each in found if each.sha256 not in pictures]
     files = [each.file for each in missing]
     if files:
-        work = lambda file, encoded: _picture(encoded, max_pixels)  # noqa: E731
-        results = in_threads(files, work, _most_bytes(max_pixels), "prepare: decode")
+        work = lambda file, encoded: examined.picture(hashlib.sha256(encoded).hexdigest(), encoded)  # noqa: E731
+        results = in_threads(files, work, most_bytes, "prepare: decode")
         for each, picture in zip(missing, results, strict=True):
             pictures[each.sha256] = picture
-
-
-def _picture(encoded: bytes, max_pixels: int) -> Picture | Unreadable:
-    try:
-        image, frames = decode_first(encoded, max_pixels)
-    except Unreadable as error:
-        return Unreadable(error.reason, error.detail)  # without the frames it passed through: they hold the content
-    return Picture(image.width, image.height, frames)
-
-
-def _most_bytes(max_pixels: int) -> int:
-    """No encoding needs more than 8 bytes a pixel (16-bit RGBA); leave room for metadata."""
-    return 8 * max_pixels + 10_000_000
 
 
 def check_parts(parts: Parts, classes: list[str], refusals: list[Refusal]) -> None:
@@ -295,4 +298,4 @@ def summarise(
 
 
 if __name__ == "__main__":
-    stage.main(run, __doc__)
+    stage.main(run, __doc__, goes_on=True)

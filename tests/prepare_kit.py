@@ -53,11 +53,13 @@ def prepared(
     for part in ("val", "test"):
         arguments[f"{part}_share"] = chosen[f"{part}_share"] if chosen[part] is None else 0.0
     folder.mkdir(parents=True)
+    scratch = folder.with_name(f"{folder.name} scratch")
+    scratch.mkdir(exist_ok=True)
     refusals = []
     try:
         sources = stage_prepare.open_sources(chosen)
         size = int(chosen["shard_mb"] * 1_000_000)
-        stage_prepare.prepare(sources, folder, seed=seed, shard_bytes=size, refusals=refusals, **arguments)
+        stage_prepare.prepare(sources, folder, scratch, seed=seed, shard_bytes=size, refusals=refusals, **arguments)
     finally:
         (folder / "refused.csv").write_text(as_csv(refusals))
     with (folder / "refused.csv").open() as file:

@@ -1,10 +1,13 @@
 """Stage prepare: what becomes of good and bad files, from folders, archives, lists and torchvision's layouts."""
 
+import contextlib
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +129,70 @@ def test_the_same_images_give_the_same_bytes(tmp_path):
     prepared(tmp_path / "2", root, **SPLITS)
     for path in (tmp_path / "1").iterdir():
         assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
+
+
+@contextlib.contextmanager
+def counting(place: str, stop_after: int | None = None) -> Iterator[list[object]]:
+    """Count the calls of a function in a list that grows; Ctrl-C comes in place of the one after so many."""
+    module, _, name = place.rpartition(".")
+    function, calls = getattr(sys.modules[module], name), []
+
+    def counted(*arguments):
+        if len(calls) == stop_after:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return function(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, counted)
+        yield calls
+
+
+@pytest.mark.parametrize(
+    ("place", "changes"),
+    [
+        ("pipeline.core.examined.decode_first", {}),
+        ("pipeline.core.reencoding.encode", {"max_side": 16, "jpeg_quality": 90}),
+    ],
+)
+def test_a_stopped_run_is_gone_on_from_and_ends_in_the_same_bytes(tmp_path, monkeypatch, place, changes):
+    monkeypatch.setattr("pipeline.core.reading.CHUNK_FILES", 2)  # a thread's work that is cut off is done again
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    root = write(tmp_path / "in", with_splits())
+    with counting(place) as in_all:
+        prepared(tmp_path / "whole", root, **SPLITS, **changes)
+    with counting(place, stop_after=20), pytest.raises(KeyboardInterrupt):
+        prepared(tmp_path / "out", root, **SPLITS, **changes)
+    shutil.rmtree(tmp_path / "out")
+    for journal in (tmp_path / "out scratch").glob("*.jsonl"):  # its last line is cut off, as by a kill
+        journal.write_bytes(journal.read_bytes()[:-5])
+    with counting(place) as in_the_second:
+        prepared(tmp_path / "out", root, **SPLITS, **changes)
+    assert len(in_all) == len(with_splits())
+    assert len(in_all) - 20 <= len(in_the_second) <= len(in_all) - 10
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    assert [path.name[:8] for path in (tmp_path / "out scratch").iterdir()] == ["examined"]
+
+
+def test_new_images_alone_are_decoded(tmp_path):
+    root = write(tmp_path / "in", with_splits())
+    prepared(tmp_path / "out", root, **SPLITS)
+    write(root, {f"pool/new {at}.png": png(95_000 + at) for at in range(3)} | {"pool/bad.png": b"none"})
+    shutil.rmtree(tmp_path / "out")
+    with counting("pipeline.core.examined.decode_first") as calls:
+        images, refused = prepared(tmp_path / "out", root, **SPLITS)
+    assert len(calls) == 4
+    assert refused == [("pool/bad.png", "unlabelled", "not an image")]
+    assert len(images) == len(with_splits()) + 3
+
+
+def test_what_was_found_under_other_settings_does_not_hold(tmp_path):
+    root = write(tmp_path / "in", with_splits())
+    prepared(tmp_path / "out", root, **SPLITS)
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(ValueError, match="too many pixels"):
+        prepared(tmp_path / "out", root, **SPLITS, max_pixels=100)
 
 
 def test_more_labels_leave_the_shards_as_they_are(tmp_path):

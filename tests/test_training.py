@@ -313,6 +313,20 @@ def test_the_network_before_is_kept_only_where_it_is_better_on_validation(images
     assert "of distill: its network is kept" in capsys.readouterr().out
 
 
+def test_validation_counts_every_image_once_whatever_a_pass_takes(images, monkeypatch):
+    monkeypatch.setattr("pipeline.core.training.IMAGES_A_PASS", 3)
+    params, cpu, asked = tiny(), Processes(torch.device("cpu")), []
+    classifier = networks.build(MODEL, 4, 0)
+    classifier.register_forward_pre_hook(lambda module, inputs: asked.append(len(inputs[0])))
+    found = [validator(params, images, 16, cpu, batches)(classifier) for batches in (1, 2, 1000)]
+    count = len(images.rows("val"))
+    assert asked[-1] == count > 6
+    assert sum(asked) == 3 * count
+    assert max(asked[:-1]) == 6
+    assert found[1] == pytest.approx(found[0])
+    assert found[2] == pytest.approx(found[0])
+
+
 def test_the_code_of_the_stage_that_runs_as_a_program_counts(monkeypatch):
     monkeypatch.delitem(sys.modules, "pipeline.register", raising=False)
     before = stage.code_digest()

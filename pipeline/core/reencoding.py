@@ -1,13 +1,14 @@
 """Images encoded anew at preparation: at most so many pixels a side, as JPEG, for those who want half the decoding.
 
-What comes out lies in a file without a name until it is written into shards, so that no image is encoded twice; so the
-disk holds the new bytes twice until prepare ends. Colour is subsampled (4:2:0, PIL's default for JPEG).
+What comes out lies in a scratch file until it is written into shards, so that no image is encoded twice, not by a run
+that goes on after a kill either; so the disk holds the new bytes twice until prepare ends. Colour is subsampled (4:2:0,
+PIL's default for JPEG).
 """
 
 import hashlib
 import io
 import os
-import tempfile
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 
 from pipeline.core.choose import Found, Stored
 from pipeline.core.images import Unreadable, decode
+from pipeline.core.journal import Journal
 from pipeline.core.progress import Progress
 from pipeline.core.reading import in_threads
 from pipeline.core.shards import Sample
@@ -49,17 +51,24 @@ def encode(content: bytes, max_side: int | None, quality: int) -> tuple[bytes, i
 
 
 class Reencoded:
-    """Encodes files anew and keeps what comes out in a file that goes when this does.
+    """Encodes files anew and keeps what comes out in a scratch folder until it is told to remove it.
 
     Args:
-        folder: where there is room.
+        scratch: the folder; what a killed run has left there for the same settings is not encoded again.
         max_side, quality: as for `encode`.
     """
 
-    def __init__(self, folder: Path, max_side: int | None, quality: int):
+    def __init__(self, scratch: Path, max_side: int | None, quality: int):
         self._work = partial(_look, max_side=max_side, quality=quality)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  it is open as long as this object is there
+        self._journal = Journal(scratch, "encoded", [max_side, quality])
+        self._path = self._journal.path.with_suffix(".jpegs")
+        self._file = self._path.open("a+b")
         self._places: dict[str, tuple[int, int]] = {}  # by SHA-256 of the encoded bytes: start, length
+        self._stored: dict[str, Stored] = {}  # by SHA-256 of the file
+        for of_file, start, *encoded in self._journal.lines():
+            stored = Stored(*encoded)
+            if hashlib.sha256(self._read(start, stored.length)).hexdigest() == stored.sha256:  # else it was cut off
+                self._stored[of_file], self._places[stored.sha256] = stored, (start, stored.length)
 
     def add(self, found: list[Found], max_bytes: int) -> dict[str, Stored]:
         """Encode files; give what is stored of each, by the SHA-256 of the file.
@@ -67,28 +76,42 @@ class Reencoded:
         Raises:
             ValueError: a file is not what it was.
         """
-        stored: dict[str, Stored] = {}
-        files = [each.file for each in found]
-        results = in_threads(files, self._work, max_bytes, "prepare: encode")
-        for each, result in zip(found, results, strict=True):
+        missing = [each for each in found if each.sha256 not in self._stored]
+        if len(missing) < len(found):
+            there = len(found) - len(missing)
+            print(f"prepare: {there:,} images were encoded by a killed run", file=sys.stderr, flush=True)
+        results = in_threads([each.file for each in missing], self._work, max_bytes, "prepare: encode")
+        end = self._file.seek(0, os.SEEK_END)
+        for each, result in zip(missing, results, strict=True):
             if isinstance(result, Unreadable) or result[0] != each.sha256:
                 raise ValueError(f"{each.file.name}: the file changed while it was read; run prepare again")
             _, encoded, width, height = result
-            sha256 = hashlib.sha256(encoded).hexdigest()
-            if sha256 not in self._places:
-                self._places[sha256] = self._file.tell(), len(encoded)
-                self._file.write(encoded)
-            stored[each.sha256] = Stored(sha256, len(encoded), width, height)
+            stored = Stored(hashlib.sha256(encoded).hexdigest(), len(encoded), width, height)
+            if stored.sha256 not in self._places:
+                self._places[stored.sha256] = end, len(encoded)
+                end += self._file.write(encoded)
+            self._journal.add(each.sha256, self._places[stored.sha256][0], *stored)
+            self._stored[each.sha256] = stored
         self._file.flush()
-        return stored
+        return {each.sha256: self._stored[each.sha256] for each in found}
 
     def contents(self, samples: list[Sample]) -> Iterator[tuple[Sample, bytes]]:
         """Give the bytes of samples."""
         with Progress(len(samples), "images", "prepare: write") as progress:
             for sample in samples:
                 start, length = self._places[sample.sha256]
-                yield sample, os.pread(self._file.fileno(), length, start)
+                yield sample, self._read(start, length)
                 progress.update()
+
+    def remove(self) -> None:
+        """Take away what was encoded: it is in shards now."""
+        for file in (self._file, self._journal):
+            file.close()
+        for path in (self._path, self._journal.path):
+            path.unlink()
+
+    def _read(self, start: int, length: int) -> bytes:
+        return os.pread(self._file.fileno(), length, start)
 
 
 def _look(file: SourceFile, content: bytes, *, max_side: int | None, quality: int) -> tuple[str, bytes, int, int]:

@@ -33,6 +33,7 @@ def main(
     doc: str | None,
     distributed: bool = False,
     training: bool = False,
+    goes_on: bool = False,
     instead: dict[str, Callable[[Params], None]] = {},  # noqa: B006
 ) -> None:
     """Run a stage as a program.
@@ -42,6 +43,7 @@ def main(
         doc: the stage file's docstring, for --help.
         distributed: the stage can be shared out to `machine.processes` processes by torchrun.
         training: the same, and the stage's section is a recipe.
+        goes_on: a stopped run is gone on from, as it is where one of the two above is true.
         instead: an option, and what to run where it is given; its docstring's first line is the option's help.
     """
     name = Path(sys.argv[0]).stem
@@ -67,7 +69,7 @@ def main(
             _relaunch_with_torchrun(params, name)
         arguments.run(params)
     except KeyboardInterrupt:
-        then = "goes on from the last checkpoint" if distributed or training else "starts it anew"
+        then = "goes on from what is saved" if distributed or training or goes_on else "starts it anew"
         print(f"{name}: stopped; the same command {then}", file=sys.stderr, flush=True)
         _exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:

@@ -6,6 +6,7 @@ epoch a line. Its checkpoints are under .scratch/<stage>, in a folder named afte
 
 import csv
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -152,9 +153,13 @@ def labelled_loss(images: ImageSet, labels: np.ndarray, smoothing: float) -> Los
 
 
 def validator(
-    params: Params, images: ImageSet, resolution: int, processes: Processes
+    params: Params, images: ImageSet, resolution: int, processes: Processes, batches_a_pass: int = 1
 ) -> Callable[[Classifier], dict[str, float]]:
-    """Make the function that gives top-1 and NLL on the validation split's clean views; processes share the batches."""
+    """Make the function that gives top-1 and NLL on the validation split's clean views; processes share the batches.
+
+    Args:
+        batches_a_pass: batches of IMAGES_A_PASS images that the network is asked about at once.
+    """
     rows, device = images.rows("val"), processes.device
     views = Views(images, None, resolution, params.views.test_crop)
     batches = in_order(rows, IMAGES_A_PASS)[processes.rank :: processes.world]
@@ -166,9 +171,12 @@ def validator(
             return {}
         classifier.eval()
         total = torch.zeros(2, dtype=torch.float64, device=device)  # right answers, and NLL
-        for batch in rendered:
-            logits = classifier(batch.pixels.to(device, non_blocking=True)).float()
-            labels = devices.send(images.labels[batch.rows].astype(np.int64), device)
+        coming = iter(rendered)
+        while some := list(itertools.islice(coming, batches_a_pass)):
+            pixels = torch.cat([batch.pixels.to(device, non_blocking=True) for batch in some])
+            logits = classifier(pixels).float()
+            rows_of_pass = np.concatenate([batch.rows for batch in some])
+            labels = devices.send(images.labels[rows_of_pass].astype(np.int64), device)
             total[0] += (logits.argmax(1) == labels).sum()
             total[1] += F.cross_entropy(logits, labels, reduction="sum")
         if processes.world > 1:
@@ -206,13 +214,23 @@ def _run(
         loss=task.loss,
         recipe=task.recipe,
         processes=processes,
-        validate=validator(params, images, task.resolution, processes),
+        validate=validator(params, images, task.resolution, processes, _batches_a_pass(task.recipe, processes)),
         scratch=folder,
         machine=params.machine,
         on_epoch=on_epoch,
     )
     run.train()
     return run
+
+
+def _batches_a_pass(recipe: TrainingRecipe, processes: Processes) -> int:
+    """How many batches a pass of validation takes: on a GPU four times the images of training's, which fit.
+
+    Without gradients a pass keeps few activations; a small pass's time there is that of its launches.
+    """
+    if processes.device.type == "cpu":
+        return 1
+    return max(1, 4 * recipe.batch_size // (processes.world * recipe.accumulate * IMAGES_A_PASS))
 
 
 def _name(task: Task, params: Params) -> str:

@@ -1,0 +1,56 @@
+"""What long work over images has found so far, kept in a scratch folder: a killed run need not do all of it again."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import PIL
+
+from pipeline.core import stage
+
+
+class Journal:
+    """A file of JSON lists, one a line; threads may add to it side by side.
+
+    A kill loses the last lines at most, those that were still in memory; a line that was cut off is passed over.
+
+    Args:
+        scratch: the folder where it lies.
+        kind: of work; its file's name begins so.
+        settings: of the work. Its file is named after them, this program and its libraries; those of the same kind for
+            other settings, or by other code, are taken away, with what lies beside them under the same name.
+    """
+
+    def __init__(self, scratch: Path, kind: str, settings: list[Any]):
+        depends_on = json.dumps([stage.code_digest(), PIL.__version__, *settings])
+        self.path = scratch / f"{kind}-{hashlib.sha256(depends_on.encode()).hexdigest()[:16]}.jsonl"
+        for other in scratch.glob(f"{kind}-*"):
+            if other.stem != self.path.stem:
+                other.unlink()
+        self._file = self.path.open("a+", encoding="utf-8")
+        self._lock = threading.Lock()
+
+    def lines(self) -> Iterator[list[Any]]:
+        """Give the lines that were there when it was opened."""
+        self._file.seek(0)
+        for line in self._file:
+            try:
+                yield json.loads(line)
+            except ValueError:  # cut off, or empty
+                continue
+
+    def add(self, *content: Any) -> None:
+        """Add a line.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        with self._lock:
+            self._file.write(f"\n{json.dumps(content)}")  # the break comes first: the line before may be cut off
+
+    def close(self) -> None:
+        """Write down what is still in memory."""
+        self._file.close()
