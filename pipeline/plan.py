@@ -50,8 +50,9 @@ class Counts(Section):
     image_kb: Positive
     view_bytes: Positive
     teacher_rate: Positive | None = None  # images/s that the teacher answers, at views.resolution
+    fit_rate: Positive | None = None  # images/s that the teacher is fitted to, at views.resolution
     student_rate: Positive | None = None  # images/s that the student trains on, at views.resolution
-    measured_on: str = ""  # what both rates are of
+    measured_on: str = ""  # what these rates are of
 
 
 class Work(NamedTuple):
@@ -62,7 +63,7 @@ class Work(NamedTuple):
     passes: int  # images
     steps: int  # of the optimizer; 0: none
     operations: float
-    by: str  # whose rate holds: teacher or student
+    by: str  # whose rate holds: teacher, fit or student; the one for fitting a teacher is "fit"
 
 
 class Speed(NamedTuple):
@@ -96,7 +97,7 @@ def work(settings: Params, counts: Counts) -> list[Work]:
     found = []
     if settings.teacher.source == "fit":
         seen = counts.labelled + (counts.withheld if settings.teacher.fit_on == "withheld" else 0)
-        found.append(train("teacher", seen, 3 * asks, "teacher"))
+        found.append(train("teacher", seen, 3 * asks, "fit"))
     scored, views = counts.unlabelled + counts.val + counts.test, soft_labels(settings, counts)
     return [
         *found,
@@ -125,13 +126,20 @@ def soft_labels(settings: Params, counts: Counts) -> int:
 
 
 def speeds(settings: Params, counts: Counts, arguments: argparse.Namespace) -> dict[str, Speed]:
-    """Give teacher's and student's operations/s, and where they come from."""
+    """Give operations/s of the teacher asked and fitted and of the student, and where they come from.
+
+    A teacher whose fitting has no rate of its own is fitted with as many operations/s as it is asked.
+    """
     found, resolution = {}, settings.views.resolution
     for role, model, passes, verb in (
         ("teacher", settings.teacher.model, 1, "answers"),
+        ("fit", settings.teacher.model, 3, "is fitted to"),
         ("student", settings.student.model, 3, "trains on"),
     ):
-        given, named = getattr(arguments, f"{role}_rate"), getattr(counts, f"{role}_rate")
+        given, named = getattr(arguments, f"{role}_rate", None), getattr(counts, f"{role}_rate")
+        if role == "fit" and (arguments.teacher_rate or arguments.tflops or not named):
+            found[role] = found["teacher"]
+            continue
         if rate := given or (None if arguments.tflops else named):
             operations = rate * 2 * passes * models.macs(network(model, counts.classes), resolution)
             words = f"{model} {verb} {rate:,.0f} images/s of {resolution} pixels, {figure(operations / 1e12)} TFLOP/s "
@@ -192,13 +200,13 @@ def report(settings: Params, counts: Counts, arguments: argparse.Namespace) -> s
         f"{'stage':<10}{'network':<24}{'':<19}{'images':>15}{'steps':>12}{'hours':>10}",
     ]
     for task in tasks:
-        model = settings.teacher.model if task.by == "teacher" else settings.student.model
+        model = settings.student.model if task.by == "student" else settings.teacher.model
         steps = f"{task.steps:,}" if task.steps else ""
         lines.append(
             f"{task.stage:<10}{model:<24}{task.what:<19}{task.passes:>15,}{steps:>12}{figure(hours[task.stage]):>10}"
         )
     for role in ("teacher", "student"):
-        total = sum(hours[task.stage] for task in tasks if task.by == role)
+        total = sum(hours[task.stage] for task in tasks if (task.by == "student") == (role == "student"))
         lines.append(f"{role + ', in all':<80}{figure(total):>10}")
     size = sizes(settings, counts)
     lines += ["", f"{'disk':<51}{'GB':>10}"]
@@ -208,8 +216,9 @@ def report(settings: Params, counts: Counts, arguments: argparse.Namespace) -> s
     lines += [f"{name:<51}{figure(value / 1e9):>10}" for name, value in records(settings, counts).items()]
     lines += ["(what each loses of the teacher's answer: python benchmarks/records.py)"]
     lines += ["", "Nothing was run. The hours are of one machine, kept busy, worked out from"]
-    lines += [f"  {each.where_from}" for each in speed.values()]
+    lines += dict.fromkeys(f"  {speed[task.by].where_from}" for task in tasks)
     lines += ["and multiply-adds: 2 operations each to answer, 6 to train, 2 for fixres. --help says more."]
+    lines += ["The start of a stage, 10 to 20 s of each, comes on top, and so do mining, validation and evaluation."]
     return "\n".join(lines)
 
 

@@ -209,7 +209,7 @@ def test_the_first_lines_have_the_hours_and_the_disk_of_the_plan(name):
     told = re.search(r"teacher ([\d.]+) GPU-hours.*?, student ([\d.]+) .*?, ([\d.]+) (GB|TB) of disk", head)
     speed, hours = plan.speeds(own, counts, options), {"teacher": 0.0, "student": 0.0}
     for task in plan.work(own, counts):
-        hours[task.by] += task.operations / speed[task.by].operations / 3600
+        hours["student" if task.by == "student" else "teacher"] += task.operations / speed[task.by].operations / 3600
     assert float(told[1]) == pytest.approx(hours["teacher"], rel=0.03)
     assert float(told[2]) == pytest.approx(hours["student"], rel=0.03)
     disk = sum(plan.sizes(own, counts).values()) / {"GB": 1e9, "TB": 1e12}[told[4]]
@@ -242,6 +242,16 @@ def test_a_given_rate_goes_before_teraflops_and_those_before_the_recipes():
     assert "--tflops" in speed["teacher"].where_from
     assert "--student-rate" in speed["student"].where_from
     assert "one H100" in plan.speeds(*costs("imagenet_v2"))["student"].where_from
+
+
+def test_a_teacher_is_fitted_at_its_own_rate_where_one_was_measured():
+    own, counts, options = costs("digits")
+    (fitted,) = (task for task in plan.work(own, counts) if task.stage == "teacher")
+    seconds = fitted.operations / plan.speeds(own, counts, options)[fitted.by].operations
+    assert seconds == pytest.approx(fitted.passes / counts.fit_rate)
+    for other in (costs("digits", tflops=1.0), costs("digits", teacher_rate=1.0), costs("cifar10")):
+        speed = plan.speeds(*other)
+        assert speed["fit"] == speed["teacher"]
 
 
 def test_a_misspelt_key_of_the_plan_names_the_nearest(project):
