@@ -26,7 +26,7 @@ repro: .venv/installed  ## run the whole pipeline: images in, a registered stude
 	@$(BIN)/python -m pipeline.core.preflight
 	$(BIN)/dvc --wait-for-lock repro
 	$(BIN)/python -m pipeline.register --if-missing
-	@echo "Done. The report: data/evaluate/report.html. The registry: make ui. The figures: $(BIN)/dvc metrics show --json"
+	@echo "Done. The report: data/evaluate/report.html. The registry: make ui. Top-1: $(BIN)/dvc metrics show"
 
 recipe: .venv/installed  ## set params.yaml to a recipe: RECIPE=cifar10; without one, list them
 	@$(BIN)/python -m pipeline.recipes $(if $(RECIPE),apply $(RECIPE))

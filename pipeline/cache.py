@@ -52,12 +52,11 @@ def run(params: Params) -> None:
     description = teaching.description(params, card)
     views = Views(images, ViewSpec.of(params.seed, params.views))
     rows = teaching.training_rows(images, mined.read(Path("data/mine")))
-    listed = stage.SCRATCH / "cache" / keys_file(images, views, rows, params), stage.SCRATCH / "cache" / "missing.npy"
+    listed = stage.SCRATCH / "cache" / keys_file(images, views, rows, params), stage.SCRATCH / "cache" / "missing.bin"
     if not processes.first():
         devices.wait_for_all(processes)  # until the first process has listed what is to be done
-        keys, missing = (np.load(file, mmap_mode="r") for file in listed)
-        wanted = Wanted(rows, params.cache.replicas, keys)
-        write_missing(classifier, views, wanted, missing, params, description, processes)
+        wanted = Wanted(rows, params.cache.replicas, np.load(listed[0], mmap_mode="r"))
+        write_missing(classifier, views, wanted, numbers_in(listed[1]), params, description, processes)
         return
     with stage.only_writer("cache") as scratch:
         set_aside_others(FOLDER, scratch, description)
@@ -67,8 +66,7 @@ def run(params: Params) -> None:
             other.unlink()
         wanted = every_view(images, views, rows, params.cache.replicas, listed[0])
         check_distinct(images, wanted)
-        missing = look_up(classifier, views, wanted, params, description)
-        np.save(listed[1], missing)
+        missing = look_up(classifier, views, wanted, params, description, listed[1])
         devices.wait_for_all(processes)
         write_missing(classifier, views, wanted, missing, params, description, processes)
         finish(FOLDER, description, wanted.keys)
@@ -99,19 +97,32 @@ def check_distinct(images: ImageSet, wanted: Wanted) -> None:
 
 
 def look_up(
-    classifier: Classifier, views: Views, wanted: Wanted, params: Params, description: Description
+    classifier: Classifier, views: Views, wanted: Wanted, params: Params, description: Description, file: Path
 ) -> np.ndarray:
     """Give the numbers (M,) int64 of the views that the cache lacks, once some of the others have been asked again.
+
+    Args:
+        file: where to list them; they may be billions.
 
     Raises:
         ValueError: see `check_same_answers`.
     """
+    store.write_index(FOLDER, description)
     labels = SoftLabels(FOLDER, description)
     check_same_answers(classifier, views, labels, wanted, params)
-    missing = labels.missing(wanted.keys)
+    with atomic.replacing(file) as beside, beside.open("wb") as listed:
+        for numbers in labels.missing(wanted.keys):
+            listed.write(numbers.astype(np.int64).tobytes())
+    missing = numbers_in(file)
     there = f"{len(labels):,} views are there, " if len(labels) else ""
     print(f"cache: {there}{len(missing):,} views to ask the teacher about", flush=True)
+    store.unfinish(FOLDER)
     return missing
+
+
+def numbers_in(file: Path) -> np.ndarray:
+    """Map the numbers (M,) int64 that `look_up` has listed."""
+    return np.memmap(file, np.int64, "r") if file.stat().st_size else np.zeros(0, np.int64)
 
 
 def check_same_answers(

@@ -2,8 +2,9 @@
 
 Reads data/prepare (the test images), data/{teacher,baseline,distill,finetune,fixres} (network and history), and
 data/mine/summary.json and data/cache/cache.json for the report.
-Writes data/evaluate: metrics.json, speed.json (the only file that is not the same each time, and is in the report),
-per_class.csv, confusion.csv, reliability.csv, errors.csv, predictions.parquet, report.html.
+Writes data/evaluate: top1.json (what `dvc metrics` shows), metrics.json (every score), speed.json (the only file that
+is not the same each time, and is in the report), per_class.csv, confusion.csv, reliability.csv, errors.csv,
+predictions.parquet, report.html.
 Run: python -m pipeline.evaluate
 """
 
@@ -156,6 +157,7 @@ def write(
     labels, classes = images.labels[rows], images.classes
     figures, fast = numbers(results, params.evaluate.bins), speeds(results, device, params.evaluate.batch_size)
     atomic.write_json(folder / "metrics.json", {**figures, "test_images": len(rows)})
+    atomic.write_json(folder / "top1.json", accuracies(figures))
     atomic.write_json(folder / "speed.json", fast)
     matrices = {
         name: metrics.confusion(labels, result.answers.predicted, len(classes)) for name, result in results.items()
@@ -207,6 +209,13 @@ def numbers(results: dict[str, Evaluated], bins: int) -> dict[str, dict[str, flo
             "resolution": result.card["resolution"],
         }
     return {**figures, "student": figures[STUDENT]}
+
+
+def accuracies(figures: dict[str, dict[str, float | int]]) -> dict[str, float]:
+    """Give top1.json's content: each network's top-1, and the share of the gap that was closed, where there is one."""
+    top1 = {name: figures[name]["top1"] for name in NETWORKS}
+    gap = metrics.gap_recovered(top1[STUDENT], top1["baseline"], top1["teacher"])
+    return top1 if gap is None else {**top1, "gap_recovered": round(gap, DIGITS)}
 
 
 def speeds(results: dict[str, Evaluated], device: torch.device, batch_size: int) -> dict[str, Any]:

@@ -183,6 +183,27 @@ def test_the_report_shows_networks_errors_and_names(made):
     assert "truncated" in html
 
 
+def test_what_dvc_shows_is_top1_and_the_share_of_the_gap(made):
+    figures = json.loads((made / "data/evaluate/metrics.json").read_text())
+    shown = json.loads((made / "data/evaluate/top1.json").read_text())
+    gap = shown.pop("gap_recovered", None)
+    assert shown == {name: figures[name]["top1"] for name in RESOLUTIONS}
+    if shown["teacher"] > shown["baseline"]:
+        closed = (shown["fixres"] - shown["baseline"]) / (shown["teacher"] - shown["baseline"])
+        assert gap == pytest.approx(closed, abs=1e-6)
+    else:
+        assert gap is None
+
+
+def test_where_the_teacher_is_not_ahead_there_is_no_gap():
+    def shown(teacher, baseline, student):
+        top1 = {"teacher": teacher, "baseline": baseline, "distill": 0.5, "finetune": 0.5, "fixres": student}
+        return evaluate.accuracies({name: {"top1": value} for name, value in top1.items()})
+
+    assert shown(0.9, 0.5, 0.8)["gap_recovered"] == pytest.approx(0.75)
+    assert "gap_recovered" not in shown(0.5, 0.5, 0.8)
+
+
 def test_a_second_run_writes_the_same_bytes(project):
     before = {file.name: file.read_bytes() for file in (project / "data/evaluate").iterdir()}
     evaluate.run(settings())
@@ -196,6 +217,7 @@ def test_a_second_run_writes_the_same_bytes(project):
         "reliability.csv",
         "report.html",
         "speed.json",
+        "top1.json",
     }
 
 

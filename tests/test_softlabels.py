@@ -64,6 +64,7 @@ def test_views_are_found_in_any_order_and_in_any_batch(cache, finished):
     folder, keys, records = cache
     if not finished:
         store.unfinish(folder)
+        store.write_index(folder, DESCRIPTION)
     labels = SoftLabels(folder, DESCRIPTION)
     assert len(labels) == 30
     order = np.random.default_rng(1).permutation(30)
@@ -97,7 +98,25 @@ def test_keys_of_like_numbers_differ():
 
 
 def test_an_empty_cache_finds_nothing(tmp_path):
+    store.write_index(tmp_path, DESCRIPTION)
     assert (SoftLabels(tmp_path, DESCRIPTION).find(some_keys(3)) == -1).all()
+
+
+@pytest.mark.parametrize("sorted_at_once", [1, 7, 29])
+def test_the_index_is_the_same_however_much_is_sorted_at_once(cache, monkeypatch, sorted_at_once):
+    folder, keys, _ = cache
+    whole = (folder / "index.sl").read_bytes()
+    monkeypatch.setattr(store, "SORTED", sorted_at_once)
+    finish(folder, DESCRIPTION, keys)
+    assert (folder / "index.sl").read_bytes() == whole
+
+
+@pytest.mark.parametrize("looked_up", [1, 4, 100])
+def test_missing_views_are_given_by_their_places(cache, monkeypatch, looked_up):
+    folder, keys, _ = cache
+    monkeypatch.setattr(store, "LOOKED_UP", looked_up)
+    wanted = np.insert(keys, [0, 3, 30], np.arange(3, dtype=np.uint64))
+    assert np.concatenate([*SoftLabels(folder, DESCRIPTION).missing(wanted)]).tolist() == [0, 4, 32]
 
 
 def test_a_cache_that_lacks_a_view_is_not_finished(cache):
@@ -169,7 +188,7 @@ def test_a_foreign_shard_is_refused(cache, tmp_path):
         SoftLabels(folder, DESCRIPTION)
     store.unfinish(folder)
     with pytest.raises(ValueError, match=rf"{foreign.name}: soft labels of another teacher"):
-        SoftLabels(folder, DESCRIPTION)
+        store.write_index(folder, DESCRIPTION)
 
 
 def test_damaged_shards_alone_are_set_aside(cache, tmp_path):
@@ -182,10 +201,13 @@ def test_damaged_shards_alone_are_set_aside(cache, tmp_path):
     assert [file.name in message for file, message in zip([cut, flipped], wrong, strict=True)] == [True, True]
     assert list(folder.glob("*.sl")) == [sound]
     assert {file.name for file in (tmp_path / "aside").iterdir()} == {cut.name, flipped.name}
+    store.write_index(folder, DESCRIPTION)
     assert (SoftLabels(folder, DESCRIPTION).find(keys) >= 0).sum() == 10
 
 
-def test_two_views_of_one_key_are_found():
+@pytest.mark.parametrize("sorted_at_once", [1 << 26, 10])
+def test_two_views_of_one_key_are_found(monkeypatch, sorted_at_once):
+    monkeypatch.setattr(store, "SORTED", sorted_at_once)
     keys = some_keys(1000)
     assert store.find_double(keys) is None
     keys[700] = keys[20]

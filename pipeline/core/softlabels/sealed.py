@@ -1,8 +1,9 @@
 """Sealed files: a magic word, a header, arrays, and a checksum over everything before it; immutable once written."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,21 @@ ALIGNMENT = 64
 CHECKSUM_BYTES = 16
 
 
-def write(path: Path, magic: bytes, header: dict[str, Any], arrays: Sequence[np.ndarray]) -> None:
+def write(path: Path, magic: bytes, header: dict[str, Any], arrays: Iterable[np.ndarray]) -> None:
     """Write a sealed file; it appears whole.
+
+    Args:
+        arrays: one after another; they need not be in memory all at once.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; what was there before stays.
     """
     text = json.dumps(header).encode()
     start = magic + len(text).to_bytes(4, "little") + text
-    parts = [start + bytes(-len(start) % ALIGNMENT), *(np.ascontiguousarray(array).view(np.uint8) for array in arrays)]
+    contents = (np.ascontiguousarray(array).view(np.uint8) for array in arrays)
     checksum = hashlib.blake2b(digest_size=CHECKSUM_BYTES)
     with atomic.replacing(path) as beside, beside.open("wb") as file:
-        for part in parts:
+        for part in itertools.chain([start + bytes(-len(start) % ALIGNMENT)], contents):
             checksum.update(part)
             file.write(part)
         file.write(checksum.digest())

@@ -7,6 +7,7 @@ import json
 import re
 import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from pipeline.core.softlabels.records import Coding, Records, SparseLabels
 
 FORMAT_VERSION = 2
 INDEX, INDEX_MAGIC = "index.sl", b"SSLDIDX2"
-AT_ONCE = 1 << 24  # keys that are looked up at once, where there are many
+LOOKED_UP = 1 << 24  # keys at once, where there are many
+SORTED = 1 << 26  # keys at once, where there are many: about 2 GB
 SPARE_FILES = 100  # file handles that are left to others
 
 
@@ -74,21 +76,20 @@ def make_keys(ids: np.ndarray, replicas: np.ndarray, partners: np.ndarray) -> np
 
 def find_double(keys: np.ndarray) -> tuple[int, int] | None:
     """Find two of N keys that are the same: the places of the first two; None where all differ."""
-    ordered = np.sort(keys)
-    doubles = ordered[1:][ordered[1:] == ordered[:-1]]
-    if not len(doubles):
-        return None
-    first, second = np.flatnonzero(keys == doubles[0])[:2].tolist()
-    return first, second
+    for least, most in _ranges(len(keys)):
+        ordered = np.sort(keys[(keys >= least) & (keys <= most)])
+        doubles = ordered[1:][ordered[1:] == ordered[:-1]]
+        if len(doubles):
+            first, second = np.flatnonzero(keys == doubles[0])[:2].tolist()
+            return first, second
+    return None
 
 
 class SoftLabels:
-    """A cache, open for reading; `shards.write` adds to it for whoever opens it after that.
-
-    A finished cache is opened by its index alone; one that is being written, by reading the keys of its shards.
+    """A cache, open for reading, by the index of its shards (`write_index`).
 
     Args:
-        folder: where it lies; it need not be there yet.
+        folder: where it lies.
         description: what the answers must depend on.
 
     Raises:
@@ -99,8 +100,7 @@ class SoftLabels:
         self.folder, self.description, self.coding = Path(folder), description, description.coding
         self._fingerprint = description.fingerprint
         try:
-            finished = (self.folder / INDEX).exists()
-            names, self._keys, self._order = self._read_index() if finished else self._scan()
+            names, self._keys, self._order = self._read_index()
             self.shards = [shards.Shard(self.folder / name, self._fingerprint, self.coding) for name in names]
         except ValueError as error:
             raise ValueError(f"{error}; {_mend(self.folder)}") from None
@@ -118,11 +118,10 @@ class SoftLabels:
         at = np.minimum(np.searchsorted(self._keys, keys), len(self) - 1)
         return np.where(self._keys[at] == keys, self._order[at].astype(np.int64), -1)
 
-    def missing(self, keys: np.ndarray) -> np.ndarray:
-        """Give the places (M,) int64, ascending, of the keys that are not in the cache; they may be billions."""
-        parts = (slice(start, start + AT_ONCE) for start in range(0, len(keys), AT_ONCE))
-        found = [part.start + np.flatnonzero(self.find(keys[part]) < 0) for part in parts]
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+    def missing(self, keys: np.ndarray) -> Iterator[np.ndarray]:
+        """Give the places, int64, ascending, of the keys that are not in the cache, in parts: they may be billions."""
+        for start in range(0, len(keys), LOOKED_UP):
+            yield start + np.flatnonzero(self.find(keys[start : start + LOOKED_UP]) < 0)
 
     def read(self, keys: np.ndarray) -> SparseLabels:
         """Give the answers for N views.
@@ -173,14 +172,6 @@ class SoftLabels:
             except ValueError as error:
                 raise ValueError(f"{error}; {_mend(self.folder)}") from None
 
-    def _scan(self) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """Read the keys of all shards: names, sorted keys, and the position of each."""
-        names = [path.name for path in _shard_files(self.folder)]
-        found = [shards.Shard(self.folder / name, self._fingerprint, self.coding).keys() for name in names]
-        keys = np.concatenate(found) if found else np.zeros(0, np.uint64)
-        order = np.argsort(keys, kind="stable")
-        return names, keys[order], order
-
     def _read_index(self) -> tuple[list[str], np.ndarray, np.ndarray]:
         path = self.folder / INDEX
         header, start = sealed.read_header(path, INDEX_MAGIC)
@@ -214,6 +205,29 @@ def unfinish(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def write_index(folder: Path, description: Description) -> None:
+    """Write the index of the shards that are there, none of which may come or go as long as it is.
+
+    Raises:
+        ValueError: a shard is damaged, or of another description; it is named, and what mends it.
+    """
+    try:
+        found = [shards.Shard(path, description.fingerprint, description.coding) for path in _shard_files(folder)]
+        count = sum(shard.views for shard in found)
+        positions = np.dtype(np.uint32 if count < 2**32 else np.uint64)
+        header = {
+            "fingerprint": description.fingerprint,
+            "views": count,
+            "positions": positions.str,
+            "shards": [shard.path.name for shard in found],
+        }
+        keys = (keys for keys, _ in _in_order(found))
+        places = (at.astype(positions) for _, at in _in_order(found))
+        sealed.write(folder / INDEX, INDEX_MAGIC, header, itertools.chain(keys, places))
+    except ValueError as error:
+        raise ValueError(f"{error}; {_mend(folder)}") from None
+
+
 def finish(folder: Path, description: Description, wanted: np.ndarray) -> None:
     """Write the index and `cache.json`: the cache is whole.
 
@@ -223,17 +237,10 @@ def finish(folder: Path, description: Description, wanted: np.ndarray) -> None:
     Raises:
         ValueError: one is missing.
     """
+    write_index(folder, description)
     labels = SoftLabels(folder, description)
-    if len(labels.missing(wanted)):
+    if any(len(part) for part in labels.missing(wanted)):
         raise ValueError(f"{folder}: a view is missing; run `dvc repro cache`")
-    positions = labels._order.astype(np.uint32 if len(labels) < 2**32 else np.uint64)
-    header = {
-        "fingerprint": description.fingerprint,
-        "views": len(labels),
-        "positions": positions.dtype.str,
-        "shards": [shard.path.name for shard in labels.shards],
-    }
-    sealed.write(folder / INDEX, INDEX_MAGIC, header, [labels._keys, positions])
     size = sum(path.stat().st_size for path in (folder / INDEX, *_shard_files(folder)))
     content = {
         "format": FORMAT_VERSION,
@@ -292,6 +299,27 @@ def fingerprints(folder: Path) -> dict[Path, str]:
         if re.fullmatch("[0-9a-f]{64}", name):  # else it is damaged
             found[path] = name
     return found
+
+
+def _in_order(found: list[shards.Shard]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Give all keys of some shards, ascending, with their positions in all of them, a range of keys at a time."""
+    starts = np.cumsum([0] + [shard.views for shard in found])
+    for least, most in _ranges(int(starts[-1])):
+        parts = [(np.zeros(0, shards.KEY), np.zeros(0, np.int64))]
+        for start, shard in zip(starts[:-1], found, strict=True):
+            keys = shard.keys()
+            here = np.flatnonzero((keys >= least) & (keys <= most))
+            parts.append((keys[here], start + here))
+        keys, positions = (np.concatenate(column) for column in zip(*parts, strict=True))
+        order = np.argsort(keys, kind="stable")
+        yield keys[order], positions[order]
+
+
+def _ranges(count: int) -> Iterator[tuple[np.uint64, np.uint64]]:
+    """Cut what 64 bits can say into ranges (least, most), each with few enough of so many keys: keys are hashes."""
+    parts = max(1, -(-count // SORTED))
+    for part in range(parts):
+        yield np.uint64(2**64 * part // parts), np.uint64(2**64 * (part + 1) // parts - 1)
 
 
 def _shard_files(folder: Path) -> list[Path]:
