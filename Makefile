@@ -57,5 +57,5 @@ lock: .venv/installed  ## make requirements*.txt anew from requirements*.in
 	  $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
 	    --python-version 3.11 $$name.in -o $$name.txt || exit 1; done
 
-clean:  ## remove checkpoints, workspaces, Prefect's history and soft labels set aside; results stay
+clean:  ## remove checkpoints, workspaces, Prefect's history, soft labels set aside, what prepare knows; results stay
 	[ ! -d .scratch ] || find .scratch -mindepth 1 -maxdepth 1 ! -name runs -exec rm -rf {} +

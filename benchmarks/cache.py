@@ -168,6 +168,10 @@ def write(arguments: argparse.Namespace) -> None:
             cache.write_missing(project.classifier, *which, project.params, project.description, project.processes)
 
     if arguments.by_batch:
+        if len(some) < 3 * len(pixels):
+            sys.exit(
+                f"cache: error: --by-batch needs {3 * len(pixels):,} views: the first and last batches do not count"
+            )
         show(batch_by_batch(stage, lambda: bare_pass(len(pixels)), arguments.rounds), len(pixels), "views/s")
         return
     ways = {"bare forward passes": bare, "rendering alone": render, "cache stage": stage}
@@ -181,6 +185,8 @@ def write(arguments: argparse.Namespace) -> None:
 def batch_by_batch(stage: Callable[[], None], bare: Callable[[], None], rounds: int) -> dict[str, list[float]]:
     """Run the stage, with a bare forward pass before each of its own; its worker processes stand still meanwhile.
 
+    The thread that packs answers does not, but a batch's are packed in a millisecond or a few tens.
+
     Returns:
         the seconds of each bare pass, and of the stage from each pass to the next; those of the first round, and the
         first and the last (smaller) batch of each, are left out.
@@ -190,15 +196,13 @@ def batch_by_batch(stage: Callable[[], None], bare: Callable[[], None], rounds: 
 
     def timed(*arguments: object) -> torch.Tensor:
         nonlocal left_at
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         came_at = time.perf_counter()
-        workers = psutil.Process().children(recursive=True)
-        for worker in workers:
-            worker.suspend()
-        teaching.answer, begin = ask, time.perf_counter()
-        bare()
-        teaching.answer, end = timed, time.perf_counter()
-        for worker in workers:
-            worker.resume()
+        with at_rest():
+            teaching.answer, begin = ask, time.perf_counter()
+            bare()
+            teaching.answer, end = timed, time.perf_counter()
         of_round.append((end - begin, came_at - left_at))
         left_at = time.perf_counter()
         return ask(*arguments)
@@ -215,6 +219,19 @@ def batch_by_batch(stage: Callable[[], None], bare: Callable[[], None], rounds: 
             seconds["bare forward passes"].append(passed)
             seconds["cache stage"].append(of_stage)
     return seconds
+
+
+@contextlib.contextmanager
+def at_rest() -> Iterator[None]:
+    """Let the processes that this one has started stand still for a while."""
+    workers = psutil.Process().children(recursive=True)
+    try:
+        for worker in workers:
+            worker.suspend()
+        yield
+    finally:
+        for worker in workers:
+            worker.resume()
 
 
 def epoch(arguments: argparse.Namespace) -> None:

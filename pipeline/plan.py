@@ -4,6 +4,7 @@ Reads the recipe's file and params.yaml. Hours are of the one machine or GPU tha
 two operations a multiply-add, training three times that (the backward pass goes to weights and to activations), fixres
 one pass, the classifier's own training aside. Operations/s come, in this order, from --teacher-rate or --student-rate,
 from --tflops, from rates that the recipe names as measured, or from an assumption of 28 TFLOP/s; the answer says which.
+A teacher is fitted as fast as it is asked, but where the recipe alone has rates, with a `fit_rate` among them.
 
 28 TFLOP/s is what ResNet50_vd reaches where it trains at 1,078 images/s of 224 pixels: an RTX 3090 with mixed
 precision and synthetic images, measured by timm's author (github.com/huggingface/pytorch-image-models,

@@ -4,8 +4,8 @@ Read: the folders, archives, lists or torchvision sets that section `prepare` of
 Write: data/prepare/: images-NNNNN.tar (the images as they were encoded, or encoded anew where the settings say so),
 manifest.arrow (id, label, split, size and source of each), classes.json, refused.csv (every file left out, and why) and
 summary.json. The same images give the same bytes, whatever the order of the files. Where the stage stops because of
-what it refused, the list is in .scratch/prepare/refused.csv. What an earlier run, killed or not, has decoded is read
-again but not decoded again; what a killed run has encoded anew is not encoded again.
+what it refused, the list is in .scratch/prepare/refused.csv. What an earlier run has found good, to its end or not, is
+read again but not decoded again; what an unfinished run has encoded anew is not encoded again.
 Run: python -m pipeline.prepare [--params FILE]
 """
 
@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import atomic, choose, dataset, shards, stage
+from pipeline.core import atomic, choose, dataset, journal, shards, stage
 from pipeline.core.archives import Tree
 from pipeline.core.choose import Found, Parts, Picture, Pictures, Stored
 from pipeline.core.examined import Examined
@@ -26,7 +26,7 @@ from pipeline.core.images import Unreadable
 from pipeline.core.params import Params
 from pipeline.core.progress import Progress
 from pipeline.core.reading import in_threads
-from pipeline.core.reencoding import Reencoded
+from pipeline.core.reencoding import ENCODED, Reencoded
 from pipeline.core.refusals import FURTHER_FRAMES, Refusal, as_csv, check_share, in_words, reasons
 from pipeline.core.shards import Sample
 from pipeline.core.sources import Source, SourceFile, class_names, names, open_source
@@ -65,6 +65,7 @@ def run(params: Params) -> None:
                 raise
             atomic.write_text(listed, as_csv(refusals))
             raise ValueError(f"{error}; {listed} names every file refused and why") from None
+        journal.remove(scratch, ENCODED)  # it is in place now
     counts = ", ".join(f"{split['images']:,} {name}" for name, split in summary["splits"].items())
     refused = ", ".join(f"{count:,} {reason}" for reason, count in summary["refused"].items())
     print(f"prepare: {summary['images']:,} images of {summary['classes']:,} classes: {counts}; refused: {refused or 0}")
@@ -124,7 +125,7 @@ def prepare(
     most_bytes = 8 * max_pixels + 10_000_000  # no encoding needs more for a pixel (16-bit RGBA); room for metadata
     with Examined(scratch, max_pixels) as examined:
         if len(examined):
-            print(f"prepare: {len(examined):,} images were decoded by an earlier run", file=sys.stderr, flush=True)
+            print(f"prepare: earlier runs have decoded {len(examined):,} images", file=sys.stderr, flush=True)
         found, unread = read_all(sources, examined, most_bytes, images_per_class is not None, pictures)
         refusals += unread
         parts, refused = choose.select(
@@ -144,7 +145,6 @@ def prepare(
     check_parts(parts, classes, refusals)  # here too, as encoding takes long
 
     stored, give = as_they_are(parts, pictures), partial(contents, found)
-    reencoded = None
     if jpeg_quality is not None:
         # In the order of their sources, as archives are fastest to read; a name can stand twice in a zip archive.
         kept = {(each.role, each.file.name, each.sha256) for part in parts.values() for each in part}
@@ -157,8 +157,6 @@ def prepare(
     refusals += further_frames(parts, pictures)
     samples = to_samples(parts, stored, classes)
     manifest = shards.write(folder, samples, classes, shard_bytes, give)
-    if reencoded:
-        reencoded.remove()
     atomic.write_text(folder / "refused.csv", as_csv(refusals))
     summary = summarise(samples, classes, files, refusals, dataset.digest(manifest, tuple(classes)))
     atomic.write_json(folder / "summary.json", summary)

@@ -240,7 +240,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_what_is_written_stays(here, m
     write, written = sealed.atomic.replacing, []
 
     def fail(path):
-        if len(written) == 3:  # the keys, and two shards
+        if len(written) == 5:  # the keys, an index of no shard, what is missing, and two shards
             error = errno.ENOSPC if what == "full" else errno.EROFS
             raise OSError(error, os.strerror(error), str(path))
         written.append(path)

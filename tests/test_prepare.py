@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,9 @@ from made_images import encode, picture, png, png_bomb, several, with_flipped_bi
 from PIL import Image
 from prepare_kit import NEVER, ODD, SETTINGS, SPLITS, good, hash_of, prepared, read_manifest, with_splits, write
 
+from pipeline.core import shards
 from pipeline.core.dataset import ImageSet, rank, sample_id
+from pipeline.core.journal import Journal
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / os.environ.get("SSLD_TEST_DATA", "../shared/data")
@@ -135,12 +138,13 @@ def test_the_same_images_give_the_same_bytes(tmp_path):
 def counting(place: str, stop_after: int | None = None) -> Iterator[list[object]]:
     """Count the calls of a function in a list that grows; Ctrl-C comes in place of the one after so many."""
     module, _, name = place.rpartition(".")
-    function, calls = getattr(sys.modules[module], name), []
+    function, calls, lock = getattr(sys.modules[module], name), [], threading.Lock()
 
     def counted(*arguments):
-        if len(calls) == stop_after:
-            raise KeyboardInterrupt
-        calls.append(arguments)
+        with lock:
+            if len(calls) == stop_after:
+                raise KeyboardInterrupt
+            calls.append(arguments)
         return function(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -172,7 +176,6 @@ def test_a_stopped_run_is_gone_on_from_and_ends_in_the_same_bytes(tmp_path, monk
     assert len(in_all) - 20 <= len(in_the_second) <= len(in_all) - 10
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
-    assert [path.name[:8] for path in (tmp_path / "out scratch").iterdir()] == ["examined"]
 
 
 def test_new_images_alone_are_decoded(tmp_path):
@@ -193,6 +196,46 @@ def test_what_was_found_under_other_settings_does_not_hold(tmp_path):
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(ValueError, match="too many pixels"):
         prepared(tmp_path / "out", root, **SPLITS, max_pixels=100)
+
+
+@pytest.mark.parametrize("other", [{"jpeg_quality": 50}, {"max_side": 8}])
+def test_images_encoded_under_other_settings_are_not_taken(tmp_path, monkeypatch, other):
+    root, before = write(tmp_path / "in", with_splits()), {"max_side": 16, "jpeg_quality": 90}
+    prepared(tmp_path / "whole", root, **SPLITS, **before | other)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shards, "write", stop)
+        prepared(tmp_path / "out", root, **SPLITS, **before)
+    shutil.rmtree(tmp_path / "out")
+    left = {path.name for path in (tmp_path / "out scratch").glob("encoded-*")}
+    prepared(tmp_path / "out", root, **SPLITS, **before | other)
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    assert len(left) == 2
+    assert not left & {path.name for path in (tmp_path / "out scratch").iterdir()}
+
+
+def stop(*arguments: object) -> None:
+    """Be Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def test_a_journal_of_other_code_is_not_taken_up(tmp_path):
+    code = tmp_path / "code.py"
+    code.write_text("1")
+    first = Journal(tmp_path, "made", [], [str(code)])
+    first.add("line")
+    first.close()
+    assert [*Journal(tmp_path, "made", [], [str(code)]).lines()] == [["line"]]
+    code.write_text("2")
+    assert [*Journal(tmp_path, "made", [], [str(code)]).lines()] == []
+    assert not first.path.exists()
+
+
+def test_a_finished_run_keeps_what_it_decoded_and_not_what_it_encoded(tmp_path, monkeypatch):
+    write(tmp_path / "in", with_splits())
+    done = stage(tmp_path, labelled_root="in", unlabelled_root="in", **SPLITS, max_side=16, jpeg_quality=90)
+    assert done.returncode == 0, done.stderr
+    assert {path.name[:9] for path in (tmp_path / ".scratch/prepare").iterdir()} == {"lock", "examined-"}
 
 
 def test_more_labels_leave_the_shards_as_they_are(tmp_path):

@@ -17,11 +17,11 @@ from runs import MODEL, run
 from torch import nn
 
 import models
-from pipeline.core import checkpoints, networks, stage
+from pipeline.core import checkpoints, networks, stage, training
 from pipeline.core.batches import TrainingOrder, Views, in_order, load, spare_cores
 from pipeline.core.devices import Processes
 from pipeline.core.engine import learning_rate, optimizer_of
-from pipeline.core.training import Before, _name, better, labelled_loss, validator
+from pipeline.core.training import Before, _name, batches_a_pass, better, labelled_loss, validator
 from pipeline.core.views import ViewSpec
 
 
@@ -314,17 +314,26 @@ def test_the_network_before_is_kept_only_where_it_is_better_on_validation(images
 
 
 def test_validation_counts_every_image_once_whatever_a_pass_takes(images, monkeypatch):
-    monkeypatch.setattr("pipeline.core.training.IMAGES_A_PASS", 3)
-    params, cpu, asked = tiny(), Processes(torch.device("cpu")), []
+    monkeypatch.setattr(training, "IMAGES_A_PASS", 3)
+    params, cpu, asked, found = tiny(), Processes(torch.device("cpu")), [], []
     classifier = networks.build(MODEL, 4, 0)
     classifier.register_forward_pre_hook(lambda module, inputs: asked.append(len(inputs[0])))
-    found = [validator(params, images, 16, cpu, batches)(classifier) for batches in (1, 2, 1000)]
+    for batches in (1, 2, 1000):
+        monkeypatch.setattr(training, "batches_a_pass", lambda device, resolution, batches=batches: batches)
+        found.append(validator(params, images, 16, cpu)(classifier))
     count = len(images.rows("val"))
     assert asked[-1] == count > 6
     assert sum(asked) == 3 * count
     assert max(asked[:-1]) == 6
     assert found[1] == pytest.approx(found[0])
     assert found[2] == pytest.approx(found[0])
+
+
+@pytest.mark.parametrize(
+    ("device", "resolution", "batches"), [("cpu", 32, 1), ("cuda", 32, 98), ("cuda", 224, 2), ("cuda", 320, 1)]
+)
+def test_a_gpu_is_asked_about_as_many_images_as_have_so_many_pixels(device, resolution, batches):
+    assert batches_a_pass(torch.device(device), resolution) == batches
 
 
 def test_the_code_of_the_stage_that_runs_as_a_program_counts(monkeypatch):

@@ -1,19 +1,20 @@
 """What decoding showed of images, by their content, kept between runs.
 
 A `prepare` that was killed, or that finds more images than last time, reads all files and decodes those alone that no
-run before it has. What is known of an image is never taken from a file's name or date.
+run before it has decoded. What is known of an image is never taken from a file's name or date.
 """
 
 from pathlib import Path
 from typing import Self
 
+from pipeline.core import images
 from pipeline.core.choose import Picture
 from pipeline.core.images import Unreadable, decode_first
 from pipeline.core.journal import Journal
 
 
 class Examined:
-    """Decodes images, once each.
+    """Decodes images that were not decoded before; what cannot be used is tried anew by each run.
 
     Args:
         scratch: the folder of what is known.
@@ -22,7 +23,7 @@ class Examined:
 
     def __init__(self, scratch: Path, max_pixels: int):
         self._max_pixels = max_pixels
-        self._journal = Journal(scratch, "examined", [max_pixels])
+        self._journal = Journal(scratch, "examined", [max_pixels], [__file__, images.__file__])
         self._known = {sha256: Picture(*found) for sha256, *found in self._journal.lines()}
 
     def __enter__(self) -> Self:

@@ -9,8 +9,6 @@ from typing import Any
 
 import PIL
 
-from pipeline.core import stage
-
 
 class Journal:
     """A file of JSON lists, one a line; threads may add to it side by side.
@@ -20,16 +18,16 @@ class Journal:
     Args:
         scratch: the folder where it lies.
         kind: of work; its file's name begins so.
-        settings: of the work. Its file is named after them, this program and its libraries; those of the same kind for
-            other settings, or by other code, are taken away, with what lies beside them under the same name.
+        settings: of the work.
+        code: the source files that do it. The journal is named after them, the settings and Pillow's version; journals
+            of the same kind that depend on others are taken away, with what lies beside them under the same name.
     """
 
-    def __init__(self, scratch: Path, kind: str, settings: list[Any]):
-        depends_on = json.dumps([stage.code_digest(), PIL.__version__, *settings])
+    def __init__(self, scratch: Path, kind: str, settings: list[Any], code: list[str]):
+        sources = [Path(file).read_text() for file in code]
+        depends_on = json.dumps([PIL.__version__, settings, sources])
         self.path = scratch / f"{kind}-{hashlib.sha256(depends_on.encode()).hexdigest()[:16]}.jsonl"
-        for other in scratch.glob(f"{kind}-*"):
-            if other.stem != self.path.stem:
-                other.unlink()
+        remove(scratch, kind, but=self.path.stem)
         self._file = self.path.open("a+", encoding="utf-8")
         self._lock = threading.Lock()
 
@@ -54,3 +52,10 @@ class Journal:
     def close(self) -> None:
         """Write down what is still in memory."""
         self._file.close()
+
+
+def remove(scratch: Path, kind: str, but: str = "") -> None:
+    """Take away the journals of a kind, and what lies beside each under the same name, but those of one name."""
+    for file in scratch.glob(f"{kind}-*"):
+        if file.stem != but:
+            file.unlink()

@@ -1,6 +1,6 @@
 """Images encoded anew at preparation: at most so many pixels a side, as JPEG, for those who want half the decoding.
 
-What comes out lies in a scratch file until it is written into shards, so that no image is encoded twice, not by a run
+What comes out lies in a scratch file until the data set is in place, so that no image is encoded twice, not by a run
 that goes on after a kill either; so the disk holds the new bytes twice until prepare ends. Colour is subsampled (4:2:0,
 PIL's default for JPEG).
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from pipeline.core import images
 from pipeline.core.choose import Found, Stored
 from pipeline.core.images import Unreadable, decode
 from pipeline.core.journal import Journal
@@ -23,6 +24,7 @@ from pipeline.core.reading import in_threads
 from pipeline.core.shards import Sample
 from pipeline.core.sources import SourceFile
 
+ENCODED = "encoded"  # what journals of encoded images are called
 JPEG_SIDE = 65_500  # pixels; libjpeg writes no longer side
 
 
@@ -51,18 +53,17 @@ def encode(content: bytes, max_side: int | None, quality: int) -> tuple[bytes, i
 
 
 class Reencoded:
-    """Encodes files anew and keeps what comes out in a scratch folder until it is told to remove it.
+    """Encodes files anew and keeps what comes out in a scratch folder, as journal of kind ENCODED and a file beside it.
 
     Args:
-        scratch: the folder; what a killed run has left there for the same settings is not encoded again.
+        scratch: the folder; what an unfinished run has left there for the same settings is not encoded again.
         max_side, quality: as for `encode`.
     """
 
     def __init__(self, scratch: Path, max_side: int | None, quality: int):
         self._work = partial(_look, max_side=max_side, quality=quality)
-        self._journal = Journal(scratch, "encoded", [max_side, quality])
-        self._path = self._journal.path.with_suffix(".jpegs")
-        self._file = self._path.open("a+b")
+        self._journal = Journal(scratch, ENCODED, [max_side, quality], [__file__, images.__file__])
+        self._file = self._journal.path.with_suffix(".jpegs").open("a+b")
         self._places: dict[str, tuple[int, int]] = {}  # by SHA-256 of the encoded bytes: start, length
         self._stored: dict[str, Stored] = {}  # by SHA-256 of the file
         for of_file, start, *encoded in self._journal.lines():
@@ -79,7 +80,7 @@ class Reencoded:
         missing = [each for each in found if each.sha256 not in self._stored]
         if len(missing) < len(found):
             there = len(found) - len(missing)
-            print(f"prepare: {there:,} images were encoded by a killed run", file=sys.stderr, flush=True)
+            print(f"prepare: {there:,} images were encoded by an unfinished run", file=sys.stderr, flush=True)
         results = in_threads([each.file for each in missing], self._work, max_bytes, "prepare: encode")
         end = self._file.seek(0, os.SEEK_END)
         for each, result in zip(missing, results, strict=True):
@@ -102,13 +103,6 @@ class Reencoded:
                 start, length = self._places[sample.sha256]
                 yield sample, self._read(start, length)
                 progress.update()
-
-    def remove(self) -> None:
-        """Take away what was encoded: it is in shards now."""
-        for file in (self._file, self._journal):
-            file.close()
-        for path in (self._path, self._journal.path):
-            path.unlink()
 
     def _read(self, start: int, length: int) -> bytes:
         return os.pread(self._file.fileno(), length, start)

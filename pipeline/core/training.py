@@ -28,6 +28,7 @@ from pipeline.core.networks import Classifier
 from pipeline.core.params import Params, TrainingRecipe
 
 DATA = Path("data")
+GPU_PIXELS = 256 * 224**2  # of images that a GPU is asked about at once in validation
 
 
 @dataclass(frozen=True)
@@ -152,14 +153,19 @@ def labelled_loss(images: ImageSet, labels: np.ndarray, smoothing: float) -> Los
     return loss
 
 
-def validator(
-    params: Params, images: ImageSet, resolution: int, processes: Processes, batches_a_pass: int = 1
-) -> Callable[[Classifier], dict[str, float]]:
-    """Make the function that gives top-1 and NLL on the validation split's clean views; processes share the batches.
+def batches_a_pass(device: torch.device, resolution: int) -> int:
+    """How many batches of IMAGES_A_PASS images a network is asked about at once in validation.
 
-    Args:
-        batches_a_pass: batches of IMAGES_A_PASS images that the network is asked about at once.
+    On a GPU small images take longer to launch than to compute, so there are as many as have GPU_PIXELS together: a
+    ResNet50_vd holds 3 GB of float32 for them.
     """
+    return 1 if device.type == "cpu" else max(1, GPU_PIXELS // (resolution**2 * IMAGES_A_PASS))
+
+
+def validator(
+    params: Params, images: ImageSet, resolution: int, processes: Processes
+) -> Callable[[Classifier], dict[str, float]]:
+    """Make the function that gives top-1 and NLL on the validation split's clean views; processes share the batches."""
     rows, device = images.rows("val"), processes.device
     views = Views(images, None, resolution, params.views.test_crop)
     batches = in_order(rows, IMAGES_A_PASS)[processes.rank :: processes.world]
@@ -172,7 +178,7 @@ def validator(
         classifier.eval()
         total = torch.zeros(2, dtype=torch.float64, device=device)  # right answers, and NLL
         coming = iter(rendered)
-        while some := list(itertools.islice(coming, batches_a_pass)):
+        while some := list(itertools.islice(coming, batches_a_pass(device, resolution))):
             pixels = torch.cat([batch.pixels.to(device, non_blocking=True) for batch in some])
             logits = classifier(pixels).float()
             rows_of_pass = np.concatenate([batch.rows for batch in some])
@@ -214,23 +220,13 @@ def _run(
         loss=task.loss,
         recipe=task.recipe,
         processes=processes,
-        validate=validator(params, images, task.resolution, processes, _batches_a_pass(task.recipe, processes)),
+        validate=validator(params, images, task.resolution, processes),
         scratch=folder,
         machine=params.machine,
         on_epoch=on_epoch,
     )
     run.train()
     return run
-
-
-def _batches_a_pass(recipe: TrainingRecipe, processes: Processes) -> int:
-    """How many batches a pass of validation takes: on a GPU four times the images of training's, which fit.
-
-    Without gradients a pass keeps few activations; a small pass's time there is that of its launches.
-    """
-    if processes.device.type == "cpu":
-        return 1
-    return max(1, 4 * recipe.batch_size // (processes.world * recipe.accumulate * IMAGES_A_PASS))
 
 
 def _name(task: Task, params: Params) -> str:

@@ -7,9 +7,10 @@ import json
 import re
 import resource
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from pipeline.core.softlabels.records import Coding, Records, SparseLabels
 FORMAT_VERSION = 2
 INDEX, INDEX_MAGIC = "index.sl", b"SSLDIDX2"
 LOOKED_UP = 1 << 24  # keys at once, where there are many
-SORTED = 1 << 26  # keys at once, where there are many: about 2 GB
+SORTED = 1 << 26  # keys at once, where there are many: 3 GB
 SPARE_FILES = 100  # file handles that are left to others
 
 
@@ -77,11 +78,11 @@ def make_keys(ids: np.ndarray, replicas: np.ndarray, partners: np.ndarray) -> np
 def find_double(keys: np.ndarray) -> tuple[int, int] | None:
     """Find two of N keys that are the same: the places of the first two; None where all differ."""
     for least, most in _ranges(len(keys)):
-        ordered = np.sort(keys[(keys >= least) & (keys <= most)])
+        ordered = np.sort(np.concatenate([part[(part >= least) & (part <= most)] for _, part in _parts(keys)]))
         doubles = ordered[1:][ordered[1:] == ordered[:-1]]
         if len(doubles):
-            first, second = np.flatnonzero(keys == doubles[0])[:2].tolist()
-            return first, second
+            places = np.concatenate([start + np.flatnonzero(part == doubles[0]) for start, part in _parts(keys)])
+            return int(places[0]), int(places[1])
     return None
 
 
@@ -120,8 +121,8 @@ class SoftLabels:
 
     def missing(self, keys: np.ndarray) -> Iterator[np.ndarray]:
         """Give the places, int64, ascending, of the keys that are not in the cache, in parts: they may be billions."""
-        for start in range(0, len(keys), LOOKED_UP):
-            yield start + np.flatnonzero(self.find(keys[start : start + LOOKED_UP]) < 0)
+        for start, part in _parts(keys):
+            yield start + np.flatnonzero(self.find(part) < 0)
 
     def read(self, keys: np.ndarray) -> SparseLabels:
         """Give the answers for N views.
@@ -214,16 +215,17 @@ def write_index(folder: Path, description: Description) -> None:
     try:
         found = [shards.Shard(path, description.fingerprint, description.coding) for path in _shard_files(folder)]
         count = sum(shard.views for shard in found)
-        positions = np.dtype(np.uint32 if count < 2**32 else np.uint64)
+        for shard in found:
+            shard.keys()
+        positions = np.dtype("<u4" if count < 2**32 else "<u8")
         header = {
             "fingerprint": description.fingerprint,
             "views": count,
             "positions": positions.str,
             "shards": [shard.path.name for shard in found],
         }
-        keys = (keys for keys, _ in _in_order(found))
-        places = (at.astype(positions) for _, at in _in_order(found))
-        sealed.write(folder / INDEX, INDEX_MAGIC, header, itertools.chain(keys, places))
+        with tempfile.TemporaryFile(dir=folder) as beside:
+            sealed.write(folder / INDEX, INDEX_MAGIC, header, _keys_and_positions(found, positions, beside))
     except ValueError as error:
         raise ValueError(f"{error}; {_mend(folder)}") from None
 
@@ -301,18 +303,35 @@ def fingerprints(folder: Path) -> dict[Path, str]:
     return found
 
 
-def _in_order(found: list[shards.Shard]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Give all keys of some shards, ascending, with their positions in all of them, a range of keys at a time."""
-    starts = np.cumsum([0] + [shard.views for shard in found])
-    for least, most in _ranges(int(starts[-1])):
-        parts = [(np.zeros(0, shards.KEY), np.zeros(0, np.int64))]
+def _keys_and_positions(found: list[shards.Shard], dtype: np.dtype, beside: IO[bytes]) -> Iterator[np.ndarray]:
+    """Give all keys of some shards, ascending, then the position of each, some at a time.
+
+    Args:
+        dtype: of a position.
+        beside: an empty file, for the positions meanwhile.
+    """
+    starts = np.cumsum([0] + [shard.views for shard in found]).tolist()
+    for least, most in _ranges(starts[-1]):
+        some_keys, some_positions = [np.zeros(0, shards.KEY)], [np.zeros(0, dtype)]
         for start, shard in zip(starts[:-1], found, strict=True):
-            keys = shard.keys()
+            keys = shard.keys(checked=False)
             here = np.flatnonzero((keys >= least) & (keys <= most))
-            parts.append((keys[here], start + here))
-        keys, positions = (np.concatenate(column) for column in zip(*parts, strict=True))
+            some_keys.append(keys[here])
+            some_positions.append((start + here).astype(dtype))
+        keys, positions = np.concatenate(some_keys), np.concatenate(some_positions)
+        del some_keys, some_positions
         order = np.argsort(keys, kind="stable")
-        yield keys[order], positions[order]
+        positions[order].tofile(beside)
+        yield keys[order]
+    beside.seek(0)
+    while len(positions := np.fromfile(beside, dtype, LOOKED_UP)):
+        yield positions
+
+
+def _parts(keys: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Cut keys, which may be billions in a file, into parts, each with its first place."""
+    for start in range(0, len(keys), LOOKED_UP):
+        yield start, keys[start : start + LOOKED_UP]
 
 
 def _ranges(count: int) -> Iterator[tuple[np.uint64, np.uint64]]:
