@@ -184,7 +184,7 @@ def _compare(
     lacks is not replaced, whatever its top-1: who relies on it would miss them.
     """
     if champion is None:
-        return True, f"top-1 {top1:.4f}, and there is no champion"
+        return True, f"top-1 {top1:.4f}, and there was no champion before"
     if champion.tags.get("digest.test") == student.test_digest and "top1" in champion.tags:
         best = float(champion.tags["top1"])
     else:

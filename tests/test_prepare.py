@@ -231,6 +231,31 @@ def test_a_journal_of_other_code_is_not_taken_up(tmp_path):
     assert not first.path.exists()
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-3],
+        lambda content: content + b"\n\xff\xfe\0",
+        lambda content: content + b'\n["x"]\n5\n[]\n00000000 [1]',
+        lambda content: content.replace(b'"line 1"', b'"line 7"'),
+    ],
+)
+def test_damaged_lines_of_a_journal_are_passed_over(tmp_path, damage):
+    journal = Journal(tmp_path, "made", [], [])
+    for number in range(3):
+        journal.add(f"line {number}", number)
+    journal.close()
+    journal.path.write_bytes(damage(journal.path.read_bytes()))
+    again = Journal(tmp_path, "made", [], [])
+    sound = [["line 0", 0], ["line 1", 1], ["line 2", 2]]
+    found = [*again.lines()]
+    assert len(found) >= 2
+    assert [line for line in sound if line in found] == found
+    again.add("line 3", 3)
+    again.close()
+    assert [*Journal(tmp_path, "made", [], []).lines()] == [*found, ["line 3", 3]]
+
+
 def test_a_finished_run_keeps_what_it_decoded_and_not_what_it_encoded(tmp_path, monkeypatch):
     write(tmp_path / "in", with_splits())
     done = stage(tmp_path, labelled_root="in", unlabelled_root="in", **SPLITS, max_side=16, jpeg_quality=90)

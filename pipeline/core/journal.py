@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import PIL
 
 
 class Journal:
-    """A file of JSON lists, one a line; threads may add to it side by side.
+    """A file of JSON lists, one a line behind its checksum (CRC-32); threads may add to it side by side.
 
-    A kill loses the last lines at most, those that were still in memory; a line that was cut off is passed over.
+    A kill loses the last lines at most, those that were still in memory; a line that was cut off or damaged is passed
+    over.
 
     Args:
         scratch: the folder where it lies.
@@ -28,17 +30,16 @@ class Journal:
         depends_on = json.dumps([PIL.__version__, settings, sources])
         self.path = scratch / f"{kind}-{hashlib.sha256(depends_on.encode()).hexdigest()[:16]}.jsonl"
         remove(scratch, kind, but=self.path.stem)
-        self._file = self.path.open("a+", encoding="utf-8")
+        self._file = self.path.open("a+b")
         self._lock = threading.Lock()
 
     def lines(self) -> Iterator[list[Any]]:
         """Give the lines that were there when it was opened."""
         self._file.seek(0)
         for line in self._file:
-            try:
-                yield json.loads(line)
-            except ValueError:  # cut off, or empty
-                continue
+            checksum, _, content = line.rstrip(b"\n").partition(b" ")
+            if checksum == _checksum(content):
+                yield json.loads(content)
 
     def add(self, *content: Any) -> None:
         """Add a line.
@@ -46,12 +47,17 @@ class Journal:
         Raises:
             OSError: the disk is full.
         """
+        line = json.dumps(content).encode()
         with self._lock:
-            self._file.write(f"\n{json.dumps(content)}")  # the break comes first: the line before may be cut off
+            self._file.write(b"\n%b %b" % (_checksum(line), line))  # the break first: the line before may be cut off
 
     def close(self) -> None:
         """Write down what is still in memory."""
         self._file.close()
+
+
+def _checksum(content: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(content)
 
 
 def remove(scratch: Path, kind: str, but: str = "") -> None:

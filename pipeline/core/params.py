@@ -289,7 +289,8 @@ def check(data: Any, where: str = "params.yaml") -> Params:
         ValueError: one line with the first wrong key or value, and the nearest right key.
     """
     if not isinstance(data, dict):
-        raise ValueError(f"{where}: expected sections with keys, found {type(data).__name__}")
+        found = "nothing" if data is None else f"a {type(data).__name__}"
+        raise ValueError(f"{where}: expected sections with keys, found {found}")
     try:
         return Params.model_validate(data)
     except ValidationError as error:

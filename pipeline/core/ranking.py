@@ -144,7 +144,7 @@ def say(counts: list[ClassCount], whole: dict[str, Any]) -> list[str]:
     ]
     short = sorted((each for each in counts if each.mined < each.wanted), key=lambda each: each.mined)
     if short:
-        named = ", ".join(f"{each.name} {each.mined:,}" for each in short[:NAMED])
+        named = ", ".join(f"{each.name} ({each.mined:,})" for each in short[:NAMED])
         more = f" and {len(short) - NAMED:,} more" if len(short) > NAMED else ""
         lines.append(f"{len(short):,} of {len(counts):,} classes have fewer than wanted: {named}{more}")
     return lines

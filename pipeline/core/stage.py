@@ -69,7 +69,9 @@ def main(
             _relaunch_with_torchrun(params, name)
         arguments.run(params)
     except KeyboardInterrupt:
-        then = "goes on from what is saved" if distributed or training or goes_on else "starts it anew"
+        then = (
+            "goes on from what is saved so far, if anything" if distributed or training or goes_on else "starts it anew"
+        )
         print(f"{name}: stopped; the same command {then}", file=sys.stderr, flush=True)
         _exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
