@@ -96,7 +96,7 @@ def test_every_pool_image_is_mined_or_refused_for_a_reason(scored, capsys):
     assert all(int(row["mined"]) == min(3, int(row["offered"])) for row in rows)
     assert 0 < len(short) == counts["classes_short"]
     said = capsys.readouterr().out
-    assert all(f"{row['class']} {row['mined']}" in said for row in short)
+    assert all(f"{row['class']} ({row['mined']})" in said for row in short)
 
 
 def test_images_that_serve_several_classes_are_counted_in_each_and_mined_once(scored):
