@@ -1,6 +1,8 @@
 """The stages of the distillation pipeline, one file each, and the Prefect flow that runs them (`pipeline.flow`)."""
 
 import os
+import sys
+from types import TracebackType
 
 # None of the tools underneath reports usage unless the user asks for it.
 for _name, _value in {
@@ -15,3 +17,15 @@ for _name, _value in {
 # times slower; not spinning at all costs a quarter. So they spin for some microseconds, and then sleep. GNU's OpenMP
 # reads this when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
+def _without_a_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+    else:
+        _shown_otherwise(kind, error, trace)
+
+
+_shown_otherwise = sys.excepthook
+if sys.argv[0] == "-m":  # a program of this package, which may be stopped in the seconds in which it imports
+    sys.excepthook = _without_a_traceback

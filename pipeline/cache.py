@@ -25,6 +25,7 @@ from pipeline.core.params import Params
 from pipeline.core.progress import Progress
 from pipeline.core.recheck import TOLERANCE, recheck
 from pipeline.core.softlabels import Description, SoftLabels, finish, shards, store
+from pipeline.core.softlabels.keys import find_double
 from pipeline.core.softlabels.records import Records
 from pipeline.core.views import ViewSpec
 
@@ -89,7 +90,7 @@ def check_distinct(images: ImageSet, wanted: Wanted) -> None:
     Raises:
         ValueError: two have; it names them.
     """
-    double = store.find_double(wanted.keys)
+    double = find_double(wanted.keys)
     if double is not None:
         views = zip(*wanted.views(np.array(double)), strict=True)
         named = " and ".join(f"view {replica} of {images.source(row)}" for row, replica in views)

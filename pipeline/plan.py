@@ -31,7 +31,7 @@ import models
 from pipeline import recipes
 from pipeline.core import params
 from pipeline.core.params import Count, CountOrZero, Params, Positive, Section
-from pipeline.core.softlabels.shards import KEY
+from pipeline.core.softlabels.keys import KEY
 
 TFLOPS = 28.0
 GPU_HOUR = 3600.0
@@ -137,10 +137,11 @@ def speeds(settings: Params, counts: Counts, arguments: argparse.Namespace) -> d
         ("fit", settings.teacher.model, 3, "is fitted to"),
         ("student", settings.student.model, 3, "trains on"),
     ):
-        given, named = getattr(arguments, f"{role}_rate", None), getattr(counts, f"{role}_rate")
+        named = getattr(counts, f"{role}_rate")
         if role == "fit" and (arguments.teacher_rate or arguments.tflops or not named):
             found[role] = found["teacher"]
             continue
+        given = None if role == "fit" else getattr(arguments, f"{role}_rate")
         if rate := given or (None if arguments.tflops else named):
             operations = rate * 2 * passes * models.macs(network(model, counts.classes), resolution)
             words = f"{model} {verb} {rate:,.0f} images/s of {resolution} pixels, {figure(operations / 1e12)} TFLOP/s "
@@ -187,6 +188,11 @@ def figure(value: float) -> str:
     return f"{float(f'{value:.3g}'):,.{digits}f}"
 
 
+def in_hours(value: float) -> str:
+    """Write hours; what is less than a minute as so little."""
+    return "< 0.01" if 0 < value < 0.01 else figure(value)
+
+
 def report(settings: Params, counts: Counts, arguments: argparse.Namespace) -> str:
     """Say it all in lines for people."""
     tasks, speed = work(settings, counts), speeds(settings, counts, arguments)
@@ -204,11 +210,11 @@ def report(settings: Params, counts: Counts, arguments: argparse.Namespace) -> s
         model = settings.student.model if task.by == "student" else settings.teacher.model
         steps = f"{task.steps:,}" if task.steps else ""
         lines.append(
-            f"{task.stage:<10}{model:<24}{task.what:<19}{task.passes:>15,}{steps:>12}{figure(hours[task.stage]):>10}"
+            f"{task.stage:<10}{model:<24}{task.what:<19}{task.passes:>15,}{steps:>12}{in_hours(hours[task.stage]):>10}"
         )
     for role in ("teacher", "student"):
         total = sum(hours[task.stage] for task in tasks if (task.by == "student") == (role == "student"))
-        lines.append(f"{role + ', in all':<80}{figure(total):>10}")
+        lines.append(f"{role + ', in all':<80}{in_hours(total):>10}")
     size = sizes(settings, counts)
     lines += ["", f"{'disk':<51}{'GB':>10}"]
     lines += [f"{name:<51}{figure(value / 1e9):>10}" for name, value in size.items()]

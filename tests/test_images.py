@@ -145,6 +145,7 @@ BAD = {
     "jpeg, two bytes short": (JPEG[:-2], "truncated"),
     "jpeg, only the header": (JPEG[:100], "truncated"),
     "jpeg, zeros for a half": (zero_filled(JPEG), "truncated"),
+    "jpeg, half, then an end": (JPEG[: len(JPEG) // 2] + b"\xff\xd9", "unreadable"),
     "progressive jpeg, half": (PROGRESSIVE[: len(PROGRESSIVE) // 2], "truncated"),
     "progressive jpeg, zeros": (zero_filled(PROGRESSIVE), "truncated"),
     "png, half": (png(1)[:900], "truncated"),
@@ -217,7 +218,9 @@ def test_stray_bytes_and_xmp_orientation_give_the_same_pixels_to_every_stage():
     turned = plain[:2] + b"\xff\xe1" + (len(xmp) + 2).to_bytes(2, "big") + xmp + plain[2:]
     between = plain[:20] + bytes([1, 2, 3]) + plain[20:]  # after the first segment
     revision = plain[:11] + b"\2" + plain[12:]  # of JFIF: one that there is not
-    for content in (plain, stray, between, revision, turned):
+    grey = encode(picture(1).convert("L"), "JPEG")
+    cmyk = encode(picture(1).convert("CMYK"), "JPEG")
+    for content in (plain, stray, between, revision, turned, grey, cmyk, png(1)):
         upright = images.decode(content)
         encoded = images.Encoded(content, upright.width, upright.height)
         assert np.array_equal(images.pixels(encoded), np.array(upright))

@@ -1,15 +1,19 @@
 """The processes of a run: their output, their exit codes, and that nothing of them is left."""
 
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
 from pipeline.core.programs import Programs
 
+ROOT = Path(__file__).resolve().parent.parent
 # A program with a child that SIGTERM does not end, in a session of its own, and that keeps the program's output open.
 DEAF = """
 import os, signal, time
@@ -70,3 +74,13 @@ def test_nothing_starts_after_stop(programs):
     programs.stop()
     with pytest.raises(InterruptedError):
         programs.run(python("print('started')"), pytest.fail)
+
+
+def test_a_program_stopped_while_it_imports_says_so_in_a_word(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(
+        [sys.executable, "-m", "pipeline.plan", "digits"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == -signal.SIGINT
+    assert ended.stderr == "stopped\n"

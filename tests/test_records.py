@@ -52,6 +52,17 @@ def test_a_record_keeps_the_right_classes_and_their_probabilities(classes, top_k
         row += count
 
 
+def test_records_of_all_widths_are_read_from_one_batch():
+    coding = Coding(70_000, 255, 1e-9, 5)
+    logits = torch.cat([some_logits(1, 70_000, spread=spread) for spread in (40.0, 3.0, 12.0, 100.0)])
+    logits[0, :3], logits[0, 3:] = 0, -50  # three classes
+    one_by_one = [coding.decode(coding.encode(row[None])) for row in logits]
+    whole = coding.decode(coding.encode(logits))
+    assert len({int(coding._layout["width"][count]) for count in whole.counts}) > 1
+    for field, parts in zip(whole, zip(*one_by_one, strict=True), strict=True):
+        assert np.array_equal(field, np.concatenate(parts))
+
+
 def test_batches_of_any_size_give_the_same_bytes():
     logits = some_logits(50, 1000)
     coding = Coding(1000, 255, 1e-4, 5)

@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.core.softlabels import Description, SoftLabels, finish, make_keys, read_description, shards, store
+from pipeline.core.softlabels import (
+    Description,
+    SoftLabels,
+    finish,
+    index,
+    make_keys,
+    read_description,
+    sealed,
+    shards,
+    store,
+)
+from pipeline.core.softlabels import keys as keys_of
+from pipeline.core.softlabels.keys import find_double
 from pipeline.core.softlabels.records import Records
 
 DESCRIPTION = Description(
@@ -73,13 +85,27 @@ def test_views_are_found_in_any_order_and_in_any_batch(cache, finished):
     assert same(labels.read(keys[[4, 4, 25]]), [records[4], records[4], records[25]])
 
 
-def test_with_few_open_files_the_answers_are_the_same(cache):
+@pytest.mark.parametrize("most_open", [1, 2, 3])
+def test_with_few_open_files_the_answers_are_the_same(cache, most_open):
     folder, keys, records = cache
     labels = SoftLabels(folder, DESCRIPTION)
-    labels._most_open = 1
-    for _ in range(2):
-        assert same(labels.read(keys), records)
-    assert sum(shard._content is not None for shard in labels.shards) == 1
+    labels._most_open = most_open
+    generator = np.random.default_rng(0)
+    for size in (30, 1, 2, 2, 5, 30, 0):
+        chosen = generator.integers(0, 30, size)
+        assert len(labels.read(keys[chosen]).counts) == size
+        assert not size or same(labels.read(keys[chosen]), [records[number] for number in chosen])
+        assert labels._open.sum() <= most_open
+        assert [content is not None for content in labels._contents] == labels._open.tolist()
+
+
+def test_a_shard_without_views_is_no_trouble(cache):
+    folder, keys, records = cache
+    shards.write(folder, DESCRIPTION.fingerprint, keys[:0], Records(np.zeros(0, np.uint8), np.zeros(0, np.uint8)))
+    finish(folder, DESCRIPTION, keys)
+    labels = SoftLabels(folder, DESCRIPTION)
+    labels.verify()
+    assert same(labels.read(keys), records)
 
 
 @pytest.mark.parametrize("number", ["ids", "replicas", "partners"])
@@ -106,15 +132,25 @@ def test_an_empty_cache_finds_nothing(tmp_path):
 def test_the_index_is_the_same_however_much_is_sorted_at_once(cache, monkeypatch, sorted_at_once):
     folder, keys, _ = cache
     whole = (folder / "index.sl").read_bytes()
-    monkeypatch.setattr(store, "SORTED", sorted_at_once)
+    monkeypatch.setattr(keys_of, "SORTED", sorted_at_once)
     finish(folder, DESCRIPTION, keys)
     assert (folder / "index.sl").read_bytes() == whole
+
+
+def test_positions_of_eight_bytes_are_read(cache):
+    folder, keys, records = cache
+    shards_of_it = SoftLabels(folder, DESCRIPTION).shards
+    positions = SoftLabels(folder, DESCRIPTION).find(np.sort(keys))
+    header = {"fingerprint": DESCRIPTION.fingerprint, "views": 30, "positions": "<u8"}
+    header["shards"] = [shard.path.name for shard in shards_of_it]
+    sealed.write(folder / index.NAME, index.MAGIC, header, [np.sort(keys), positions.astype("<u8")])
+    assert same(SoftLabels(folder, DESCRIPTION).read(keys), records)
 
 
 @pytest.mark.parametrize("looked_up", [1, 4, 100])
 def test_missing_views_are_given_by_their_places(cache, monkeypatch, looked_up):
     folder, keys, _ = cache
-    monkeypatch.setattr(store, "LOOKED_UP", looked_up)
+    monkeypatch.setattr(keys_of, "LOOKED_UP", looked_up)
     wanted = np.insert(keys, [0, 3, 30], np.arange(3, dtype=np.uint64))
     assert np.concatenate([*SoftLabels(folder, DESCRIPTION).missing(wanted)]).tolist() == [0, 4, 32]
 
@@ -207,8 +243,8 @@ def test_damaged_shards_alone_are_set_aside(cache, tmp_path):
 
 @pytest.mark.parametrize("sorted_at_once", [1 << 26, 10])
 def test_two_views_of_one_key_are_found(monkeypatch, sorted_at_once):
-    monkeypatch.setattr(store, "SORTED", sorted_at_once)
+    monkeypatch.setattr(keys_of, "SORTED", sorted_at_once)
     keys = some_keys(1000)
-    assert store.find_double(keys) is None
+    assert find_double(keys) is None
     keys[700] = keys[20]
-    assert store.find_double(keys) == (20, 700)
+    assert find_double(keys) == (20, 700)

@@ -82,11 +82,16 @@ def decode_first(encoded: bytes, max_pixels: int | None = None) -> tuple[Image.I
         raise Unreadable("zero bytes")
     check_whole(encoded)
     try:
-        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        image = _open(encoded)
         if max_pixels is not None and image.width * image.height > max_pixels:
             raise Unreadable("too many pixels", f"{image.width} x {image.height}")
-        image.load()
-        rgb = to_rgb(_upright(image))
+        stored = _decode_jpeg(encoded)
+        if stored is None:
+            rgb = _decode_with_pillow(image)
+        else:
+            rgb = Image.fromarray(stored)
+            rgb.info.update(image.info)  # with its orientation
+            rgb = _upright(rgb)
         return rgb, getattr(image, "n_frames", 1)
     except Unreadable:
         raise
@@ -123,13 +128,40 @@ def _eighths(image: Encoded, shrink: float) -> int:
 
 def _decoded(image: Encoded, eighths: int) -> np.ndarray:
     content = image.content
-    if content.startswith(JPEG) and not _turned(content):
-        with contextlib.suppress(ValueError):  # it is stricter than PIL: stray bytes are an error to it
-            *_, colours, _ = simplejpeg.decode_jpeg_header(content)
-            if colours in ("YCbCr", "Gray"):
-                sides = {"min_width": -(-image.width * eighths // 8), "min_height": -(-image.height * eighths // 8)}
-                return simplejpeg.decode_jpeg(content, "RGB", **sides)  # as PIL, but faster
-    return np.array(decode(content))
+    if _turned(content):
+        return np.array(decode(content))
+    sides = {"min_width": -(-image.width * eighths // 8), "min_height": -(-image.height * eighths // 8)}
+    stored = _decode_jpeg(content, **sides)
+    return np.array(_decode_with_pillow(_open(content))) if stored is None else stored
+
+
+def _open(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content), formats=FORMATS)
+
+
+def _decode_with_pillow(image: Image.Image) -> Image.Image:
+    image.load()
+    return to_rgb(_upright(image))
+
+
+def _decode_jpeg(content: bytes, **least_sides: int) -> np.ndarray | None:
+    """Decode a grey or YCbCr JPEG file as PIL does, but faster, and as it is stored; None where PIL has to decide.
+
+    Raises:
+        Unreadable: libjpeg's first complaint is that it made up pixels in place of damaged data. PIL hears of none.
+    """
+    if not content.startswith(JPEG):
+        return None
+    try:
+        *_, colours, _ = simplejpeg.decode_jpeg_header(content)
+        if colours in ("YCbCr", "Gray"):
+            return simplejpeg.decode_jpeg(content, "RGB", **least_sides)
+    except ValueError as error:
+        # PIL reads on after stray bytes, which good files have, too, and so do damaged ones, of which nothing more is
+        # known then.
+        if str(error).startswith("Corrupt JPEG data") and "extraneous bytes" not in str(error):
+            raise Unreadable("unreadable", str(error)) from None
+    return None
 
 
 class _Recent:
@@ -161,11 +193,13 @@ RECENT = _Recent(32_000_000)
 
 
 def _turned(content: bytes) -> bool:
-    """Whether EXIF data, or XMP in its place, turns the image."""
+    """Whether EXIF data, or XMP in its place, turns a JPEG image."""
+    if not content.startswith(JPEG):
+        return False
     scan = _scan(content)
     if content.find(b"Exif\0\0", 0, scan) < 0 and content.find(b"http://ns.adobe.com/xap/", 0, scan) < 0:
         return False
-    return Image.open(io.BytesIO(content), formats=FORMATS).getexif().get(ORIENTATION, 1) != 1
+    return _open(content).getexif().get(ORIENTATION, 1) != 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -170,6 +170,7 @@ def validator(
     views = Views(images, None, resolution, params.views.test_crop)
     batches = in_order(rows, IMAGES_A_PASS)[processes.rank :: processes.world]
     rendered = load(views, batches, params.machine.workers, device, again=True)
+    at_once = batches_a_pass(device, resolution)
 
     @torch.inference_mode()
     def validate(classifier: Classifier) -> dict[str, float]:
@@ -178,7 +179,7 @@ def validator(
         classifier.eval()
         total = torch.zeros(2, dtype=torch.float64, device=device)  # right answers, and NLL
         coming = iter(rendered)
-        while some := list(itertools.islice(coming, batches_a_pass(device, resolution))):
+        while some := list(itertools.islice(coming, at_once)):
             pixels = torch.cat([batch.pixels.to(device, non_blocking=True) for batch in some])
             logits = classifier(pixels).float()
             rows_of_pass = np.concatenate([batch.rows for batch in some])

@@ -135,29 +135,26 @@ class Coding:
         counts, content = records.counts.astype(np.int32), records.content
         layout = self._layout[records.counts]
         low, high_bytes, width = layout["low"], layout["high_bytes"], layout["width"] // 8  # bytes of a class
-        starts = _before(layout["size"])
-        head = content[starts[:, None] + np.arange(HEAD.itemsize)].view(HEAD)[:, 0]
-        first = _before(counts)
+        starts, first = _before(layout["size"]), _before(counts)
         number = np.arange(counts.sum(), dtype=np.int32)  # of the class among all of the batch
+        words = _words(content)
+        head = words.take(starts)
+        step = (head & 255).astype(np.float32) * np.float32(-RANGE_STEP / (2**self.bits - 1))
+        log_rest = (head >> 8).astype(np.uint16).view(np.float16).astype(np.float32)
 
         at = np.repeat(starts + HEAD.itemsize + high_bytes - first * width, counts)
         at += number if (width == 1).all() else number * np.repeat(width, counts)
-        field = content.take(at).astype(np.int32)
-        for byte in range(1, int(width.max(initial=1))):
-            here = np.flatnonzero(np.repeat(width > byte, counts))
-            field[here] |= content.take(at[here] + byte).astype(np.int32) << (8 * byte)
-
+        field = words.take(at)
         lows = np.repeat(low, counts)
         code = field >> lows
         field -= code << lows
+        code &= 2**self.bits - 1  # above it are bits of the next class
         classes = self._high(content, starts, high_bytes, counts, first, number)
         classes <<= lows
-        classes += field
+        classes |= field
 
-        step = head["range"].astype(np.float32) * np.float32(-RANGE_STEP / (2**self.bits - 1))
-        values = np.repeat(step, counts)
-        values *= code
-        log_rest = head["log_rest"].astype(np.float32)
+        values = code.astype(np.float32)
+        values *= np.repeat(step, counts)
         # The stored classes share what the rest leaves, so their common scale need not be stored.
         total = np.add.reduceat(np.exp(values), first) if len(counts) else np.zeros(0, np.float32)
         values += np.repeat(np.log1p(-np.minimum(np.exp(log_rest), 1 - 1e-7)) - np.log(total), counts)
@@ -187,6 +184,12 @@ class Coding:
 def _before(sizes: np.ndarray) -> np.ndarray:
     """The sum (N,) of all sizes before each one; int32: the bits of a batch's records are less than 2^31."""
     return np.cumsum(sizes, dtype=np.int32) - sizes
+
+
+def _words(content: np.ndarray) -> np.ndarray:
+    """The four bytes from each byte (N,) on as a number, int32; behind the last byte are zeros."""
+    padded = np.concatenate([content, np.zeros(3, np.uint8)])
+    return np.ndarray(len(content), "<i4", padded, strides=(1,)).astype(np.int32)
 
 
 def dense(

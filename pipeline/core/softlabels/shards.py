@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.core.softlabels import sealed
+from pipeline.core.softlabels.keys import KEY
 from pipeline.core.softlabels.records import Coding, Records
 
 MAGIC = b"SSLDLAB2"  # the digit is the format's version
-KEY = np.dtype("<u8")
 
 
 def name_of(keys: np.ndarray) -> str:
@@ -35,7 +35,10 @@ def write(folder: Path, fingerprint: str, keys: np.ndarray, records: Records) ->
 
 
 class Shard:
-    """A shard opened for reading; its content is checked when it is first touched.
+    """A shard, of which the header has been read.
+
+    Attributes:
+        views: how many records it holds.
 
     Raises:
         ValueError: the file is not a shard, is truncated, or is of another cache; it names the file.
@@ -55,8 +58,6 @@ class Shard:
         size = self._records_at + record_bytes + sealed.CHECKSUM_BYTES
         if path.stat().st_size != size:
             raise ValueError(f"{path}: {path.stat().st_size} bytes instead of {size}")
-        self._content: np.ndarray | None = None
-        self._starts: np.ndarray | None = None  # (views + 1,) uint32: where each record begins; kept once it is known
 
     def keys(self, checked: bool = True) -> np.ndarray:
         """Read the keys (views,).
@@ -72,37 +73,28 @@ class Shard:
             raise ValueError(f"{self.path}: its keys are damaged")
         return keys
 
-    def read(self, positions: np.ndarray) -> tuple[np.ndarray, list[memoryview]]:
-        """Give the records at positions (n,) in the shard: how many classes each has, and the bytes of each.
+    def map(self) -> memoryview:
+        """Map the file's bytes into memory; nothing is looked at, that is what `check` is for."""
+        return np.memmap(self.path, np.uint8, "r").data
+
+    def check(self) -> tuple[np.ndarray, np.ndarray]:
+        """Check the file's bytes; say of each record how many classes it has, and where in the file it begins.
+
+        Returns:
+            Counts (views,) uint8 and places (views,) uint32.
 
         Raises:
-            ValueError: the checksum does not hold.
+            ValueError: the checksum does not hold, or the records are of another coding.
         """
-        if self._content is None:
-            self._open()
-        counts = self._content[self._records_at - self.views :][positions]
-        begin, end = self._starts[positions].tolist(), self._starts[positions + 1].tolist()
-        content = self._content.data
-        return counts, [content[first:last] for first, last in zip(begin, end, strict=True)]
-
-    def _open(self) -> None:
-        if self._starts is not None:  # it was checked before, and closed since
-            self._content = np.memmap(self.path, np.uint8, "r").view(np.ndarray)
-            return
         content = sealed.open_checked(self.path)
-        sizes = self.coding.sizes[content[self._records_at - self.views : self._records_at]]
-        starts = self._records_at + np.concatenate([[0], np.cumsum(sizes)])
-        if starts[-1] != len(content):
+        counts = content[self._records_at - self.views : self._records_at]
+        sizes = self.coding.sizes[counts]
+        ends = self._records_at + np.cumsum(sizes)
+        if len(content) != (ends[-1] if self.views else self._records_at):
             raise ValueError(f"{self.path}: its records are of another coding")
-        self._content, self._starts = content, starts.astype(np.uint32)
+        return counts, (ends - sizes).astype(np.uint32)
 
     def verify(self) -> None:
         """Check everything in the file. Raises ValueError where it does not hold; it names the file."""
-        self._starts = None
-        self._open()
+        self.check()
         self.keys()
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the file; it is opened again when its records are asked for."""
-        self._content = None

@@ -2,26 +2,22 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import re
 import resource
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from pipeline.core import atomic
-from pipeline.core.softlabels import sealed, shards
+from pipeline.core.softlabels import index, sealed, shards
+from pipeline.core.softlabels.keys import parts
 from pipeline.core.softlabels.records import Coding, Records, SparseLabels
 
 FORMAT_VERSION = 2
-INDEX, INDEX_MAGIC = "index.sl", b"SSLDIDX2"
-LOOKED_UP = 1 << 24  # keys at once, where there are many
-SORTED = 1 << 26  # keys at once, where there are many: 3 GB
 SPARE_FILES = 100  # file handles that are left to others
 
 
@@ -59,33 +55,6 @@ class Description:
         return ", ".join(sorted(key for key in mine.keys() | others.keys() if mine.get(key) != others.get(key)))
 
 
-def make_keys(ids: np.ndarray, replicas: np.ndarray, partners: np.ndarray) -> np.ndarray:
-    """Make the keys (N,) uint64 of views: of samples' ids, replicas, and the ids mixed in (their own where none is).
-
-    A key is a hash (the finaliser of SplitMix64, Steele et al., OOPSLA 2014, over the three numbers). Two of a cache of
-    150 million views are the same with a probability of 1 in 1,600, two of 1.9 billion with 1 in 10: `find_double`
-    tells, before the teacher is asked.
-    """
-    mixed = ids.astype(np.uint64)
-    for part in (partners.astype(np.uint64), replicas.astype(np.uint64)):
-        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + part
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-    return mixed
-
-
-def find_double(keys: np.ndarray) -> tuple[int, int] | None:
-    """Find two of N keys that are the same: the places of the first two; None where all differ."""
-    for least, most in _ranges(len(keys)):
-        ordered = np.sort(np.concatenate([part[(part >= least) & (part <= most)] for _, part in _parts(keys)]))
-        doubles = ordered[1:][ordered[1:] == ordered[:-1]]
-        if len(doubles):
-            places = np.concatenate([start + np.flatnonzero(part == doubles[0]) for start, part in _parts(keys)])
-            return int(places[0]), int(places[1])
-    return None
-
-
 class SoftLabels:
     """A cache, open for reading, by the index of its shards (`write_index`).
 
@@ -101,27 +70,29 @@ class SoftLabels:
         self.folder, self.description, self.coding = Path(folder), description, description.coding
         self._fingerprint = description.fingerprint
         try:
-            names, self._keys, self._order = self._read_index()
-            self.shards = [shards.Shard(self.folder / name, self._fingerprint, self.coding) for name in names]
+            self._index = self._open_index()
+            files = [self.folder / name for name in self._index.shards]
+            self.shards = [shards.Shard(file, self._fingerprint, self.coding) for file in files]
         except ValueError as error:
             raise ValueError(f"{error}; {_mend(self.folder)}") from None
         self._starts = np.cumsum([0] + [shard.views for shard in self.shards])
-        self._open: dict[int, None] = {}  # numbers of the open shards, the one read longest ago first
+        self._contents: list[memoryview | None] = [None] * len(self.shards)  # of those that are open
+        self._open = np.zeros(len(self.shards), bool)
+        self._checked = np.zeros(len(self.shards), bool)
+        self._counts = np.empty(len(self), np.uint8)  # classes of each record, once its shard has been checked
+        self._places = np.empty(len(self), np.uint32)  # where each begins in its shard's bytes, likewise
         self._most_open = _allow_open_files(len(self.shards))
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._index)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Give the position (N,) of each key in the cache, -1 where it is not there."""
-        if not len(self):
-            return np.full(len(keys), -1)
-        at = np.minimum(np.searchsorted(self._keys, keys), len(self) - 1)
-        return np.where(self._keys[at] == keys, self._order[at].astype(np.int64), -1)
+        """Give the position (N,) int64 of each key in the cache, -1 where it is not there."""
+        return self._index.find(keys)
 
     def missing(self, keys: np.ndarray) -> Iterator[np.ndarray]:
         """Give the places, int64, ascending, of the keys that are not in the cache, in parts: they may be billions."""
-        for start, part in _parts(keys):
+        for start, part in parts(keys):
             yield start + np.flatnonzero(self.find(part) < 0)
 
     def read(self, keys: np.ndarray) -> SparseLabels:
@@ -139,31 +110,47 @@ class SoftLabels:
         return self.coding.decode(self._gather(positions))
 
     def _gather(self, positions: np.ndarray) -> Records:
-        order = np.argsort(positions)
-        numbers = np.searchsorted(self._starts, positions[order], side="right") - 1
-        counts, content = np.empty(len(positions), np.uint8), [b""] * len(positions)
-        edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(positions)]
-        for begin, end in itertools.pairwise(edges):
-            number, here = int(numbers[begin]), order[begin:end]
-            try:
-                counts[here], pieces = self.shards[number].read(positions[here] - self._starts[number])
-            except ValueError as error:
-                raise ValueError(f"{error}; {_mend(self.folder)}") from None
-            for place, piece in zip(here.tolist(), pieces, strict=True):
-                content[place] = piece
-            self._keep_few_open(number)
-        return Records(counts, np.frombuffer(b"".join(content), np.uint8))
+        """Read the records of some positions, in their order."""
+        numbers = np.searchsorted(self._starts, positions, side="right") - 1
+        if self._open[numbers].all():
+            pieces = self._pieces(positions, numbers)
+        else:
+            asked, pieces = np.unique(numbers), [b""] * len(positions)
+            for first in range(0, len(asked), self._most_open):
+                some = asked[first : first + self._most_open]
+                self._open_shards(some)
+                here = np.flatnonzero((numbers >= some[0]) & (numbers <= some[-1]))
+                for place, piece in zip(here.tolist(), self._pieces(positions[here], numbers[here]), strict=True):
+                    pieces[place] = bytes(piece)  # what points into a shard would keep it open
+        return Records(self._counts[positions], np.frombuffer(b"".join(pieces), np.uint8))
 
-    def _keep_few_open(self, number: int) -> None:
-        """Close the shard that was read longest ago, where a process may not have so many files open."""
-        if len(self.shards) <= self._most_open:
-            return
-        self._open.pop(number, None)
-        self._open[number] = None
-        if len(self._open) > self._most_open:
-            oldest = next(iter(self._open))
-            del self._open[oldest]
-            self.shards[oldest].close()
+    def _pieces(self, positions: np.ndarray, numbers: np.ndarray) -> list[memoryview]:
+        """Give the bytes of the records of some positions, in the open shards of these numbers."""
+        starts = self._places[positions]
+        ends = starts + self.coding.sizes[self._counts[positions]]
+        contents, where = self._contents, zip(numbers.tolist(), starts.tolist(), ends.tolist(), strict=True)
+        return [contents[number][start:end] for number, start, end in where]
+
+    def _open_shards(self, asked: np.ndarray) -> None:
+        """Open shards; where a process may not have so many files open, close the others.
+
+        Raises:
+            ValueError: one is damaged.
+        """
+        if self._open.sum() + np.count_nonzero(~self._open[asked]) > self._most_open:
+            self._contents = [None] * len(self.shards)
+            self._open[:] = False
+        for number in asked[~self._open[asked]].tolist():
+            shard = self.shards[number]
+            if not self._checked[number]:
+                its = slice(self._starts[number], self._starts[number + 1])
+                try:
+                    self._counts[its], self._places[its] = shard.check()
+                except ValueError as error:
+                    raise ValueError(f"{error}; {_mend(self.folder)}") from None
+                self._checked[number] = True
+            self._contents[number] = shard.map()
+            self._open[number] = True
 
     def verify(self) -> None:
         """Check every byte of every shard. Raises ValueError where one does not hold; it names the shard."""
@@ -173,18 +160,12 @@ class SoftLabels:
             except ValueError as error:
                 raise ValueError(f"{error}; {_mend(self.folder)}") from None
 
-    def _read_index(self) -> tuple[list[str], np.ndarray, np.ndarray]:
-        path = self.folder / INDEX
-        header, start = sealed.read_header(path, INDEX_MAGIC)
-        content = sealed.open_checked(path)
-        if header["fingerprint"] != self._fingerprint:
-            raise ValueError(f"{path}: of another teacher, of other views or of another coding")
-        known, there = set(header["shards"]), {file.name for file in _shard_files(self.folder)}
+    def _open_index(self) -> index.Index:
+        opened = index.Index(self.folder, self._fingerprint)
+        known, there = set(opened.shards), {file.name for file in _shard_files(self.folder)}
         for name in sorted(known ^ there):
             raise ValueError(f"{self.folder / name}: {'missing' if name in known else 'not a shard of this cache'}")
-        keys = content[start : start + 8 * header["views"]].view(np.uint64)
-        order = content[start + 8 * header["views"] :].view(header["positions"])
-        return header["shards"], keys, order
+        return opened
 
 
 def set_damaged_aside(folder: Path, description: Description, aside: Path) -> list[str]:
@@ -202,7 +183,7 @@ def set_damaged_aside(folder: Path, description: Description, aside: Path) -> li
 
 def unfinish(folder: Path) -> None:
     """Take away what makes a cache a finished one: shards are about to be added."""
-    for name in ("cache.json", INDEX):
+    for name in ("cache.json", index.NAME):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -214,18 +195,9 @@ def write_index(folder: Path, description: Description) -> None:
     """
     try:
         found = [shards.Shard(path, description.fingerprint, description.coding) for path in _shard_files(folder)]
-        count = sum(shard.views for shard in found)
         for shard in found:
             shard.keys()
-        positions = np.dtype("<u4" if count < 2**32 else "<u8")
-        header = {
-            "fingerprint": description.fingerprint,
-            "views": count,
-            "positions": positions.str,
-            "shards": [shard.path.name for shard in found],
-        }
-        with tempfile.TemporaryFile(dir=folder) as beside:
-            sealed.write(folder / INDEX, INDEX_MAGIC, header, _keys_and_positions(found, positions, beside))
+        index.write(folder, description.fingerprint, found)
     except ValueError as error:
         raise ValueError(f"{error}; {_mend(folder)}") from None
 
@@ -243,7 +215,7 @@ def finish(folder: Path, description: Description, wanted: np.ndarray) -> None:
     labels = SoftLabels(folder, description)
     if any(len(part) for part in labels.missing(wanted)):
         raise ValueError(f"{folder}: a view is missing; run `dvc repro cache`")
-    size = sum(path.stat().st_size for path in (folder / INDEX, *_shard_files(folder)))
+    size = sum(path.stat().st_size for path in (folder / index.NAME, *_shard_files(folder)))
     content = {
         "format": FORMAT_VERSION,
         "fingerprint": description.fingerprint,
@@ -301,44 +273,6 @@ def fingerprints(folder: Path) -> dict[Path, str]:
         if re.fullmatch("[0-9a-f]{64}", name):  # else it is damaged
             found[path] = name
     return found
-
-
-def _keys_and_positions(found: list[shards.Shard], dtype: np.dtype, beside: IO[bytes]) -> Iterator[np.ndarray]:
-    """Give all keys of some shards, ascending, then the position of each, some at a time.
-
-    Args:
-        dtype: of a position.
-        beside: an empty file, for the positions meanwhile.
-    """
-    starts = np.cumsum([0] + [shard.views for shard in found]).tolist()
-    for least, most in _ranges(starts[-1]):
-        some_keys, some_positions = [np.zeros(0, shards.KEY)], [np.zeros(0, dtype)]
-        for start, shard in zip(starts[:-1], found, strict=True):
-            keys = shard.keys(checked=False)
-            here = np.flatnonzero((keys >= least) & (keys <= most))
-            some_keys.append(keys[here])
-            some_positions.append((start + here).astype(dtype))
-        keys, positions = np.concatenate(some_keys), np.concatenate(some_positions)
-        del some_keys, some_positions
-        order = np.argsort(keys, kind="stable")
-        positions[order].tofile(beside)
-        yield keys[order]
-    beside.seek(0)
-    while len(positions := np.fromfile(beside, dtype, LOOKED_UP)):
-        yield positions
-
-
-def _parts(keys: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Cut keys, which may be billions in a file, into parts, each with its first place."""
-    for start in range(0, len(keys), LOOKED_UP):
-        yield start, keys[start : start + LOOKED_UP]
-
-
-def _ranges(count: int) -> Iterator[tuple[np.uint64, np.uint64]]:
-    """Cut what 64 bits can say into ranges (least, most), each with few enough of so many keys: keys are hashes."""
-    parts = max(1, -(-count // SORTED))
-    for part in range(parts):
-        yield np.uint64(2**64 * part // parts), np.uint64(2**64 * (part + 1) // parts - 1)
 
 
 def _shard_files(folder: Path) -> list[Path]:
