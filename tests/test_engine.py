@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import re
+import signal
 import sys
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch._utils import ExceptionWrapper
 from pipeline.core import checkpoints, norms, stage
 from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
+from pipeline.core.training import labelled_loss
 
 CPU = torch.device("cpu")
 
@@ -61,6 +64,33 @@ def test_the_last_checkpoints_are_kept_and_a_damaged_one_is_removed(images, tmp_
     said = capsys.readouterr()
     assert f"warning: {last}: damaged, removed" in said.err
     assert "going on from step 3 of 6" in said.out
+    assert resumed.history == whole.history
+    assert same_weights(resumed, whole)
+
+
+@pytest.mark.parametrize(
+    ("step", "presses", "saved"),
+    [(3, 1, [3]), (3, 2, []), (4, 1, [])],
+    ids=["once", "twice", "before the validation of the epoch's end"],
+)
+def test_ctrl_c_waits_for_the_steps_end_and_saves_it(images, tmp_path, step, presses, saved):
+    settings = {"epochs": 3, "machine": {"checkpoint_seconds": 1e9}}
+    whole = run(images, tmp_path / "whole", **settings)
+    whole.train()
+    loss, calls = labelled_loss(images, images.labels, 0.1), []
+
+    def pressed(network, batch):
+        calls.append(batch)
+        for _ in range(presses if len(calls) == step else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(network, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(images, tmp_path, loss=pressed, **settings).train()
+    assert [int(file.name[:9]) for file in checkpoints.files(tmp_path)] == saved
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = run(images, tmp_path, **settings)
+    resumed.train()
     assert resumed.history == whole.history
     assert same_weights(resumed, whole)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.core import atomic, checkpoints, devices, norms
+from pipeline.core import atomic, checkpoints, devices, norms, stage
 from pipeline.core.batches import Batch, TrainingOrder, Views, load
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
@@ -119,6 +119,7 @@ class Run:
     losses: list[Tensor] = field(default_factory=list)  # of the epoch's steps so far
     cost: dict[str, float] = field(default_factory=dict)  # of the last epoch's steps, as Meter gives it
     step: int = 0
+    between_steps: bool = True  # all that belongs to `step` steps is done, and no more
 
     def __post_init__(self) -> None:
         self.device = self.processes.device
@@ -151,9 +152,16 @@ class Run:
 
         Raises:
             ValueError: the loss is not finite any more; it names the step and the samples.
+            KeyboardInterrupt: it was stopped; a checkpoint was written, but where a validation had begun or other
+                processes take part: then what came after the last one is done again.
         """
-        for _ in self.step_by_step():
-            pass
+        try:
+            for _ in self.step_by_step():
+                pass
+        except KeyboardInterrupt:
+            if self.between_steps and self.processes.world == 1:
+                self._save()
+            raise
         return self.history
 
     def step_by_step(self) -> Iterator[int]:
@@ -170,12 +178,16 @@ class Run:
         progress.note = self._note
         with progress, self._profile() as profile:
             for batch in self.meter.batches(batches):
-                self.losses.append(self._update(network, batch))
-                self.step += 1
+                with stage.finish_first() if self.processes.world == 1 else nullcontext():
+                    self.between_steps = False
+                    self.losses.append(self._update(network, batch))
+                    self.step += 1
+                    self.between_steps = self.step % self.order.steps_per_epoch != 0
                 if self.step % LOOK_EVERY[self.device.type] == 0:
                     self._check_losses()
                 if self.step % self.order.steps_per_epoch == 0:
                     self._end_epoch()
+                    self.between_steps = True
                 progress.update(size)
                 if time.monotonic() - saved >= self.machine.checkpoint_seconds and self.step < self.steps:
                     self._save()

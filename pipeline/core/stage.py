@@ -25,6 +25,7 @@ from pipeline.core.params import Params
 SCRATCH = Path(".scratch")  # checkpoints and locks: what a stage needs to go on after it was killed
 ENDED = "ended"  # a file in the folder of a run that has its results
 
+MAIN_THREAD = threading.main_thread()  # signals are its alone
 PROFILE_STEPS = 10  # that --profile traces
 
 
@@ -151,6 +152,30 @@ def end_run(folder: Path) -> None:
     cannot because another DVC is at work, removes them, and runs the stage again.
     """
     (folder / ENDED).touch()
+
+
+@contextlib.contextmanager
+def finish_first() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until a short piece of work is done; a second Ctrl-C does not wait."""
+    came: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and signum in came:
+            raise KeyboardInterrupt
+        came.append(signum)
+
+    handled = signal.SIGINT, signal.SIGTERM
+    before = {signum: signal.getsignal(signum) for signum in handled if threading.current_thread() is MAIN_THREAD}
+    listened_to = {signum: handler for signum, handler in before.items() if callable(handler)}
+    for signum in listened_to:
+        signal.signal(signum, note)
+    try:
+        yield
+    finally:
+        for signum, handler in listened_to.items():
+            signal.signal(signum, handler)
+    if came:
+        listened_to[came[0]](came[0], None)
 
 
 def code_digest() -> str:
