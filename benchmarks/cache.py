@@ -31,7 +31,7 @@ from machine import against, machine, own_memory, silence, take_turns
 from records import made_logits
 
 from pipeline import cache
-from pipeline.core import devices, distillation, engine, mined, networks, params, teaching, training
+from pipeline.core import devices, distillation, engine, mined, networks, optimizers, params, teaching, training
 from pipeline.core.batches import TrainingOrder, Views, load
 from pipeline.core.dataset import ImageSet
 from pipeline.core.softlabels import Description, SoftLabels, dense, finish, shards
@@ -103,7 +103,7 @@ def read(arguments: argparse.Namespace) -> None:
         counts = labels.read(keys[:4096]).counts
         header("random batches of 256", "views", "classes stored of a view", "ms a batch", "records/s")
         for name, way in (("stored classes alone", sparse), ("as whole distributions", whole)):
-            seconds = best_of(5, way) / len(chosen)
+            seconds = best_of(25, way) / len(chosen)
             row(name, f"{len(keys):,}", f"{counts.mean():.1f}", f"{1000 * seconds:.3f}", f"{256 / seconds:,.0f}")
 
 
@@ -310,7 +310,7 @@ class Project:
         task = LogitDistillationTask(
             student.network, self.classifier.network, torch.nn.CrossEntropyLoss(), task_loss_weight=0.0, verbose=False
         ).to(self.device)
-        optimizer = engine.optimizer_of(student.network, self.params.distill)
+        optimizer = optimizers.optimizer_of(student.network, self.params.distill)
         order = self.order()
         asked = order.batches(0, epochs * order.steps_per_epoch)
         for batch in load(self.views, asked, self.params.machine.workers, self.device):

@@ -34,7 +34,7 @@ from timm.data import FastCollateMixup, create_dataset, create_loader
 from timm.task import LogitDistillationTask
 
 from pipeline import cache, recipes
-from pipeline.core import distillation, engine, networks, params, teaching
+from pipeline.core import distillation, engine, networks, optimizers, params, teaching
 from pipeline.core.batches import TrainingOrder, Views
 from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
@@ -80,7 +80,7 @@ class Work(NamedTuple):
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
         recipe = self.settings.distill
-        return engine.learning_rate(step, self.steps, recipe.warmup_epochs * self.steps / recipe.epochs, recipe.lr)
+        return optimizers.learning_rate(step, self.steps, recipe.warmup_epochs * self.steps / recipe.epochs, recipe.lr)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The recipe's precision."""
@@ -158,7 +158,7 @@ def timms(work: Work) -> Course:
         network, work.teacher.network, nn.CrossEntropyLoss(), distill_loss_weight=1.0, task_loss_weight=0.0
     )
     task.train()
-    optimizer = engine.optimizer_of(network, recipe)
+    optimizer = optimizers.optimizer_of(network, recipe)
 
     def step(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
         pixels, targets = batch

@@ -20,8 +20,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 def _without_a_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        print("stopped", file=sys.stderr)
+    program = next(word for word in sys.orig_argv if word.startswith("pipeline")).rpartition(".")[2]
+    if isinstance(error, KeyboardInterrupt):
+        print(f"{program}: stopped", file=sys.stderr)
+    elif isinstance(error, ModuleNotFoundError):
+        where = "activate the project's environment (`. .venv/bin/activate`), which `make install` makes"
+        print(f"{program}: error: {sys.executable} does not have {error.name}: {where}", file=sys.stderr)
     else:
         _shown_otherwise(kind, error, trace)
 

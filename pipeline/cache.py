@@ -47,32 +47,44 @@ class Wanted(NamedTuple):
 
 
 def run(params: Params) -> None:
-    images = ImageSet.open(Path("data/prepare"))
     processes = devices.join(params.machine)
+    if not processes.first():
+        write(params, processes, stage.SCRATCH / "cache")
+        return
+    with stage.only_writer("cache") as scratch:  # a second program is told so before it loads anything
+        write(params, processes, scratch)
+
+
+def write(params: Params, processes: Processes, scratch: Path) -> None:
+    """Bring data/cache up to date, as the only program that does.
+
+    Args:
+        scratch: the stage's scratch folder, where labels of other teachers and the lists of this run are.
+    """
+    images = ImageSet.open(Path("data/prepare"))
     classifier, card = networks.load(Path("data/teacher"), processes.device)
     description = teaching.description(params, card)
     views = Views(images, ViewSpec.of(params.seed, params.views))
     rows = teaching.training_rows(images, mined.read(Path("data/mine")))
-    listed = stage.SCRATCH / "cache" / keys_file(images, views, rows, params), stage.SCRATCH / "cache" / "missing.bin"
+    listed = scratch / keys_file(images, views, rows, params), scratch / "missing.bin"
     if not processes.first():
         devices.wait_for_all(processes)  # until the first process has listed what is to be done
         wanted = Wanted(rows, params.cache.replicas, np.load(listed[0], mmap_mode="r"))
         write_missing(classifier, views, wanted, numbers_in(listed[1]), params, description, processes)
         return
-    with stage.only_writer("cache") as scratch:
-        set_aside_others(FOLDER, scratch, description)
-        for wrong in store.set_damaged_aside(FOLDER, description, scratch / "damaged"):
-            print(f"cache: {wrong}: set aside in {scratch / 'damaged'}, to be computed again", flush=True)
-        for other in set(scratch.glob("*wanted*")) - {listed[0]}:  # of a killed run with other images or settings
-            other.unlink()
-        wanted = every_view(images, views, rows, params.cache.replicas, listed[0])
-        check_distinct(images, wanted)
-        missing = look_up(classifier, views, wanted, params, description, listed[1])
-        devices.wait_for_all(processes)
-        write_missing(classifier, views, wanted, missing, params, description, processes)
-        finish(FOLDER, description, wanted.keys)
-        for file in listed:
-            file.unlink()
+    set_aside_others(FOLDER, scratch, description)
+    for wrong in store.set_damaged_aside(FOLDER, description, scratch / "damaged"):
+        print(f"cache: {wrong}: set aside in {scratch / 'damaged'}, to be computed again", flush=True)
+    for other in set(scratch.glob("*wanted*")) - {listed[0]}:  # of a killed run with other images or settings
+        other.unlink()
+    wanted = every_view(images, views, rows, params.cache.replicas, listed[0])
+    check_distinct(images, wanted)
+    missing = look_up(classifier, views, wanted, params, description, listed[1])
+    devices.wait_for_all(processes)
+    write_missing(classifier, views, wanted, missing, params, description, processes)
+    finish(FOLDER, description, wanted.keys)
+    for file in listed:
+        file.unlink()
 
 
 def keys_file(images: ImageSet, views: Views, rows: np.ndarray, params: Params) -> str:

@@ -77,6 +77,7 @@ def test_ctrl_c_waits_for_the_steps_end_and_saves_it(images, tmp_path, step, pre
     settings = {"epochs": 3, "machine": {"checkpoint_seconds": 1e9}}
     whole = run(images, tmp_path / "whole", **settings)
     whole.train()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests that run in the background ignore
     loss, calls = labelled_loss(images, images.labels, 0.1), []
 
     def pressed(network, batch):

@@ -76,11 +76,19 @@ def test_nothing_starts_after_stop(programs):
         programs.run(python("print('started')"), pytest.fail)
 
 
-def test_a_program_stopped_while_it_imports_says_so_in_a_word(tmp_path):
-    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+@pytest.mark.parametrize(
+    ("torch", "code", "said"),
+    [
+        ("raise KeyboardInterrupt", -signal.SIGINT, "plan: stopped\n"),
+        ("import no_such", 1, f"plan: error: {sys.executable} does not have no_such: activate the project's environ"),
+    ],
+)
+def test_a_program_that_ends_while_it_imports_says_why_in_a_line(tmp_path, torch, code, said):
+    (tmp_path / "torch.py").write_text(torch)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     ended = subprocess.run(
         [sys.executable, "-m", "pipeline.plan", "digits"], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    assert ended.returncode == -signal.SIGINT
-    assert ended.stderr == "stopped\n"
+    assert ended.returncode == code
+    assert ended.stderr.startswith(said)
+    assert ended.stderr.count("\n") == 1

@@ -20,7 +20,7 @@ import models
 from pipeline.core import checkpoints, networks, stage, training
 from pipeline.core.batches import TrainingOrder, Views, in_order, load, spare_cores
 from pipeline.core.devices import Processes
-from pipeline.core.engine import learning_rate, optimizer_of
+from pipeline.core.optimizers import learning_rate, optimizer_of
 from pipeline.core.training import Before, _name, batches_a_pass, better, labelled_loss, validator
 from pipeline.core.views import ViewSpec
 

@@ -6,7 +6,6 @@ ends, on a CPU, in the same bytes as one that was not.
 
 import csv
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -16,71 +15,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.models import group_parameters
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.core import atomic, checkpoints, devices, norms, stage
+from pipeline.core import atomic, checkpoints, devices, norms, optimizers, stage
 from pipeline.core.batches import Batch, TrainingOrder, Views, load
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
-from pipeline.core.params import Machine, StudentRecipe, TrainingRecipe
+from pipeline.core.params import Machine, TrainingRecipe
 from pipeline.core.progress import Meter, Progress
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 History = list[dict[str, float]]
 LOOK_EVERY = {"cpu": 1, "cuda": 50}  # steps between two looks at the losses: a look makes a GPU wait
-
-
-def learning_rate(step: int, steps: int, warmup_steps: float, highest: float) -> float:
-    """Cosine from `highest` to 0 after a linear warm-up (Loshchilov & Hutter, arXiv:1608.03983, without restarts)."""
-    if step < warmup_steps:
-        return highest * (step + 1) / (warmup_steps + 1)
-    return highest * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1.0, steps - warmup_steps)))
-
-
-def optimizer_of(part: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
-    """Make the optimizer of a network's trained part; weights of one dimension (biases, norms) do not decay.
-
-    Each group's `lr_multiplier` is that of its network stage; the classifier's is 1.
-    """
-    groups = []
-    for multiplier, weights in with_multipliers(part, recipe):
-        decayed, others = [p for p in weights if p.ndim >= 2], [p for p in weights if p.ndim < 2]
-        groups.append({"params": decayed, "weight_decay": recipe.weight_decay, "lr_multiplier": multiplier})
-        groups.append({"params": others, "weight_decay": 0.0, "lr_multiplier": multiplier})
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True, fused=True)
-    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
-
-
-def with_multipliers(part: nn.Module, recipe: TrainingRecipe) -> list[tuple[float, list[nn.Parameter]]]:
-    """Give the trained weights with their learning-rate multipliers, the classifier's first.
-
-    Five numbers, as PaddleClas' lr_mult_list: for the stem (a vd network's three convolutions), then for each of the
-    four residual stages, norms and shortcuts included (ppcls/arch/backbone/legendary_models/resnet.py). timm says which
-    weight is of which stage; networks of another family with five stages are cut in the same way.
-
-    Raises:
-        ValueError: the network has another number of stages.
-    """
-    multipliers = recipe.lr_multipliers if isinstance(recipe, StudentRecipe) else None
-    if multipliers is None:
-        return [(1.0, [p for p in part.parameters() if p.requires_grad])]
-    stage_of = group_parameters(part, part.group_matcher(coarse=True), reverse=True)
-    count = len(set(stage_of.values()))
-    if count != len(multipliers) + 1:
-        raise ValueError(
-            f"lr_multipliers has {len(multipliers)} numbers, for a stem and four stages; {type(part).__name__} has "
-            f"{count - 1} groups of layers before its classifier: set it to null"
-        )
-    weights: list[list[nn.Parameter]] = [[] for _ in range(count)]
-    for name, p in part.named_parameters():
-        if p.requires_grad:
-            weights[stage_of[name]].append(p)
-    return [(1.0, weights[-1]), *zip(multipliers, weights[:-1], strict=True)]
 
 
 @dataclass
@@ -137,7 +86,7 @@ class Run:
                     f"{self.what}: its network cannot compute activations again; set machine.checkpoint_activations "
                     "to false"
                 ) from None
-        self.optimizer = optimizer_of(self.part, self.recipe)
+        self.optimizer = optimizers.optimizer_of(self.part, self.recipe)
         decay = self.recipe.ema_decay
         self.ema = ModelEmaV3(self.classifier, decay=decay, use_warmup=True) if decay else None
         self.meter = Meter(self.device.type)
@@ -231,7 +180,7 @@ class Run:
 
     def _update(self, network: nn.Module, batch: Batch) -> Tensor:
         """Take one optimizer step; return the batch's mean loss, on the device, so that nothing waits for it."""
-        rate = learning_rate(
+        rate = optimizers.learning_rate(
             self.step, self.steps, self.recipe.warmup_epochs * self.order.steps_per_epoch, self.recipe.lr
         )
         for group in self.optimizer.param_groups:

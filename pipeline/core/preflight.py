@@ -65,7 +65,7 @@ def check_networks(settings: Params, root: Path) -> None:
             return
     import torch  # with timm, it takes seconds to load
 
-    from pipeline.core import engine, networks
+    from pipeline.core import networks, optimizers
 
     built = {}
     for who, (name, *resolutions) in wanted.items():
@@ -77,7 +77,7 @@ def check_networks(settings: Params, root: Path) -> None:
     for name, numbers in multipliers.items():
         if numbers is not None:
             with _named(name):
-                engine.with_multipliers(built["student"].network, getattr(settings, name))
+                optimizers.with_multipliers(built["student"].network, getattr(settings, name))
     with contextlib.suppress(OSError):  # another run writes its own: no matter
         atomic.write_json(root / NOTED, asked)
 

@@ -25,7 +25,6 @@ from pipeline.core.params import Params
 SCRATCH = Path(".scratch")  # checkpoints and locks: what a stage needs to go on after it was killed
 ENDED = "ended"  # a file in the folder of a run that has its results
 
-MAIN_THREAD = threading.main_thread()  # signals are its alone
 PROFILE_STEPS = 10  # that --profile traces
 
 
@@ -165,7 +164,8 @@ def finish_first() -> Iterator[None]:
         came.append(signum)
 
     handled = signal.SIGINT, signal.SIGTERM
-    before = {signum: signal.getsignal(signum) for signum in handled if threading.current_thread() is MAIN_THREAD}
+    main = threading.current_thread() is threading.main_thread()  # signals are its alone
+    before = {signum: signal.getsignal(signum) for signum in handled if main}
     listened_to = {signum: handler for signum, handler in before.items() if callable(handler)}
     for signum in listened_to:
         signal.signal(signum, note)

@@ -19,6 +19,7 @@ from pipeline.core.softlabels.records import Coding, Records, SparseLabels
 
 FORMAT_VERSION = 2
 SPARE_FILES = 100  # file handles that are left to others
+MEND = "`dvc repro --force --single-item cache` computes what is damaged or missing, and no more"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ class SoftLabels:
             files = [self.folder / name for name in self._index.shards]
             self.shards = [shards.Shard(file, self._fingerprint, self.coding) for file in files]
         except ValueError as error:
-            raise ValueError(f"{error}; {_mend(self.folder)}") from None
+            raise ValueError(f"{error}; {MEND}") from None
         self._starts = np.cumsum([0] + [shard.views for shard in self.shards])
         self._contents: list[memoryview | None] = [None] * len(self.shards)  # of those that are open
         self._open = np.zeros(len(self.shards), bool)
@@ -147,7 +148,7 @@ class SoftLabels:
                 try:
                     self._counts[its], self._places[its] = shard.check()
                 except ValueError as error:
-                    raise ValueError(f"{error}; {_mend(self.folder)}") from None
+                    raise ValueError(f"{error}; {MEND}") from None
                 self._checked[number] = True
             self._contents[number] = shard.map()
             self._open[number] = True
@@ -158,7 +159,7 @@ class SoftLabels:
             try:
                 shard.verify()
             except ValueError as error:
-                raise ValueError(f"{error}; {_mend(self.folder)}") from None
+                raise ValueError(f"{error}; {MEND}") from None
 
     def _open_index(self) -> index.Index:
         opened = index.Index(self.folder, self._fingerprint)
@@ -199,7 +200,7 @@ def write_index(folder: Path, description: Description) -> None:
             shard.keys()
         index.write(folder, description.fingerprint, found)
     except ValueError as error:
-        raise ValueError(f"{error}; {_mend(folder)}") from None
+        raise ValueError(f"{error}; {MEND}") from None
 
 
 def finish(folder: Path, description: Description, wanted: np.ndarray) -> None:
@@ -242,9 +243,9 @@ def read_summary(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{folder}: no finished cache of soft labels here; run `dvc repro cache`") from None
     except (ValueError, KeyError, AttributeError):
-        raise ValueError(f"{path}: damaged; {_mend(folder)}") from None
+        raise ValueError(f"{path}: damaged; {MEND}") from None
     if checksum != _checksum(content):
-        raise ValueError(f"{path}: damaged; {_mend(folder)}")
+        raise ValueError(f"{path}: damaged; {MEND}")
     return content
 
 
@@ -256,9 +257,7 @@ def read_description(folder: Path) -> Description:
     """
     content = read_summary(folder)
     if content["format"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder}: in version {content['format']} of the format, not {FORMAT_VERSION}; {_mend(folder)}"
-        )
+        raise ValueError(f"{folder}: in version {content['format']} of the format, not {FORMAT_VERSION}; {MEND}")
     return Description(**{field.name: content[field.name] for field in dataclasses.fields(Description)})
 
 
@@ -291,10 +290,6 @@ def _allow_open_files(count: int) -> int:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return count if soft == resource.RLIM_INFINITY else max(1, soft - SPARE_FILES)
-
-
-def _mend(folder: Path) -> str:
-    return f"`dvc repro --force --single-item {folder.name}` computes what is damaged or missing, and no more"
 
 
 def _flat(content: dict[str, Any], before: str = "") -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""What moves the weights: the optimizer of a recipe, the learning rate of each network stage, and its schedule."""
+
+import math
+
+import torch
+from timm.models import group_parameters
+from torch import nn
+
+from pipeline.core.params import StudentRecipe, TrainingRecipe
+
+
+def learning_rate(step: int, steps: int, warmup_steps: float, highest: float) -> float:
+    """Cosine from `highest` to 0 after a linear warm-up (Loshchilov & Hutter, arXiv:1608.03983, without restarts)."""
+    if step < warmup_steps:
+        return highest * (step + 1) / (warmup_steps + 1)
+    return highest * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1.0, steps - warmup_steps)))
+
+
+def optimizer_of(part: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
+    """Make the optimizer of a network's trained part; weights of one dimension (biases, norms) do not decay.
+
+    Each group's `lr_multiplier` is that of its network stage; the classifier's is 1.
+    """
+    groups = []
+    for multiplier, weights in with_multipliers(part, recipe):
+        decayed, others = [p for p in weights if p.ndim >= 2], [p for p in weights if p.ndim < 2]
+        groups.append({"params": decayed, "weight_decay": recipe.weight_decay, "lr_multiplier": multiplier})
+        groups.append({"params": others, "weight_decay": 0.0, "lr_multiplier": multiplier})
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True, fused=True)
+    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+
+
+def with_multipliers(part: nn.Module, recipe: TrainingRecipe) -> list[tuple[float, list[nn.Parameter]]]:
+    """Give the trained weights with their learning-rate multipliers, the classifier's first.
+
+    Five numbers, as PaddleClas' lr_mult_list: for the stem (a vd network's three convolutions), then for each of the
+    four residual stages, norms and shortcuts included (ppcls/arch/backbone/legendary_models/resnet.py). timm says which
+    weight is of which stage; networks of another family with five stages are cut in the same way.
+
+    Raises:
+        ValueError: the network has another number of stages.
+    """
+    multipliers = recipe.lr_multipliers if isinstance(recipe, StudentRecipe) else None
+    if multipliers is None:
+        return [(1.0, [p for p in part.parameters() if p.requires_grad])]
+    stage_of = group_parameters(part, part.group_matcher(coarse=True), reverse=True)
+    count = len(set(stage_of.values()))
+    if count != len(multipliers) + 1:
+        raise ValueError(
+            f"lr_multipliers has {len(multipliers)} numbers, for a stem and four stages; {type(part).__name__} has "
+            f"{count - 1} groups of layers before its classifier: set it to null"
+        )
+    weights: list[list[nn.Parameter]] = [[] for _ in range(count)]
+    for name, p in part.named_parameters():
+        if p.requires_grad:
+            weights[stage_of[name]].append(p)
+    return [(1.0, weights[-1]), *zip(multipliers, weights[:-1], strict=True)]
