@@ -47,10 +47,7 @@ serve: .venv/installed  ## start Prefect's server and the deployment ssld/local,
 	$(BIN)/python -m pipeline.flow serve
 
 ui: .venv/installed  ## show the model registry's pages on http://127.0.0.1:5000; PORT=5001 for another
-	@echo "The student's versions: http://127.0.0.1:$(PORT)/#/models/resnet50_vd_ssld (Ctrl-C to stop)"
-	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false PYTHONWARNINGS=ignore \
-	  $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 --uvicorn-opts "--log-level warning" \
-	    --backend-store-uri "$$($(BIN)/python -m pipeline.core.store)" --artifacts-destination mlartifacts
+	@$(BIN)/python -m pipeline.core.mlflow_pages --port $(PORT)
 
 lock: .venv/installed  ## make requirements*.txt anew from requirements*.in
 	for name in requirements requirements-uv; do \

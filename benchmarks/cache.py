@@ -38,7 +38,7 @@ from pipeline.core.softlabels import Description, SoftLabels, dense, finish, sha
 from pipeline.core.softlabels.records import Records
 from pipeline.core.views import ViewSpec
 
-ALL = Description({"digest": "benchmark"}, {}, num_classes=1000, top_k=255, min_probability=5e-5, bits=5)
+MADE = Description({"digest": "benchmark"}, {}, num_classes=1000, top_k=255, min_probability=5e-5, bits=5)
 SHARD_VIEWS = 65_536
 
 
@@ -69,7 +69,7 @@ def header(*names: str) -> None:
 
 def made_cache(folder: Path, views: int, keys: np.ndarray | None = None) -> np.ndarray:
     """Write a finished cache of so many views; the answers repeat, the keys do not. Give the keys (None: random)."""
-    coding = ALL.coding
+    coding = MADE.coding
     parts = [coding.encode(part) for part in made_logits(8192, smooth=False).split(1024)]
     counts, content = (np.concatenate(column) for column in zip(*parts, strict=True))
     keys = np.random.default_rng(0).integers(0, 2**64, views, dtype=np.uint64) if keys is None else keys
@@ -78,8 +78,8 @@ def made_cache(folder: Path, views: int, keys: np.ndarray | None = None) -> np.n
         times = -(-len(part) // len(counts))
         lengths = np.tile(counts, times)[: len(part)]
         size = int(coding.sizes[lengths].sum())
-        shards.write(folder, ALL.fingerprint, part, Records(lengths, np.tile(content, times)[:size]))
-    finish(folder, ALL, keys)
+        shards.write(folder, MADE.fingerprint, part, Records(lengths, np.tile(content, times)[:size]))
+    finish(folder, MADE, keys)
     return keys
 
 
@@ -88,7 +88,7 @@ def read(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         keys = made_cache(Path(folder), arguments.views or 262_144)
-        labels = SoftLabels(Path(folder), ALL)
+        labels = SoftLabels(Path(folder), MADE)
         chosen = np.random.default_rng(1).integers(0, len(keys), (400, 256))
         labels.read(keys[::SHARD_VIEWS])  # the first touch of a shard checks its checksum
 
@@ -98,7 +98,7 @@ def read(arguments: argparse.Namespace) -> None:
 
         def whole() -> None:
             for batch in chosen:
-                dense(labels.read(keys[batch]), ALL.num_classes)
+                dense(labels.read(keys[batch]), MADE.num_classes)
 
         counts = labels.read(keys[:4096]).counts
         header("random batches of 256", "views", "classes stored of a view", "ms a batch", "records/s")
@@ -128,7 +128,7 @@ def _open_and_read(folder: str) -> tuple[float, float, float, float]:
     chosen = np.random.default_rng(1).integers(0, len(keys), (2000, 256))
     before = own_memory()
     begin = time.perf_counter()
-    labels = SoftLabels(Path(folder), ALL)
+    labels = SoftLabels(Path(folder), MADE)
     opened = time.perf_counter() - begin
     for batch in chosen[:1000]:
         labels.read(keys[batch])
@@ -299,13 +299,17 @@ class Project:
     def wanted(self) -> cache.Wanted:
         with tempfile.TemporaryDirectory() as folder:  # the keys stay mapped
             file = Path(folder) / "keys.npy"
-            return cache.every_view(self.images, self.views, self.rows, self.params.cache.replicas, file, quiet=True)
+            return cache.every_view(self.views, self.rows, self.params.cache.replicas, file, quiet=True)
 
     def order(self) -> TrainingOrder:
         return TrainingOrder(self.images, self.rows, self.params.distill.batch_size, 0, self.params.cache.replicas)
 
     def train_with_timm(self, epochs: int) -> Iterator[None]:
-        """Train step by step as timm's user would write it: its task around student and teacher, on the same views."""
+        """Train step by step as timm's user would write it: its task around student and teacher, on the same views.
+
+        In the recipe's precision; without its average of the weights, and with tensors as they come.
+        """
+        mixed = self.params.distill.precision == "bfloat16"
         student = networks.build(self.params.student.model, len(self.images.classes), 0).to(self.device).train()
         task = LogitDistillationTask(
             student.network, self.classifier.network, torch.nn.CrossEntropyLoss(), task_loss_weight=0.0, verbose=False
@@ -315,7 +319,9 @@ class Project:
         asked = order.batches(0, epochs * order.steps_per_epoch)
         for batch in load(self.views, asked, self.params.machine.workers, self.device):
             labels = torch.zeros(len(batch.rows), dtype=torch.long, device=self.device)
-            loss = task(student.normalise(batch.pixels.to(self.device)), labels)["loss"]
+            pixels = student.normalise(batch.pixels.to(self.device))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+                loss = task(pixels, labels)["loss"]
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -22,7 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cache import ALL, made_cache
+from cache import MADE, made_cache
 from machine import machine, own_memory, silence
 
 from pipeline.core import distillation, engine, networks, params, shards, training
@@ -34,7 +34,7 @@ from pipeline.core.views import ViewSpec
 
 ROOT = Path(__file__).parent.parent
 SIDE = 32  # pixels
-CLASSES = [f"class {number}" for number in range(ALL.num_classes)]
+CLASSES = [f"class {number}" for number in range(MADE.num_classes)]
 
 
 def main() -> None:
@@ -95,7 +95,7 @@ def train(folder: str, model: str, batch_size: int, steps: int) -> tuple[float, 
     watcher.start()
     images = ImageSet.open(Path(folder) / "images")
     with silence():
-        made = make_run(images, SoftLabels(Path(folder) / "labels", ALL), model, batch_size, Path(folder))
+        made = make_run(images, SoftLabels(Path(folder) / "labels", MADE), model, batch_size, Path(folder))
         made.steps = steps
         made.train()
     after = own_memory()

@@ -121,7 +121,7 @@ def real_logits(project: Path, count: int) -> Tensor:
     device = devices.join(settings.machine).device
     classifier, _ = networks.load(project / "data/teacher", device)
     rows = images.rows("labelled", "unlabelled")
-    replicas, rows = np.divmod(np.arange(count), len(rows))[0], np.resize(rows, count)
+    replicas, rows = np.arange(count) // len(rows), np.resize(rows, count)
     batches = [(rows[at : at + 128], replicas[at : at + 128]) for at in range(0, count, 128)]
     views = Views(images, ViewSpec.of(settings.seed, settings.views))
     answers = [

@@ -93,7 +93,7 @@ def ours(work: Work) -> Course:
     views, described = Views(images, spec), teaching.description(settings, work.card)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
         started = time.perf_counter()
-        wanted = cache.every_view(images, views, work.rows, settings.cache.replicas, Path("keys.npy"), quiet=True)
+        wanted = cache.every_view(views, work.rows, settings.cache.replicas, Path("keys.npy"), quiet=True)
         everything = np.arange(len(wanted.keys))
         cache.write_missing(
             work.teacher, views, wanted, everything, settings, described, Processes(torch.device("cpu"))

@@ -44,7 +44,7 @@ def canonical(name: str) -> str:
     if network is None and base not in timm.list_models():  # which leaves timm's outdated names out: some mislead
         raise ValueError(f"{name!r}: no such network; the nearest are {', '.join(_nearest(base))}")
     if network is not None:
-        base = network.same_as if isinstance(network.same_as, str) else network.name
+        base = network.timm_name or network.name
     if not dot:
         return base
     architecture = base.partition(".")[0]

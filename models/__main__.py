@@ -12,7 +12,7 @@ def row(network: Network) -> tuple[str, ...]:
     """Give one network's cells as text."""
     return (
         network.name,
-        network.same_as if isinstance(network.same_as, str) else "",
+        network.timm_name or "",
         f"{network.parameters:,}",
         f"{network.macs / 1e9:.2f}",
         *("" if share is None else f"{100 * share:.2f} %" for share in (network.top1, network.top5)),

@@ -56,7 +56,7 @@ def build(kind: str, depth: int, num_classes: int, width: int = 16) -> NarrowRes
     if kind not in KINDS:
         raise ValueError(f"{kind!r}: no such kind of network; there are {', '.join(KINDS)}")
     if depth < 8 or (depth - 2) % 6:
-        raise ValueError(f"depth {depth}: not 6n + 2 layers; the nearest are 8, 14, 20, 32, 44, 56, 110")
+        raise ValueError(f"depth {depth}: not 6n + 2 layers, with n from 1 on, such as 8, 14, 20, 32, 44, 56 or 110")
     if width < 2 or width % 2:
         raise ValueError(f"width {width}: should be an even number of channels, from 2 on")
     block = PlainBasicBlock if kind == "plain" else BasicBlock

@@ -57,7 +57,7 @@ class Network:
     """A row of the table."""
 
     name: str
-    same_as: str | dict[str, Any]  # timm's name for it, or what timm's ResNet builds it from
+    built_from: str | dict[str, Any]  # timm's network of this name, or the arguments of timm's ResNet
     parameters: int  # learnable, at 1,000 classes
     macs: int  # multiply-adds of convolutions and classifier for one image of `resolution`
     top1: float | None = None  # published, on ImageNet-1k's validation images
@@ -67,6 +67,11 @@ class Network:
     teacher: str | None = None
     resolution: int = 224  # pixels a side, of the published figures
     only_paddle: bool = False  # the name stands for weights that PaddleClas alone published
+
+    @property
+    def timm_name(self) -> str | None:
+        """timm's name for the very same network; None where timm has none."""
+        return self.built_from if isinstance(self.built_from, str) else None
 
 
 def _with(block: type[nn.Module], layers: tuple[int, ...], model: type[ResNet] = ResNet, **rest: Any) -> dict[str, Any]:
@@ -145,16 +150,16 @@ def _entrypoint(network: Network) -> Callable[..., nn.Module]:
     """Make what timm calls to build a network of the table."""
 
     def build(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
-        parts, elsewhere = network.same_as, pretrained_cfg or kwargs.get("pretrained_cfg_overlay")
-        if pretrained and not elsewhere and (network.only_paddle or not isinstance(parts, str)):
+        elsewhere = pretrained_cfg or kwargs.get("pretrained_cfg_overlay")
+        if pretrained and not elsewhere and (network.only_paddle or network.timm_name is None):
             raise ValueError(
                 f"{network.name}: timm has no weights for it; take PaddleClas' .pdparams file through "
                 "`python -m models.import_paddle` and give what it writes as checkpoint"
             )
-        if isinstance(parts, str):
-            base, _, tag = parts.partition(".")
+        if network.timm_name is not None:
+            base, _, tag = network.timm_name.partition(".")
             return model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=pretrained_cfg or tag or None, **kwargs)
-        arguments = {**parts, **kwargs}
+        arguments = {**network.built_from, **kwargs}
         return build_model_with_cfg(arguments.pop("model"), network.name, pretrained, pretrained_cfg, **arguments)
 
     build.__name__ = build.__qualname__ = network.name
@@ -164,6 +169,6 @@ def _entrypoint(network: Network) -> Callable[..., nn.Module]:
 
 # timm looks for `default_cfgs` in the module of the function that it registers
 default_cfgs = generate_default_cfgs(
-    {network.name: _default_cfg(network.same_as) for network in TABLE if isinstance(network.same_as, dict)}
+    {network.name: _default_cfg(network.built_from) for network in TABLE if network.timm_name is None}
 )
 globals().update({network.name: register_model(_entrypoint(network)) for network in TABLE})

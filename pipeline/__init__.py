@@ -2,7 +2,11 @@
 
 import os
 import sys
+from pathlib import Path
 from types import TracebackType
+
+OURS = ("pipeline", "models")
+ENVIRONMENT = Path(__file__).parents[1] / ".venv"
 
 # None of the tools underneath reports usage unless the user asks for it.
 for _name, _value in {
@@ -19,17 +23,22 @@ for _name, _value in {
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
-def _without_a_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    program = next(word for word in sys.orig_argv if word.startswith("pipeline")).rpartition(".")[2]
+def _in_a_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Show Ctrl-C, and a Python that is not the project's, without a traceback."""
+    program = getattr(sys.modules["__main__"].__spec__, "name", "pipeline").rpartition(".")[2]
+    not_ours = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OURS
     if isinstance(error, KeyboardInterrupt):
         print(f"{program}: stopped", file=sys.stderr)
-    elif isinstance(error, ModuleNotFoundError):
-        where = "activate the project's environment (`. .venv/bin/activate`), which `make install` makes"
-        print(f"{program}: error: {sys.executable} does not have {error.name}: {where}", file=sys.stderr)
+    elif not_ours and Path(sys.prefix).resolve() != ENVIRONMENT.resolve():
+        print(
+            f"{program}: error: {sys.executable} does not have {error.name}: activate the project's environment "
+            "(`. .venv/bin/activate`), which `make install` makes",
+            file=sys.stderr,
+        )
     else:
         _shown_otherwise(kind, error, trace)
 
 
 _shown_otherwise = sys.excepthook
-if sys.argv[0] == "-m":  # a program of this package, which may be stopped in the seconds in which it imports
-    sys.excepthook = _without_a_traceback
+if sys.argv[0] == "-m":  # a program of this package, whose imports take seconds
+    sys.excepthook = _in_a_line

@@ -9,8 +9,10 @@ otherwise, the stage stops and says so. Run: python -m pipeline.cache
 
 import hashlib
 import shutil
+from bisect import bisect_right
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,50 +50,49 @@ class Wanted(NamedTuple):
 
 def run(params: Params) -> None:
     processes = devices.join(params.machine)
-    if not processes.first():
-        write(params, processes, stage.SCRATCH / "cache")
-        return
-    with stage.only_writer("cache") as scratch:  # a second program is told so before it loads anything
-        write(params, processes, scratch)
+    # A second program is told so before it loads the teacher.
+    alone = stage.only_writer("cache") if processes.first() else nullcontext(stage.SCRATCH / "cache")
+    with alone as scratch:
+        bring_up_to_date(params, processes, scratch)
 
 
-def write(params: Params, processes: Processes, scratch: Path) -> None:
-    """Bring data/cache up to date, as the only program that does.
+def bring_up_to_date(params: Params, processes: Processes, scratch: Path) -> None:
+    """Write what data/cache lacks; the first of several processes also says what that is, and finishes the cache.
 
     Args:
-        scratch: the stage's scratch folder, where labels of other teachers and the lists of this run are.
+        scratch: the stage's scratch folder, for labels of other teachers and this run's lists.
     """
     images = ImageSet.open(Path("data/prepare"))
     classifier, card = networks.load(Path("data/teacher"), processes.device)
     description = teaching.description(params, card)
     views = Views(images, ViewSpec.of(params.seed, params.views))
     rows = teaching.training_rows(images, mined.read(Path("data/mine")))
-    listed = scratch / keys_file(images, views, rows, params), scratch / "missing.bin"
+    keys_at, missing_at = scratch / keys_file(views, rows, params), scratch / "missing.bin"
     if not processes.first():
         devices.wait_for_all(processes)  # until the first process has listed what is to be done
-        wanted = Wanted(rows, params.cache.replicas, np.load(listed[0], mmap_mode="r"))
-        write_missing(classifier, views, wanted, numbers_in(listed[1]), params, description, processes)
+        wanted = Wanted(rows, params.cache.replicas, np.load(keys_at, mmap_mode="r"))
+        write_missing(classifier, views, wanted, numbers_in(missing_at), params, description, processes)
         return
     set_aside_others(FOLDER, scratch, description)
     for wrong in store.set_damaged_aside(FOLDER, description, scratch / "damaged"):
         print(f"cache: {wrong}: set aside in {scratch / 'damaged'}, to be computed again", flush=True)
-    for other in set(scratch.glob("*wanted*")) - {listed[0]}:  # of a killed run with other images or settings
+    for other in set(scratch.glob("*wanted*")) - {keys_at}:  # of a killed run with other images or settings
         other.unlink()
-    wanted = every_view(images, views, rows, params.cache.replicas, listed[0])
+    wanted = every_view(views, rows, params.cache.replicas, keys_at)
     check_distinct(images, wanted)
-    missing = look_up(classifier, views, wanted, params, description, listed[1])
+    missing = look_up(classifier, views, wanted, params, description, missing_at)
     devices.wait_for_all(processes)
     write_missing(classifier, views, wanted, missing, params, description, processes)
     finish(FOLDER, description, wanted.keys)
-    for file in listed:
-        file.unlink()
+    keys_at.unlink()
+    missing_at.unlink()
 
 
-def keys_file(images: ImageSet, views: Views, rows: np.ndarray, params: Params) -> str:
+def keys_file(views: Views, rows: np.ndarray, params: Params) -> str:
     """Name the file of all keys after what they depend on: a killed run that goes on need not make billions anew."""
     assert views.spec is not None
     digest = hashlib.sha256(f"{stage.code_digest()} {views.spec.digest} {params.cache.replicas}".encode())
-    digest.update(images.ids[rows])
+    digest.update(views.images.ids[rows])
     digest.update(views.partners)
     return f"wanted-{digest.hexdigest()[:16]}.npy"
 
@@ -122,11 +123,11 @@ def look_up(
     """
     store.write_index(FOLDER, description)
     labels = SoftLabels(FOLDER, description)
-    check_same_answers(classifier, views, labels, wanted, params)
     with atomic.replacing(file) as beside, beside.open("wb") as listed:
         for numbers in labels.missing(wanted.keys):
             listed.write(numbers.astype(np.int64).tobytes())
     missing = numbers_in(file)
+    check_same_answers(classifier, views, labels, wanted, stored_among(len(wanted.keys), missing, RECHECKED), params)
     there = f"{len(labels):,} views are there, " if len(labels) else ""
     print(f"cache: {there}{len(missing):,} views to ask the teacher about", flush=True)
     store.unfinish(FOLDER)
@@ -138,19 +139,32 @@ def numbers_in(file: Path) -> np.ndarray:
     return np.memmap(file, np.int64, "r") if file.stat().st_size else np.zeros(0, np.int64)
 
 
+def stored_among(count: int, missing: np.ndarray, most: int) -> np.ndarray:
+    """Give at most so many of the numbers 0 to count - 1 that are not missing, far apart.
+
+    Args:
+        missing: (M,) int64, ascending; they may be billions.
+    """
+    stored = count - len(missing)
+    ranks = np.linspace(0, stored - 1, min(stored, most)).astype(np.int64)  # among those that are not missing
+    places = range(len(missing))
+    before = [bisect_right(places, rank, key=lambda place: missing[place] - place) for rank in ranks]
+    return ranks + np.array(before, np.int64)
+
+
 def check_same_answers(
-    classifier: Classifier, views: Views, labels: SoftLabels, wanted: Wanted, params: Params
+    classifier: Classifier, views: Views, labels: SoftLabels, wanted: Wanted, chosen: np.ndarray, params: Params
 ) -> None:
-    """Ask the teacher again about some of the stored views.
+    """Ask the teacher again about some stored views.
+
+    Args:
+        chosen: (N,) int64: their numbers among the wanted.
 
     Raises:
         ValueError: it answers otherwise, though its weights and the views' specification are the same.
     """
-    looked_at = np.linspace(0, len(wanted.keys) - 1, min(len(wanted.keys), 100 * RECHECKED)).astype(int)
-    stored = looked_at[labels.find(wanted.keys[looked_at]) >= 0]
-    if not len(stored):
+    if not len(chosen):
         return
-    chosen = stored[np.linspace(0, len(stored) - 1, min(len(stored), RECHECKED)).astype(int)]
     found = recheck(classifier, views, labels, *wanted.views(chosen), params, "cache: asked again")
     if not found.lost.mean() <= found.lost_by_coding.mean() + TOLERANCE:
         raise ValueError(
@@ -160,9 +174,7 @@ def check_same_answers(
         )
 
 
-def every_view(
-    images: ImageSet, views: Views, rows: np.ndarray, replicas: int, file: Path, quiet: bool = False
-) -> Wanted:
+def every_view(views: Views, rows: np.ndarray, replicas: int, file: Path, quiet: bool = False) -> Wanted:
     """List all views of the samples in ascending order of row, sample by sample.
 
     Args:
@@ -175,7 +187,7 @@ def every_view(
             wanted = Wanted(rows, replicas, keys)
             for start in range(0, count, 10_000):
                 numbers = np.arange(start, min(count, start + 10_000))
-                keys[numbers] = teaching.keys(images, views, *wanted.views(numbers))
+                keys[numbers] = teaching.keys(views, *wanted.views(numbers))
                 progress.update(len(numbers))
             keys.flush()
     return Wanted(rows, replicas, np.load(file, mmap_mode="r"))
@@ -200,6 +212,9 @@ def write_missing(
     size = params.cache.shard_views
     starts = range(0, len(missing), size)[processes.rank :: processes.world]
     parts = [missing[start : start + size] for start in starts]
+    if not parts:  # no worker processes for nothing
+        devices.wait_for_all(processes)
+        return
     asked = (
         wanted.views(part[start : start + params.cache.batch_size])
         for part in parts

@@ -27,8 +27,7 @@ from pipeline.core.networks import Classifier
 from pipeline.core.params import Params
 from pipeline.core.progress import Progress
 
-NETWORKS = ("teacher", "baseline", "distill", "finetune", "fixres")
-STUDENT = "fixres"  # the last stage's network is the student that is registered
+NETWORKS, STUDENT = tuple(report.TITLES), report.STUDENT
 DATA = Path("data")
 DIGITS = 6  # decimals that are kept of a number: the last bits of a float depend on the machine
 MOST_THUMBNAILS = 24
@@ -199,7 +198,7 @@ def write(
 
 
 def numbers(results: dict[str, Evaluated], bins: int) -> dict[str, dict[str, float | int]]:
-    """Give metrics.json's content: a dict of numbers a network, and `student`, which is the last stage's."""
+    """Give what metrics.json says of networks: a dict of numbers each, and `student`, which is the last stage's."""
     figures = {}
     for name, result in results.items():
         found = metrics.summary(result.answers, results["teacher"].answers, bins)

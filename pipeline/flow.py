@@ -216,6 +216,8 @@ def main() -> int:
     parser.add_argument("--recipe", metavar="NAME", help="with run: the settings of a recipe; -S changes them further")
     parser.add_argument("--stages", nargs="+", metavar="STAGE", help="with run: only these, and what they need")
     arguments = parser.parse_args()
+    if arguments.what == "serve" and (arguments.set_param or arguments.recipe or arguments.stages):
+        parser.error("-S, --recipe and --stages are of a run: give a deployment's run --param 'changes={...}' instead")
     for number in (signal.SIGTERM, signal.SIGHUP):  # by default they would skip all cleaning up
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:

@@ -1,10 +1,11 @@
-"""What a recipe would cost: images, views, bytes and hours, worked out without running or reading anything.
+"""What a recipe would cost: images, views, bytes and hours, worked out from settings alone.
 
-Reads the recipe's file and params.yaml. Hours are of the one machine or GPU that the rate is of. A forward pass takes
-two operations a multiply-add, training three times that (the backward pass goes to weights and to activations), fixres
-one pass, the classifier's own training aside. Operations/s come, in this order, from --teacher-rate or --student-rate,
-from --tflops, from rates that the recipe names as measured, or from an assumption of 28 TFLOP/s; the answer says which.
-A teacher is fitted as fast as it is asked, but where the recipe alone has rates, with a `fit_rate` among them.
+Reads the recipe's file and params.yaml, no image and no network's weights. Hours are of the one machine or GPU that
+the rate is of. A forward pass takes two operations a multiply-add, training three times that (the backward pass goes
+to weights and to activations), fixres one pass, the classifier's own training aside. Operations/s come, in this
+order, from --teacher-rate or --student-rate, from --tflops, from rates that the recipe names as measured, or from an
+assumption of 28 TFLOP/s; the answer says which. A teacher is fitted as fast as it is asked, but where the recipe
+alone has rates, with a `fit_rate` among them.
 
 28 TFLOP/s is what ResNet50_vd reaches where it trains at 1,078 images/s of 224 pixels: an RTX 3090 with mixed
 precision and synthetic images, measured by timm's author (github.com/huggingface/pytorch-image-models,

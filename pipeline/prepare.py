@@ -261,12 +261,22 @@ def to_samples(parts: Parts, stored: dict[str, Stored], classes: list[str]) -> l
 
 
 def contents(found: list[Found], samples: list[Sample]) -> Iterator[tuple[Sample, bytes]]:
-    """Read the chosen images once more, in the order of their sources."""
+    """Read the chosen images once more, in the order of their sources.
+
+    Raises:
+        ValueError: a file is gone.
+    """
     wanted = {sample.sha256: sample for sample in samples}
     with Progress(len(wanted), "images", "prepare: write") as progress:
         for each in found:
             if sample := wanted.pop(each.sha256, None):
-                yield sample, each.file.read()
+                try:
+                    encoded = each.file.read()
+                except Unreadable:
+                    raise ValueError(
+                        f"{each.file.name}: the file went away while it was read; run prepare again"
+                    ) from None
+                yield sample, encoded
                 progress.update()
 
 

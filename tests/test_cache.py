@@ -75,6 +75,18 @@ def test_again_nothing_is_asked(here, capsys):
     assert shards() == before
 
 
+@pytest.mark.parametrize("most", [1, 3, 64, 1000])
+def test_stored_views_are_found_among_many_missing_ones(most):
+    random = np.random.default_rng(0)
+    for count in (0, 1, 7, 500):
+        for share in (0.0, 0.5, 0.99, 1.0):
+            missing = np.flatnonzero(random.random(count) < share)
+            stored = np.setdiff1d(np.arange(count), missing)
+            chosen = cache.stored_among(count, missing, most)
+            assert len(chosen) == min(most, len(stored))
+            assert (chosen == stored[np.linspace(0, len(stored) - 1, len(chosen)).astype(int)]).all()
+
+
 def test_a_stopped_run_keeps_its_keys_and_one_with_other_settings_does_not_take_them(here, monkeypatch):
     kept, write = Path(".scratch/cache"), cache.write_missing
     shutil.rmtree("data/cache")

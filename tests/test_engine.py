@@ -68,16 +68,23 @@ def test_the_last_checkpoints_are_kept_and_a_damaged_one_is_removed(images, tmp_
     assert same_weights(resumed, whole)
 
 
+@pytest.fixture
+def listening():
+    """Have Ctrl-C interrupt this process, also where a shell has started it in the background, deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("step", "presses", "saved"),
     [(3, 1, [3]), (3, 2, []), (4, 1, [])],
     ids=["once", "twice", "before the validation of the epoch's end"],
 )
-def test_ctrl_c_waits_for_the_steps_end_and_saves_it(images, tmp_path, step, presses, saved):
+def test_ctrl_c_waits_for_the_steps_end_and_saves_it(images, tmp_path, listening, step, presses, saved):
     settings = {"epochs": 3, "machine": {"checkpoint_seconds": 1e9}}
     whole = run(images, tmp_path / "whole", **settings)
     whole.train()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests that run in the background ignore
     loss, calls = labelled_loss(images, images.labels, 0.1), []
 
     def pressed(network, batch):
@@ -336,3 +343,11 @@ def test_a_profile_is_a_trace_of_the_steps_asked_for(images, tmp_path):
     steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep#")}
     assert len(steps) == 2
     assert same_weights(traced, plain)
+
+
+def test_a_run_too_short_for_a_trace_says_so(images, tmp_path, capsys):
+    trace = tmp_path / "trace-0.json.gz"
+    trace.touch()  # of a run before
+    run(images, tmp_path / "run", epochs=1, machine={"profile_steps": 2}).train()
+    assert "no trace: it begins with the fourth step" in capsys.readouterr().err
+    assert not trace.exists()

@@ -243,3 +243,11 @@ def test_help_names_the_commands():
     shown = subprocess.run(command, cwd=Path(toy_project.ROOT), env=os.environ, capture_output=True, text=True).stdout
     assert "python -m pipeline.flow serve" in shown
     assert "prefect deployment run ssld/local" in shown
+
+
+@pytest.mark.parametrize("option", [["-S", "seed=1"], ["--recipe", "cifar10"], ["--stages", "mine"]])
+def test_a_deployment_takes_no_settings(option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["flow", "serve", *option])
+    with pytest.raises(SystemExit):
+        flow.main()
+    assert "-S, --recipe and --stages are of a run" in capsys.readouterr().err

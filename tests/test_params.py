@@ -33,6 +33,7 @@ def test_every_key_has_a_comment():
         ({"distil": {"epochs": 2}}, "distil: unknown key; did you mean distill?"),
         ({"distill": {"epoch": 2}}, "distill.epoch: unknown key; did you mean distill.epochs?"),
         ({"sed": 1}, "sed: unknown key; did you mean seed?"),
+        ({"student": 2}, "student: a section; name one of its keys: student.model, student.init"),
     ],
 )
 def test_a_change_of_an_unknown_key_names_the_nearest(data, changes, message):
@@ -75,6 +76,14 @@ def test_a_misspelt_key_in_the_file_is_one_line(data, tmp_path):
         ("register.name", "photos/1", "register.name: String should match"),
         ("machine", {"cudnn_benchmark": True, "deterministic": True}, "not both"),
         ("mine", None, "mine"),
+        ("distill.epochs", True, "distill.epochs: should not be true, for which YAML takes yes"),
+        ("distill.online", 2, "distill.online: "),
+        ("teacher.checkpoint", "mine.safetensors", "set source to checkpoint, or checkpoint to null"),
+        ("prepare", {"val": None, "test": None, "val_share": 0.5, "test_share": 0.5}, "must be below 1"),
+        ("prepare", {"val": None, "test": "test", "val_share": 1.0}, "val_share take all of train"),
+        ("register.margin", 5, "register.margin: should be less than or equal to 1, not 5"),
+        ("views.crop_scale", [0.5], "views.crop_scale: should be more numbers than 1"),
+        ("baseline.lr_multipliers", [0.1, 0.2], "baseline.lr_multipliers: should be more numbers than 2"),
     ],
 )
 def test_a_wrong_value_names_its_key(data, key, value, words):
@@ -167,6 +176,22 @@ def test_networks_and_weights_are_looked_at_before_anything_runs(data, tmp_path,
     for _ in range(2):  # what is wrong is not noted as right
         with pytest.raises(ValueError, match=words):
             preflight.check(params.check(data), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "more"), [("student", "init", {}), ("teacher", "checkpoint", {"source": "checkpoint"})]
+)
+def test_weights_that_dvc_does_not_watch_are_refused(data, tmp_path, section, key, more):
+    inside, outside = f"data/weights/{section}/w.safetensors", "w.safetensors"
+    for file in (inside, outside):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    for good in (inside, str(tmp_path / inside)):
+        data[section] |= {key: good, **more}
+        preflight.check_files(params.check(data), tmp_path)
+    data[section][key] = outside
+    with pytest.raises(ValueError, match=rf"^{section}.{key}: w.safetensors: not in data/weights/{section}, where DVC"):
+        preflight.check_files(params.check(data), tmp_path)
 
 
 def test_multipliers_are_looked_at_with_the_network(data, tmp_path):

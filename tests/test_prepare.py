@@ -14,6 +14,7 @@ from made_images import encode, picture, png, png_bomb, several, with_flipped_bi
 from PIL import Image
 from prepare_kit import NEVER, ODD, SETTINGS, SPLITS, good, hash_of, prepared, read_manifest, with_splits, write
 
+from pipeline import prepare
 from pipeline.core.dataset import ImageSet, rank, sample_id
 
 ROOT = Path(__file__).parents[1]
@@ -311,3 +312,15 @@ def test_cifar_by_parameters_alone(tmp_path):
     with zipfile.ZipFile(DATA / "cifar10.zip") as archive:
         assert archive.read(images.source(row)) == images.encoded(row)
     assert images.source(row).split("/")[1] == images.classes[images.labels[row]]
+
+
+def test_a_file_that_goes_away_before_it_is_stored_is_named(tmp_path, monkeypatch):
+    root, contents = write(tmp_path / "in", with_splits()), prepare.contents
+
+    def later(found, samples):
+        next(root.glob("train/a/*.png")).unlink()
+        return contents(found, samples)
+
+    monkeypatch.setattr(prepare, "contents", later)
+    with pytest.raises(ValueError, match=r"train/a/.*png: the file went away while it was read; run prepare again"):
+        prepared(tmp_path / "out", root, **SPLITS)

@@ -76,19 +76,34 @@ def test_nothing_starts_after_stop(programs):
         programs.run(python("print('started')"), pytest.fail)
 
 
-@pytest.mark.parametrize(
-    ("torch", "code", "said"),
-    [
-        ("raise KeyboardInterrupt", -signal.SIGINT, "plan: stopped\n"),
-        ("import no_such", 1, f"plan: error: {sys.executable} does not have no_such: activate the project's environ"),
-    ],
-)
-def test_a_program_that_ends_while_it_imports_says_why_in_a_line(tmp_path, torch, code, said):
-    (tmp_path / "torch.py").write_text(torch)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    ended = subprocess.run(
-        [sys.executable, "-m", "pipeline.plan", "digits"], cwd=ROOT, env=environment, capture_output=True, text=True
+def plan_with_torch(folder, torch, *options):
+    """Run `python -m pipeline.plan digits`; importing torch does what is given."""
+    (folder / "torch.py").write_text(torch)
+    command = [sys.executable, *options, "-m", "pipeline.plan", "digits"]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_a_program_stopped_while_it_imports_says_so_in_a_line(tmp_path):
+    ended = plan_with_torch(tmp_path, "raise KeyboardInterrupt")
+    assert ended.returncode == -signal.SIGINT
+    assert ended.stderr == "plan: stopped\n"
+
+
+def test_a_python_without_the_projects_packages_is_told_in_a_line(tmp_path):
+    ended = plan_with_torch(tmp_path, "", "-S")  # no site-packages: as another Python than .venv's
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"plan: error: {sys.executable} does not have ")
+    assert ended.stderr.endswith(
+        ": activate the project's environment (`. .venv/bin/activate`), which `make install` makes\n"
     )
-    assert ended.returncode == code
-    assert ended.stderr.startswith(said)
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [[], ["-S"]])
+def test_a_module_of_the_project_that_is_missing_is_an_error_of_the_project(tmp_path, options):
+    for name in ("numpy", "pydantic", "yaml", "torch"):
+        (tmp_path / f"{name}.py").write_text("import pipeline.core.no_such")
+    ended = plan_with_torch(tmp_path, "import pipeline.core.no_such", *options)
+    assert "Traceback" in ended.stderr
+    assert ended.stderr.endswith("ModuleNotFoundError: No module named 'pipeline.core.no_such'\n")

@@ -28,6 +28,7 @@ SHRUNKEN = {
     "prepare.unlabelled": "unlabelled",
     "teacher.model": "test_resnet",
     "teacher.source": "fit",
+    "teacher.checkpoint": None,
     "student.model": "test_resnet",
     **{f"{stage}.epochs": 1 for stage in ("teacher", "baseline", "distill")},
     **{f"{stage}.warmup_epochs": 0 for stage in ("teacher", "baseline", "distill", "finetune", "fixres")},

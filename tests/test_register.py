@@ -318,6 +318,18 @@ def test_differ():
     assert register.differ(tie[:, ::-1], tie, 1e-4) == ""  # which of two equals is the first says nothing
 
 
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("ResNet50_vd", 'timm.create_model("resnet50d", num_classes=10)` takes them'),
+        ("ResNet18_vd", "nothing takes them: timm has no ResNet18_vd"),
+        ("resnet18d.ra2_in1k", 'timm.create_model("resnet18d", num_classes=10)` takes them'),
+    ],
+)
+def test_the_card_says_what_else_takes_the_weights(model, words):
+    assert words in card._elsewhere({"model": model, "num_classes": 10})
+
+
 def test_the_card_fits_the_registry(project):
     """MLflow keeps 5,000 characters of a description, and the card must say how its own network is loaded."""
     network = json.loads((project.data / "fixres" / "network.json").read_text())

@@ -8,13 +8,16 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.core import store, tracking
 
@@ -231,3 +234,34 @@ def test_a_store_that_cannot_be_used_is_one_line_at_once(tmp_path, monkeypatch, 
     assert time.monotonic() - began < 10
     assert "\n" not in str(raised.value)
     assert "secret" not in str(raised.value)
+
+
+def test_the_pages_show_the_registry_of_the_settings(tmp_path):
+    """`make ui`, up to its first page; where a server is named, its address is all there is to say."""
+    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+    settings["register"]["name"] = "photos"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "pipeline.core.mlflow_pages", "--port", str(port)]
+    variables = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    variables |= {"PYTHONPATH": str(ROOT)}
+    pages = subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, text=True)
+    try:
+        assert pages.stdout.readline() == f"The student's versions: http://127.0.0.1:{port}/#/models/photos\n"
+        server = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                assert "MLflow" in urllib.request.urlopen(server, timeout=5).read().decode()
+                break
+            assert pages.poll() is None
+            time.sleep(0.1)
+        told = subprocess.run(
+            command, cwd=tmp_path, env={**variables, "MLFLOW_TRACKING_URI": server}, capture_output=True, text=True
+        )
+        assert told.stdout == f"The student's versions: {server}/#/models/photos\n"
+        assert told.returncode == 0
+    finally:
+        pages.terminate()
+        pages.wait(timeout=30)

@@ -163,6 +163,8 @@ def test_multipliers_for_another_number_of_stages_are_refused():
     recipe = tiny(**{"distill.lr_multipliers": MULTIPLIERS}).distill
     with pytest.raises(ValueError, match=r"^lr_multipliers has 5 numbers.* EfficientNet has 6 groups of layers"):
         optimizer_of(models.build("test_efficientnet", num_classes=4), recipe)
+    with pytest.raises(ValueError, match=r"^lr_multipliers has 5 numbers.* Linear has no known groups of layers"):
+        optimizer_of(torch.nn.Linear(2, 2), recipe)  # as some networks of timm's, which do not say
 
 
 def test_only_the_part_is_trained(images, tmp_path):

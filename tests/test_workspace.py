@@ -96,6 +96,29 @@ def test_a_changed_table_takes_the_place_of_the_one_before(tmp_path):
     assert "loss: {kl: 1.0}" in (toy / "params.yaml").read_text()
 
 
+@pytest.mark.parametrize("text", ["yes", "no", "1:30", "7e-5", "a: b", "'", "null", "{", "photos"])
+def test_a_text_stays_a_text(tmp_path, text):
+    toy = toy_project.make(tmp_path / "toy")
+    for changes in ({"prepare.train": text}, {"distill.epochs": 3}):  # what stands there already is kept
+        workspace.write_params(toy, toy, changes)
+    settings = yaml.safe_load((toy / "params.yaml").read_text())
+    assert settings["prepare"]["train"] == text
+    assert settings["distill"]["epochs"] == 3
+
+
+def test_a_runs_results_take_the_place_of_those_of_that_name(tmp_path):
+    toy = toy_project.make(tmp_path / "toy")
+    for result in workspace.SCORES:
+        (toy / result).parent.mkdir(parents=True, exist_ok=True)
+        (toy / result).write_text("{}")
+    first = workspace.keep_results(toy, toy, "../a/b", scored=True)
+    assert {file.name for file in first.iterdir()} >= {"params.yaml", "metrics.json"}
+    again = workspace.keep_results(toy, toy, "../a/b", scored=False)
+    assert again == first
+    assert first.parent == toy / ".scratch/runs"
+    assert not (again / "metrics.json").exists()
+
+
 def test_params_keep_their_comments(reproduced):
     with opened(reproduced) as folder:
         before = (reproduced / "params.yaml").read_text().splitlines()

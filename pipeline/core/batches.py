@@ -167,7 +167,7 @@ def load(
     """Render batches, in worker processes where there are any, a few ahead.
 
     Args:
-        workers: as `machine.workers`; there are no more of them than batches.
+        workers: as `machine.workers`; no more of them than batches, where these are a list.
         again: the same batches are asked for again: worker processes, which take seconds to start, stay for that.
     """
     if workers == "auto":

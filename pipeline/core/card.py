@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+import models
+
 NETWORKS = {"teacher": "teacher", "baseline": "student on labels alone", "student": "**this network**"}
 COLUMNS = {"top1": "top-1", "top5": "top-5", "nll": "NLL", "ece": "ECE"}
 RECIPE = ("seed", "views", "teacher", "mine", "cache", "student", "distill", "finetune", "fixres")
@@ -44,7 +46,7 @@ On the {test:,} images of the test split:
 - In: `float32`, shape (B, 3, {resolution}, {resolution}), RGB, channels first, any batch size. **Values are 0 to 255,
   as in the image**: the network normalises them itself, so neither divide by 255 nor subtract a mean.
 - An image becomes such an input like this: turned upright by its EXIF tag, converted to 8-bit RGB (transparency on
-  white), the centre square that keeps {crop:.0%} of the shorter side cut out, resized with Pillow's bicubic filter.
+  white), the centre square that keeps {crop:.4g} of the shorter side cut out, resized with Pillow's bicubic filter.
 - Out: logits, shape (B, {count}). `softmax` makes probabilities of them, `argmax` a class. The classes, in order:
   {classes}.
 
@@ -70,7 +72,7 @@ Both are an exported program: it runs on the CPU, and cannot be trained further.
 
 The weights alone are in `weights.safetensors`, and `network.json` says what they are of. With this project's code they
 make a network that can be moved to a GPU and trained further: `pipeline.core.networks.load(folder, device="cuda")`.
-Without it, timm's network of the same architecture takes them (ResNet50_vd is timm's `resnet50d`).
+Without it, {elsewhere}.
 
 ## What it was trained on
 
@@ -88,7 +90,7 @@ Only the labelled images' labels reached the student; of all others it learned w
 {lineage}
 
 `params.yaml` beside this card holds every setting, `dvc.lock` (where the pipeline ran through DVC) the digest of every
-file that went in: `git checkout` the commit, and `dvc pull` brings those very files back.
+file that went in. Check out the commit, put these two in place of its own, and `dvc pull` brings those very files back.
 
 ## Limits
 
@@ -177,5 +179,19 @@ def model_card(
         teacher=TEACHERS[teacher["source"]].format(on=FITTED_ON[teacher["fit_on"]], checkpoint=teacher["checkpoint"]),
         recipe=yaml.safe_dump({key: params[key] for key in RECIPE}, sort_keys=False, allow_unicode=True),
         lineage="\n".join(f"- {key}: `{value}`" for key, value in lineage.items()),
+        elsewhere=_elsewhere(network),
         agreement="an unknown share" if agreement is None else f"{agreement:.1%}",
+    )
+
+
+def _elsewhere(network: dict[str, Any]) -> str:
+    """Say what takes the weights where this project's code is not."""
+    model = network["model"].partition(".")[0]
+    timm_name = models.BY_NAME[model].timm_name if model in models.BY_NAME else model
+    if timm_name is None:
+        return f"nothing takes them: timm has no {model}"
+    timm_name = timm_name.partition(".")[0]
+    return (
+        f'`timm.create_model("{timm_name}", num_classes={network["num_classes"]})` takes them, for pixels from 0 to 1, '
+        "less the `mean` and divided by the `std` of `network.json`"
     )

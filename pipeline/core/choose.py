@@ -91,7 +91,7 @@ def select(
     Returns:
         The images of labelled, withheld, unlabelled, val and test, and the files refused.
     """
-    decode([group[0] for group in copies(found).values() if len(group) > 1])
+    decode([group[0] for group in by_content(found).values() if len(group) > 1])
     kept, refusals = sort_out(found, pictures)
     train = [each for each in kept if each.role == "train" and not each.pooled]
     train, refused = at_most(train, images_per_class, seed, pictures, decode)
@@ -109,7 +109,7 @@ def refuse(found: Found, reason: str, detail: str = "") -> Refusal:
     return Refusal(found.role, found.file.name, reason, detail)
 
 
-def copies(found: list[Found]) -> dict[str, list[Found]]:
+def by_content(found: list[Found]) -> dict[str, list[Found]]:
     """Group files by content, the one to keep first: of test before val before train, then the first by name."""
     groups = defaultdict(list)
     for each in found:
@@ -125,7 +125,7 @@ def sort_out(found: list[Found], pictures: Pictures) -> tuple[list[Found], list[
     A copy in the pool of a labelled image is kept here: whether that image is used is not known yet.
     """
     kept, refusals = [], []
-    for sha256, group in copies(found).items():
+    for sha256, group in by_content(found).items():
         picture = pictures.get(sha256)
         if isinstance(picture, Unreadable):
             refusals += [refuse(each, picture.reason, picture.detail) for each in group]
@@ -145,9 +145,9 @@ def sort_out(found: list[Found], pictures: Pictures) -> tuple[list[Found], list[
 
 def not_in_use(pool: list[Found], used: list[Found]) -> tuple[list[Found], list[Refusal]]:
     """Leave out of the pool what is in use with a label."""
-    by_content = {each.sha256: each for each in used}
-    kept = [each for each in pool if each.sha256 not in by_content]
-    return kept, [_duplicate(each, by_content[each.sha256]) for each in pool if each.sha256 in by_content]
+    labelled = {each.sha256: each for each in used}
+    kept = [each for each in pool if each.sha256 not in labelled]
+    return kept, [_duplicate(each, labelled[each.sha256]) for each in pool if each.sha256 in labelled]
 
 
 def at_most(

@@ -3,6 +3,8 @@
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -133,8 +135,9 @@ def wait_for_all(processes: Processes) -> None:
         dist.barrier()
 
 
-def profiler(device: torch.device, steps: int, file: Path) -> torch.profiler.profile:
-    """Make a profiler whose `step()` is called after each step of a loop; it traces `steps` of them, after the third.
+@contextmanager
+def profiled(device: torch.device, steps: int, file: Path) -> Iterator[torch.profiler.profile]:
+    """Profile a loop that calls `step()` after each of its steps: up to `steps` of them are traced, from the fourth on.
 
     Args:
         file: the trace, as Chrome's and Perfetto's pages open it (.json.gz).
@@ -142,13 +145,17 @@ def profiler(device: torch.device, steps: int, file: Path) -> torch.profiler.pro
 
     def write(profile: torch.profiler.profile) -> None:
         profile.export_chrome_trace(str(file))
-        print(f"trace of {steps} steps: {file}; https://ui.perfetto.dev opens it", file=sys.stderr, flush=True)
+        print(f"trace: {file}; https://ui.perfetto.dev opens it", file=sys.stderr, flush=True)
 
+    file.unlink(missing_ok=True)
     kinds = torch.profiler.ProfilerActivity
-    return torch.profiler.profile(
+    with torch.profiler.profile(
         activities=[kinds.CPU, *([kinds.CUDA] if device.type == "cuda" else [])],
         schedule=torch.profiler.schedule(wait=1, warmup=2, active=steps, repeat=1),
         on_trace_ready=write,
         profile_memory=True,
         record_shapes=True,
-    )
+    ) as profile:
+        yield profile
+    if not file.exists():
+        print("no trace: it begins with the fourth step, and fewer were left", file=sys.stderr, flush=True)

@@ -273,7 +273,7 @@ class Run:
         if not self.machine.profile_steps:
             return nullcontext()
         file = self.scratch.parent / f"trace-{self.processes.rank}.json.gz"
-        return devices.profiler(self.device, self.machine.profile_steps, file)
+        return devices.profiled(self.device, self.machine.profile_steps, file)
 
     def _save(self) -> None:
         """Write a checkpoint, unless a loss is not finite: then all processes stop together, at their next look."""

@@ -11,12 +11,11 @@ import pyarrow.parquet
 import yaml
 
 from pipeline.core import tracking
-from pipeline.core.dataset import ImageSet
+from pipeline.core.dataset import SPLITS, ImageSet
 from pipeline.core.params import Params
 
 REMAKE = "run `dvc repro`"
 STORED = ("prepare", "teacher", "cache")  # the stages whose outputs a version's tags name; dvc.lock names them all
-COUNTED = ("labelled", "unlabelled", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Student:
     @property
     def counts(self) -> dict[str, int]:
         """Images in each split."""
-        return {split: len(self.images.rows(split)) for split in COUNTED}
+        return {split: len(self.images.rows(split)) for split in SPLITS}
 
 
 def read(data: Path) -> Student:

@@ -5,6 +5,7 @@ import json
 import threading
 import zlib
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ class Journal:
         scratch: the folder where it lies.
         kind: of work; its file's name begins so.
         settings: of the work.
-        code: the source files that do it. The journal is named after them, the settings and Pillow's version; journals
+        code: the source files that do it. The journal is named after them, the settings and the versions of
+            Pillow and simplejpeg; journals
             of the same kind that depend on others are taken away, with what lies beside them under the same name.
     """
 
     def __init__(self, scratch: Path, kind: str, settings: list[Any], code: list[str]):
         sources = [Path(file).read_text() for file in code]
-        depends_on = json.dumps([PIL.__version__, settings, sources])
+        depends_on = json.dumps([PIL.__version__, version("simplejpeg"), settings, sources])
         self.path = scratch / f"{kind}-{hashlib.sha256(depends_on.encode()).hexdigest()[:16]}.jsonl"
         remove(scratch, kind, but=self.path.stem)
         self._file = self.path.open("a+b")

@@ -2,9 +2,9 @@
 
 Below, s and t are the student's and the teacher's probabilities (B, C), both at the temperature T: a loss takes the
 student's logits already divided by T, and the teacher's probabilities at T, whose sparse form
-`pipeline.core.softlabels.dense` spreads out on the student's device. (For SSLD's, KL and cross-entropy there are forms
-in the stored classes alone, where the rest is spread evenly; on a CPU they save half of the loss's time, nothing of a
-step's.) A loss is a mean over the batch; DIST's part within a class looks at the batch as a whole.
+`pipeline.core.softlabels.dense` spreads out on the student's device. (SSLD's, KL and cross-entropy could be computed
+from the stored classes alone, the rest being spread evenly: on a CPU that saves half of the loss's time, nothing of a
+step's, so it is not done.) A loss is a mean over the batch; DIST's part within a class looks at the batch as a whole.
 
 T squared stands in `weighted`, in one place for all: the gradients of soft targets scale as 1/T^2, so Hinton et al.
 (arXiv:1503.02531, section 2) multiply by T^2 to keep soft and hard targets in balance; DKD's and DIST's authors do too.

@@ -36,7 +36,7 @@ def draw(images: ImageSet, mined: Table, judged: Table, refused: np.ndarray, cou
             [Line([_pair(images, judged, at) for at in _some(copies, COPIES)])],
         ),
         Section(
-            "Not refused: the most alike of the rest",
+            "Not taken for copies: the most alike of the rest",
             "If these are copies, mine.copy_similarity is too high; if some of those above are none, it is too low.",
             [Line([_pair(images, judged, at) for at in others[:KEPT]])],
         ),

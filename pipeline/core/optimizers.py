@@ -22,7 +22,7 @@ def optimizer_of(part: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimiz
     Each group's `lr_multiplier` is that of its network stage; the classifier's is 1.
     """
     groups = []
-    for multiplier, weights in with_multipliers(part, recipe):
+    for multiplier, weights in multipliers_and_weights(part, recipe):
         decayed, others = [p for p in weights if p.ndim >= 2], [p for p in weights if p.ndim < 2]
         groups.append({"params": decayed, "weight_decay": recipe.weight_decay, "lr_multiplier": multiplier})
         groups.append({"params": others, "weight_decay": 0.0, "lr_multiplier": multiplier})
@@ -31,25 +31,28 @@ def optimizer_of(part: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
 
 
-def with_multipliers(part: nn.Module, recipe: TrainingRecipe) -> list[tuple[float, list[nn.Parameter]]]:
-    """Give the trained weights with their learning-rate multipliers, the classifier's first.
+def multipliers_and_weights(part: nn.Module, recipe: TrainingRecipe) -> list[tuple[float, list[nn.Parameter]]]:
+    """Give the learning-rate multipliers and the trained weights of each, the classifier's first.
 
     Five numbers, as PaddleClas' lr_mult_list: for the stem (a vd network's three convolutions), then for each of the
     four residual stages, norms and shortcuts included (ppcls/arch/backbone/legendary_models/resnet.py). timm says which
     weight is of which stage; networks of another family with five stages are cut in the same way.
 
     Raises:
-        ValueError: the network has another number of stages.
+        ValueError: the network has another number of stages, as most that are no ResNet's kin have.
     """
     multipliers = recipe.lr_multipliers if isinstance(recipe, StudentRecipe) else None
     if multipliers is None:
         return [(1.0, [p for p in part.parameters() if p.requires_grad])]
-    stage_of = group_parameters(part, part.group_matcher(coarse=True), reverse=True)
+    stage_of: dict[str, int] = {}
+    if hasattr(part, "group_matcher"):  # most of timm's networks
+        stage_of = group_parameters(part, part.group_matcher(coarse=True), reverse=True)
     count = len(set(stage_of.values()))
     if count != len(multipliers) + 1:
+        groups = f"{count - 1} groups" if stage_of else "no known groups"
         raise ValueError(
             f"lr_multipliers has {len(multipliers)} numbers, for a stem and four stages; {type(part).__name__} has "
-            f"{count - 1} groups of layers before its classifier: set it to null"
+            f"{groups} of layers before its classifier: set it to null"
         )
     weights: list[list[nn.Parameter]] = [[] for _ in range(count)]
     for name, p in part.named_parameters():

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -25,6 +34,14 @@ class Section(BaseModel):
     """A part of params.yaml: every key must be there, none else may be, and nothing changes afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_is_true(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic would take for 1 or 0."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"should not be {str(value).lower()}, for which YAML takes yes, no, on and off, too")
+        return value
 
 
 def _say_both(value: Any, look: Callable[[Any], Any]) -> Any:
@@ -84,10 +101,13 @@ class Prepare(Section):
     shard_mb: Count
 
     @model_validator(mode="after")
-    def _roots_and_quality_are_named(self) -> "Prepare":
+    def _it_can_be_done(self) -> "Prepare":
         for key in ("labelled_root", "unlabelled_root"):
             if getattr(self, key).startswith("~"):
                 raise ValueError(f"{key} begins with ~: write the path out, DVC takes ~ for a folder's name")
+        taken = {f"{part}_share": getattr(self, f"{part}_share") for part in ("val", "test") if not getattr(self, part)}
+        if sum(taken.values()) >= 1:
+            raise ValueError(f"{' and '.join(taken)} take all of train: together they must be below 1")
         if self.max_side is not None and self.jpeg_quality is None:
             raise ValueError("max_side needs jpeg_quality, 1 to 100: images are encoded anew; 90 is a usual one")
         return self
@@ -162,6 +182,11 @@ class Teacher(TrainingRecipe):
     def _it_fits_its_source(self) -> "Teacher":
         if self.source == "checkpoint" and not self.checkpoint:
             raise ValueError("source checkpoint needs teacher.checkpoint, the path of a file")
+        if self.source != "checkpoint" and self.checkpoint:
+            raise ValueError(
+                f"source {self.source} does not read the file that checkpoint names: set source to checkpoint, or "
+                "checkpoint to null"
+            )
         if self.source == "fit" and (self.mean or self.std):
             raise ValueError("mean and std are of a teacher trained elsewhere: set them to null to fit one here")
         return self
@@ -235,7 +260,7 @@ class Evaluate(Section):
 
 class Register(Section):
     name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")]  # MLflow takes more, but not everywhere the same
-    margin: NotNegative
+    margin: Share
 
 
 class Params(Section):
@@ -318,6 +343,10 @@ def with_changes(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
             changed[section][name] = value
         elif not name and section in changed and not isinstance(changed[section], dict):
             changed[section] = value
+        elif isinstance(changed.get(key), dict):
+            raise ValueError(
+                f"{key}: a section; name one of its keys: {', '.join(f'{key}.{name}' for name in changed[key])}"
+            )
         else:
             raise ValueError(f"{key}: unknown key{nearest(key, _known_keys(data))}")
     return changed
@@ -339,6 +368,8 @@ def _explain(error: dict[str, Any]) -> str:
     key = ".".join(place)
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key{nearest(key, _keys_beside(place))}"
+    if error["type"] == "missing" and place[-1].isdigit():
+        return f"{'.'.join(place[:-1])}: should be more numbers than {place[-1]}"
     if error["type"] == "missing":
         return f"{key}: missing; every key must be there"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")

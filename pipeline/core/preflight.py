@@ -4,9 +4,12 @@ No stage imports this, so a change here reruns nothing. Run: python -m pipeline.
 """
 
 import contextlib
+import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 from pipeline.core import atomic, params
@@ -46,8 +49,13 @@ def check_files(settings: Params, root: Path) -> None:
             raise ValueError(f"prepare.{key}: {path}: no such folder or archive")
     checkpoint = settings.teacher.checkpoint if settings.teacher.source == "checkpoint" else None
     for key, file in (("teacher.checkpoint", checkpoint), ("student.init", settings.student.init)):
-        if file and not (root / file).is_file():
+        if not file:
+            continue
+        if not (root / file).is_file():
             raise ValueError(f"{key}: {file}: no such file")
+        watched = f"data/weights/{key.partition('.')[0]}"
+        if not Path(os.path.abspath(root / file)).is_relative_to(os.path.abspath(root / watched)):
+            raise ValueError(f"{key}: {file}: not in {watched}, where DVC sees it change; move it there, or link it")
 
 
 def check_networks(settings: Params, root: Path) -> None:
@@ -59,7 +67,9 @@ def check_networks(settings: Params, root: Path) -> None:
     views, fixres = settings.views.resolution, settings.fixres.resolution
     wanted = {"teacher": [settings.teacher.model, views], "student": [settings.student.model, views, fixres]}
     multipliers = {name: getattr(settings, name).lr_multipliers for name in ("baseline", "distill", "finetune")}
-    asked = json.loads(json.dumps({**wanted, "lr_multipliers": multipliers}))
+    code = [file.read_text() for file in sorted((Path(__file__).parents[2] / "models").glob("*.py"))]
+    made_by = [version("timm"), hashlib.sha256("".join(code).encode()).hexdigest()]
+    asked = json.loads(json.dumps({**wanted, "lr_multipliers": multipliers, "made by": made_by}))
     with contextlib.suppress(OSError, ValueError):  # no note, or none that can be read
         if json.loads((root / NOTED).read_text()) == asked:
             return
@@ -77,7 +87,7 @@ def check_networks(settings: Params, root: Path) -> None:
     for name, numbers in multipliers.items():
         if numbers is not None:
             with _named(name):
-                optimizers.with_multipliers(built["student"].network, getattr(settings, name))
+                optimizers.multipliers_and_weights(built["student"].network, getattr(settings, name))
     with contextlib.suppress(OSError):  # another run writes its own: no matter
         atomic.write_json(root / NOTED, asked)
 

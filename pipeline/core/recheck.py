@@ -11,7 +11,7 @@ from pipeline.core.batches import Views, load
 from pipeline.core.networks import Classifier
 from pipeline.core.params import Params
 from pipeline.core.progress import Progress
-from pipeline.core.softlabels import SoftLabels, SparseLabels, dense
+from pipeline.core.softlabels import SoftLabels, dense
 
 TOLERANCE = 1e-3  # nats: other arithmetic may move a stored number by a step of its rounding
 
@@ -21,7 +21,7 @@ class Findings(NamedTuple):
 
     samples: np.ndarray  # (N,) uint64: ids
     replicas: np.ndarray  # (N,) int64
-    same: np.ndarray  # (N,) bool: the record would be the same bytes
+    same: np.ndarray  # (N,) bool: coded and decoded, the present answer is the stored one to the bit
     lost: np.ndarray  # (N,) KL(teacher now, stored), nats
     lost_by_coding: np.ndarray  # (N,) KL(teacher now, coded and decoded), nats
 
@@ -55,25 +55,14 @@ def recheck(
         batches = load(views, [(rows[part], replicas[part]) for part in parts], params.machine.workers, device)
         for part, batch in zip(parts, batches, strict=True):
             logits = teaching.answer(classifier, batch.pixels.to(device), params.teacher.precision).cpu()
-            stored = labels.read(teaching.keys(views.images, views, rows[part], replicas[part]))
-            now = coding.decode(coding.encode(logits))
-            own, ours = (dense(which, coding.num_classes) for which in (stored, now))
-            teacher = torch.softmax(logits.double(), 1)
-            found.append((_same(stored, now), _divergence(teacher, own), _divergence(teacher, ours)))
+            stored = labels.read(teaching.keys(views, rows[part], replicas[part]))
+            coded = coding.decode(coding.encode(logits))
+            stored, coded = (dense(which, coding.num_classes) for which in (stored, coded))
+            now = torch.softmax(logits.double(), 1)
+            found.append(((stored == coded).all(1).numpy(), _divergence(now, stored), _divergence(now, coded)))
             progress.update(len(batch.rows))
     columns = [np.concatenate(column) for column in zip(*found, strict=True)]
     return Findings(views.images.ids[rows], replicas, *columns)
-
-
-def _same(stored: SparseLabels, now: SparseLabels) -> np.ndarray:
-    edges = [np.cumsum(labels.counts)[:-1] for labels in (stored, now)]
-    parts = [
-        zip(np.split(labels.classes, at), np.split(labels.log_probabilities, at), labels.log_rest, strict=True)
-        for labels, at in zip((stored, now), edges, strict=True)
-    ]
-    return np.array(
-        [all(np.array_equal(a, b) for a, b in zip(one, other, strict=True)) for one, other in zip(*parts, strict=True)]
-    )
 
 
 def _divergence(expected: Tensor, found: Tensor) -> np.ndarray:

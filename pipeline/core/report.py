@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.core import charts, metrics
-from pipeline.core.dataset import ImageSet
+from pipeline.core.dataset import SPLITS, ImageSet
 
 TITLES = {  # in the order of the table
     "teacher": "Teacher",
@@ -34,7 +34,7 @@ NOTES = {
     "finetune": "then on the labelled images only",
     "fixres": "then at a larger resolution: the one that is registered",
 }
-STUDENT = "fixres"
+STUDENT = "fixres"  # the last stage's network is the student that is registered
 HIGHEST_IS_BEST = {"top1", "top5", "agreement", "speed"}
 LOWEST_IS_BEST = {"errors", "nll", "ece", "parameters", "macs"}
 CURVES = {"val_top1": ("validation top-1", "%"), "train_loss": ("training loss", "")}
@@ -85,7 +85,7 @@ def read_data(data: Path, images: ImageSet) -> dict[str, Any]:
             reasons = Counter(row["reason"] for row in csv.DictReader(handle))
     return {
         "digest": images.digest,
-        "splits": {split: len(images.rows(split)) for split in ("labelled", "unlabelled", "val", "test")},
+        "splits": {split: len(images.rows(split)) for split in SPLITS},
         "refused": sorted(reasons.items(), key=lambda item: (-item[1], item[0])),
         "mine": read_summary(data / "mine" / "summary.json"),
         "cache": read_summary(data / "cache" / "cache.json"),
@@ -140,7 +140,7 @@ def intervals(networks: dict[str, dict[str, Any]], total: int) -> dict[str, Any]
     ends = {name: metrics.interval(total - network["errors"], total) for name, network in networks.items()}
     marks = charts.ticks(min(low for low, _ in ends.values()), max(high for _, high in ends.values()), 6)
     marks = [mark for mark in marks if mark <= 1]
-    first, span = marks[0], max(1.0 if marks[-1] > 0.98 else marks[-1], ends["teacher"][1]) - marks[0]
+    first, span = marks[0], marks[-1] - marks[0]
 
     def place(value: float) -> float:
         return round(100 * (value - first) / span, 3)

@@ -164,8 +164,8 @@ def finish_first() -> Iterator[None]:
         came.append(signum)
 
     handled = signal.SIGINT, signal.SIGTERM
-    main = threading.current_thread() is threading.main_thread()  # signals are its alone
-    before = {signum: signal.getsignal(signum) for signum in handled if main}
+    on_main_thread = threading.current_thread() is threading.main_thread()  # no other may handle signals
+    before = {signum: signal.getsignal(signum) for signum in handled if on_main_thread}
     listened_to = {signum: handler for signum, handler in before.items() if callable(handler)}
     for signum in listened_to:
         signal.signal(signum, note)

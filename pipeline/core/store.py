@@ -1,12 +1,11 @@
 """MLflow's store: where it is, and how it is opened without breaking it.
 
 MLFLOW_TRACKING_URI names it; where that is not set, it is an SQLite file, `mlflow.db`, in the project's root, with the
-runs' files in `mlartifacts/` beside it. `python -m pipeline.core.store` makes it ready and prints its address.
+runs' files in `mlartifacts/` beside it.
 """
 
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -52,7 +51,7 @@ def connect(root: Path = Path(".")) -> "MlflowClient":
         os.environ.setdefault(name, value)
     if uri.startswith(SQLITE):
         _make_sqlite(uri)
-    if _is_server(uri):
+    if is_server(uri):
         _reach_server(uri)
     with speaking_plainly(uri):
         _reach_database(uri)
@@ -102,7 +101,7 @@ def speaking_plainly(uri: str) -> Iterator[None]:
         raise ValueError(f"MLflow at {shown(uri)}: {' '.join(words.split())[:500]}{hint}") from None
 
 
-def _is_server(uri: str) -> bool:
+def is_server(uri: str) -> bool:
     return re.match(r"https?://", uri) is not None
 
 
@@ -112,7 +111,7 @@ def _sqlite_file(uri: str) -> Path:
 
 def _artifacts(uri: str, root: Path) -> str | None:
     """Say where the runs' files go: beside a local store; a server has a place of its own."""
-    if _is_server(uri):
+    if is_server(uri):
         return None
     beside = _sqlite_file(uri).parent if uri.startswith(SQLITE) else Path(root).resolve()
     return (beside / "mlartifacts").as_uri()
@@ -161,10 +160,3 @@ def _reach_server(uri: str) -> None:
             f"no MLflow server answers at {shown(uri)} ({type(error).__name__}), which MLFLOW_TRACKING_URI names; "
             "start it, correct the address, or unset MLFLOW_TRACKING_URI to track into a file beside the project"
         ) from None
-
-
-if __name__ == "__main__":
-    try:
-        print(connect().tracking_uri)
-    except (ValueError, OSError) as problem:
-        sys.exit(f"store: error: {problem}")

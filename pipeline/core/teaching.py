@@ -33,9 +33,9 @@ def answer(classifier: Classifier, pixels: Tensor, precision: str) -> Tensor:
         return classifier(pixels).float()
 
 
-def keys(images: ImageSet, views: Views, rows: np.ndarray, replicas: np.ndarray) -> np.ndarray:
+def keys(views: Views, rows: np.ndarray, replicas: np.ndarray) -> np.ndarray:
     """Give the keys (N,) uint64 of views in the cache; nothing is rendered."""
-    return make_keys(images.ids[rows], replicas, views.partner_ids(rows, replicas))
+    return make_keys(views.images.ids[rows], replicas, views.partner_ids(rows, replicas))
 
 
 def open_labels(params: Params, card: dict, folder: Path = Path("data/cache")) -> SoftLabels:

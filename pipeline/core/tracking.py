@@ -15,7 +15,10 @@ from pipeline.core import atomic, store
 if TYPE_CHECKING:  # mlflow takes seconds to import: what does not track must not wait for it
     from mlflow import MlflowClient
 
-CODE = ["pipeline", "models", "params.yaml", "dvc.yaml"]  # what a commit has to hold for a run to be repeated
+# what a commit has to hold for a run to be repeated
+REPEATABLE_BY = [
+    *("pipeline", "models", "params.yaml", "dvc.yaml", "requirements.txt", ".dvc/config", ":(glob)**/*.dvc")
+]
 FLOW_RUN = "SSLD_FLOW_RUN"  # the variable that names the flow run which a stage belongs to
 BATCH = 100  # parameters that MLflow takes in one request
 
@@ -134,8 +137,8 @@ def flatten(params: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def git_tags(root: Path = Path(".")) -> dict[str, str]:
-    """Name the commit, and whether the code differs from it; nothing where there is no commit."""
-    commit, changed = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "--", *CODE)
+    """Name the commit, and whether code, settings, packages or images differ from it; nothing without a commit."""
+    commit, changed = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "--", *REPEATABLE_BY)
     if commit is None:
         return {}
     # `mlflow.source.git.commit` is the name that MLflow's pages look for.

@@ -36,7 +36,7 @@ EIGHT_NUMBERS = struct.Struct(">8Q")
 class ViewSpec:
     """What views may look like; params.yaml's `views` section explains the fields.
 
-    Two specifications with one digest give the same pixels for the same (sample, replica).
+    Two specifications with one digest give the same pixels for the same (sample, replica), mixed with the same partner.
     """
 
     seed: int

@@ -29,6 +29,8 @@ import numpy as np
 import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from pipeline.core import atomic, dvc, params
 from pipeline.core.params import Params
@@ -93,16 +95,20 @@ def name(changes: dict[str, Any]) -> str:
 
 
 def keep_results(folder: Path, root: Path, run: str, scored: bool) -> Path:
-    """Copy what a run is remembered by from its workspace to the user's tree; give the folder.
+    """Copy what a run is remembered by from its workspace to the user's tree, in place of a former run's of that name.
+
+    Returns:
+        the folder.
 
     Args:
         scored: the run brought the scores up to date; else those in its workspace are of another one.
     """
-    kept = root / SCRATCH / "runs" / run
-    kept.mkdir(parents=True, exist_ok=True)
-    for result in (*SETTINGS, *(SCORES if scored else ())):
-        if (folder / result).exists():
-            shutil.copy2(folder / result, kept)
+    kept = root / SCRATCH / "runs" / run.replace("/", "-").lstrip(".")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.replacing_folder(kept) as beside:
+        for result in (*SETTINGS, *(SCORES if scored else ())):
+            if (folder / result).exists():
+                shutil.copy2(folder / result, beside)
     return kept
 
 
@@ -158,7 +164,8 @@ def copy_tree(root: Path, folder: Path, keep: tuple[str, ...] = ()) -> None:
 def write_params(root: Path, folder: Path, changes: dict[str, Any]) -> None:
     """Write the tree's params.yaml with the changes into a workspace; comments stay."""
     text = YAML()
-    text.width = 4096
+    text.width, text.preserve_quotes = 4096, True
+    text.representer.add_representer(str, _text)
     text.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     text.representer.add_representer(float, lambda to, it: to.represent_scalar("tag:yaml.org,2002:float", _decimal(it)))
     document, wanted = text.load((root / "params.yaml").read_text()), _changed(root, changes)
@@ -228,6 +235,15 @@ def _on_one_line(values: list[Any] | dict[str, Any]) -> CommentedSeq | Commented
 def _decimal(value: float) -> str:
     """Write a number without an exponent: PyYAML reads 7e-05 as text."""
     return np.format_float_positional(value, trim="0")
+
+
+def _text(to: RoundTripRepresenter, value: str) -> ScalarNode:
+    """Write a text; in quotes where PyYAML would read something else: yes and 1:30 are no texts to it."""
+    try:
+        read = yaml.safe_load(value)
+    except yaml.YAMLError:
+        read = None
+    return to.represent_scalar("tag:yaml.org,2002:str", value, style=None if read == value else "'")
 
 
 def _texts(value: Any) -> list[str]:

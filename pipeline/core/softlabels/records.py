@@ -41,9 +41,9 @@ class Coding:
     """How distributions become records.
 
     Args:
-        num_classes: C, of the teacher.
+        num_classes: C, of the teacher, at most 2^24.
         top_k: most classes of a record, at most 255.
-        min_probability: a class below it is not stored, unless it is the most probable one.
+        min_probability: a class below it is not stored, unless it is the most probable one; 0 to 1.
         bits: of a stored log-probability, 2 to 16.
 
     Raises:
@@ -58,6 +58,8 @@ class Coding:
     def __post_init__(self) -> None:
         if not (1 <= self.top_k <= MOST_CLASSES and 2 <= self.bits <= 16 and 1 <= self.num_classes <= 2**24):
             raise ValueError(f"no record holds {self.top_k} of {self.num_classes} classes in {self.bits} bits each")
+        if not 0 <= self.min_probability <= 1:
+            raise ValueError(f"{self.min_probability}, the least probability to be stored, is not from 0 to 1")
 
     @cached_property
     def _layout(self) -> np.ndarray:

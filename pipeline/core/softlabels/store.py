@@ -257,7 +257,10 @@ def read_description(folder: Path) -> Description:
     """
     content = read_summary(folder)
     if content["format"] != FORMAT_VERSION:
-        raise ValueError(f"{folder}: in version {content['format']} of the format, not {FORMAT_VERSION}; {MEND}")
+        raise ValueError(
+            f"{folder}: in version {content['format']} of the format, not {FORMAT_VERSION}; `dvc repro cache` asks the "
+            "teacher about all views anew"
+        )
     return Description(**{field.name: content[field.name] for field in dataclasses.fields(Description)})
 
 

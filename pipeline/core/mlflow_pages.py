@@ -1,0 +1,44 @@
+"""Show MLflow's pages, where the registry is to be browsed: `make ui`.
+
+    python -m pipeline.core.mlflow_pages               on http://127.0.0.1:5000, for this machine alone
+    python -m pipeline.core.mlflow_pages --port 5001
+
+Where MLFLOW_TRACKING_URI names a server, that has pages of its own, and their address is printed.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from pipeline.core import params, store
+
+
+def main() -> None:
+    """Become MLflow's server."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.core.mlflow_pages",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--port", type=int, default=5000, help="default: 5000")
+    port = parser.parse_args().port
+    try:
+        name, uri = params.load().register_.name, store.connect().tracking_uri
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    address = store.shown(uri).rstrip("/") if store.is_server(uri) else f"http://127.0.0.1:{port}"
+    print(f"The student's versions: {address}/#/models/{name}", flush=True)
+    if store.is_server(uri):
+        return
+    print("Ctrl-C stops it.", flush=True)
+    os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    os.environ |= {"PYTHONWARNINGS": "ignore"}
+    mlflow = str(Path(sys.executable).with_name("mlflow"))
+    where = ["--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", uri]
+    how = ["--workers", "1", "--uvicorn-opts", "--log-level warning", "--artifacts-destination", "mlartifacts"]
+    os.execv(mlflow, [mlflow, "ui", *where, *how])
+
+
+if __name__ == "__main__":
+    main()
