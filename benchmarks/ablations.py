@@ -86,11 +86,11 @@ def main() -> None:
     parser.add_argument("--finished", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     small = arguments.folder.resolve() / f"{RECIPE}.zip"
-    if not small.exists():
+    if not small.exists() and not arguments.finished:
         write_subset(arguments.archive, small)
     changes = recipes.changes(RECIPE) | {"prepare.labelled_root": str(small), "prepare.unlabelled_root": str(small)}
     settings = params.check(params.with_changes(yaml.safe_load(Path("params.yaml").read_text()), changes))
-    if not WEIGHTS.exists():
+    if not WEIGHTS.exists() and not arguments.finished:
         fit_teacher(settings, arguments.folder / "teacher")
     changes |= {"teacher.source": "checkpoint", "teacher.checkpoint": str(WEIGHTS)}
     others = arguments.seeds if arguments.ablated_seeds is None else arguments.ablated_seeds

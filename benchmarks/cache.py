@@ -4,6 +4,7 @@
     python benchmarks/cache.py large                  opening and reading a cache of 5 million views
     python benchmarks/cache.py write --project DIR    writing, against the teacher's bare forward passes
     python benchmarks/cache.py epoch --project DIR    an epoch from the cache, against plain training and online
+    python benchmarks/cache.py loss --project DIR     a step's loss from the cache, against that with the teacher asked
     python benchmarks/cache.py peers --project DIR    the same answers in TinyViT's format, and a dense file a view
 
 A project's folder is one in which `dvc repro cache` has run; nothing in it is changed.
@@ -31,7 +32,7 @@ from machine import against, machine, own_memory, silence, take_turns
 from records import made_logits
 
 from pipeline import cache
-from pipeline.core import devices, distillation, engine, mined, networks, optimizers, params, teaching, training
+from pipeline.core import devices, distillation, engine, losses, mined, networks, optimizers, params, teaching, training
 from pipeline.core.batches import TrainingOrder, Views, load
 from pipeline.core.dataset import ImageSet
 from pipeline.core.softlabels import Description, SoftLabels, dense, finish, shards
@@ -253,6 +254,36 @@ def epoch(arguments: argparse.Namespace) -> None:
     show(seconds, order.batch_size, "images/s")
 
 
+def loss(arguments: argparse.Namespace) -> None:
+    """SSLD's loss on an epoch's batches, of a new student and of the distilled one: what the records' rounding does."""
+    project = Project(arguments)
+    stored, asked = (
+        distillation.open_teacher(project.params, project.images, online, project.device)[0] for online in (False, True)
+    )
+    new = networks.build(project.params.student.model, len(project.images.classes), 0).to(project.device).eval()
+    students = {"a new one": new, "the distilled one": networks.load(Path("data/distill"), project.device)[0]}
+    order = project.order()
+    header(
+        "student", "temperature", "steps", "loss with the teacher asked, mean", "cached less asked: mean; most, a step"
+    )
+    for name, student in students.items():
+        for temperature in (1.0, 4.0):
+            found = []
+            batches = load(project.views, order.batches(0, order.steps_per_epoch), 0, project.device)
+            for batch in batches:
+                logits = student(batch.to(project.device).pixels).float()
+                found.append(
+                    [
+                        losses.weighted({"ssld": 1.0}, logits, teach(batch, temperature), temperature).item()
+                        for teach in (asked, stored)
+                    ]
+                )
+            (with_teacher, cached) = np.array(found).T
+            apart = cached - with_teacher
+            row(name, temperature, len(found), f"{with_teacher.mean():.4f}",
+                f"{apart.mean():+.1e}; {np.abs(apart).max():.1e}")  # fmt: skip
+
+
 def peers(arguments: argparse.Namespace) -> None:
     """The same answers in other formats: time to write, size, time to read an epoch in random order."""
     project, count = Project(arguments), arguments.views or 2048
@@ -389,7 +420,7 @@ def show(seconds: dict[str, list[float]], count: int, unit: str) -> None:
         row(name, f"{count / np.median(taken):,.1f}", against(taken, first), len(taken))
 
 
-COMMANDS = {"read": read, "large": large, "write": write, "epoch": epoch, "peers": peers}
+COMMANDS = {"read": read, "large": large, "write": write, "epoch": epoch, "loss": loss, "peers": peers}
 
 if __name__ == "__main__":
     main()

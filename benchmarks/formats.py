@@ -55,6 +55,6 @@ def fetch_files(folder: Path, description: Description, keys: np.ndarray, order:
 
 FORMATS = {
     "this project's": (store_ours, fetch_ours),
-    "TinyViT's, k = 100": (store_tinyvit, fetch_tinyvit),
+    "TinyViT's, k = 100 at most": (store_tinyvit, fetch_tinyvit),
     "a dense file a view, as torchdistill's": (store_files, fetch_files),
 }

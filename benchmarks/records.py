@@ -2,6 +2,7 @@
 
     python benchmarks/records.py                        1,000-class answers, made as said below
     python benchmarks/records.py --smooth               the same of a teacher trained with label smoothing
+    python benchmarks/records.py --temperature 4        the same as a loss at this temperature sees it
     python benchmarks/records.py --project . ../other   also answers of data/teacher about views of data/prepare there
     python benchmarks/records.py --plot docs/records.png
 
@@ -40,8 +41,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-class Measured(NamedTuple):
+class Record(NamedTuple):
     """One way to store answers."""
+
+    kind: str
+    setting: str
+    size: float  # bytes a record, mean
+    stored: Tensor  # (B, C) what can be read from it
+
+
+class Measured(NamedTuple):
+    """What one way to store answers costs and loses."""
 
     kind: str
     setting: str
@@ -57,17 +67,19 @@ def main() -> None:
     parser.add_argument(
         "--project", type=Path, nargs="+", default=[], help="also the answers of these projects' teachers"
     )
+    parser.add_argument("--temperature", type=float, default=1.0, help="compare what a loss at it sees (default: 1)")
     parser.add_argument("--plot", type=Path, help="draw the tables as a PNG file")
     arguments = parser.parse_args()
-    tables = {"made answers": compare("made answers", made_logits(arguments.views, arguments.smooth))}
+    made = made_logits(arguments.views, arguments.smooth)
+    tables = {"made answers": compare("made answers", made, arguments.temperature)}
     for project in arguments.project:
         name = project.resolve().name
-        tables[name] = compare(name, real_logits(project, arguments.views))
+        tables[name] = compare(name, real_logits(project, arguments.views), arguments.temperature)
     if arguments.plot:
         plot(tables, arguments.plot)
 
 
-def compare(name: str, logits: Tensor) -> list[Measured]:
+def compare(name: str, logits: Tensor, temperature: float) -> list[Measured]:
     """Print and give the table of all records of some answers (B, C)."""
     teacher = torch.softmax(logits.double(), 1)
     beyond = 1 - teacher.topk(min(10, logits.shape[1])).values.sum(1).mean()
@@ -77,7 +89,8 @@ def compare(name: str, logits: Tensor) -> list[Measured]:
     )
     print("| record | setting | bytes | KL(dense, stored) | KL(stored, dense) |\n|---|---|---|---|---|")
     table = []
-    for measured in [*others(teacher), *ours(logits, teacher)]:
+    for record in [*others(teacher), *ours(logits)]:
+        measured = measure(record, teacher, temperature)
         table.append(measured)
         print(
             f"| {measured.kind} | {measured.setting} | {measured.size:.1f} | {measured.lost:.2e} | "
@@ -131,7 +144,7 @@ def real_logits(project: Path, count: int) -> Tensor:
     return torch.cat(answers)
 
 
-def others(teacher: Tensor) -> Iterator[Measured]:
+def others(teacher: Tensor) -> Iterator[Record]:
     """TinyViT's record and FKD's."""
     values, order = teacher.sort(1, descending=True)
     for kind, k, size in [
@@ -142,10 +155,10 @@ def others(teacher: Tensor) -> Iterator[Measured]:
             top = values[:, :k].half().double()
             each = (1 - top.sum(1, keepdim=True)).clamp(min=0) / max(1, teacher.shape[1] - k)
             stored = each.repeat(1, teacher.shape[1]).scatter(1, order[:, :k], top)
-            yield measure(kind, f"k = {k}", size, teacher, stored)
+            yield Record(kind, f"k = {k}", size, stored)
 
 
-def ours(logits: Tensor, teacher: Tensor) -> Iterator[Measured]:
+def ours(logits: Tensor) -> Iterator[Record]:
     """This project's record: with a fixed number of classes, and with those above a probability."""
     classes = logits.shape[1]
     fixed = [("fixed number", Coding(classes, k, 0, 5), f"k = {k}, 5 bits") for k in (10, 32, 64, 100) if k < classes]
@@ -157,14 +170,16 @@ def ours(logits: Tensor, teacher: Tensor) -> Iterator[Measured]:
     for kind, coding, setting in fixed + by_probability:
         records = coding.encode(logits)
         stored = dense(coding.decode(records), classes).double()
-        yield measure(f"ours, {kind}", setting, len(records.content) / len(logits), teacher, stored)
+        yield Record(f"ours, {kind}", setting, len(records.content) / len(logits), stored)
 
 
-def measure(kind: str, setting: str, size: float, teacher: Tensor, stored: Tensor) -> Measured:
-    """Compare what is stored with what the teacher said."""
-    stored = (stored / stored.sum(1, keepdim=True)).clamp(min=1e-12)
-    ratio = teacher.clamp(min=1e-12).log() - stored.log()
-    return Measured(kind, setting, size, (teacher * ratio).sum(1).mean().item(), -(stored * ratio).sum(1).mean().item())
+def measure(record: Record, teacher: Tensor, temperature: float) -> Measured:
+    """Compare what is stored with what the teacher said, both at a temperature."""
+    stored = (record.stored / record.stored.sum(1, keepdim=True)).clamp(min=1e-12)  # some keep nothing of the rest
+    expected, stored = (torch.softmax(each.log() / temperature, 1) for each in (teacher.clamp(min=1e-300), stored))
+    ratio = expected.clamp(min=1e-300).log() - stored.log()
+    lost, lost_back = (expected * ratio).sum(1).mean().item(), -(stored * ratio).sum(1).mean().item()
+    return Measured(record.kind, record.setting, record.size, lost, lost_back)
 
 
 def plot(tables: dict[str, list[Measured]], path: Path) -> None:

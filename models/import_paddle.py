@@ -171,6 +171,8 @@ def import_file(file: Path, model: str, output: Path) -> str:
         others = fitting(arrays, classes)
         hint = f"; it fits {', '.join(others)}" if others else ""
         raise ValueError(f"{file}: not the weights of {model}: it {error}{hint}") from None
+    if broken := [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]:
+        raise ValueError(f"{file}: {broken[0]} has values that are not finite, and so have {len(broken) - 1} others")
     with file.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     with atomic.replacing(output) as beside:  # one entry of metadata: the order of several is not always the same

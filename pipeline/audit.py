@@ -77,7 +77,10 @@ def report(findings: Findings) -> str:
         sample, replica = findings.samples[at], findings.replicas[at]
         lines.append(f"audit: wrong: sample {sample:016x}, replica {replica}: {findings.lost[at]:.2e} nats")
     if len(bad):
-        lines.append(f"audit: {len(bad):,} views are wrong: remove data/cache and run `dvc repro cache`")
+        lines.append(
+            f"audit: {len(bad):,} views are wrong: `dvc repro --force --single-item cache` mends damage; where it says "
+            "that the teacher answers otherwise, remove data/cache first"
+        )
     return "\n".join(lines)
 
 

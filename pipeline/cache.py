@@ -33,7 +33,7 @@ from pipeline.core.views import ViewSpec
 
 FOLDER = Path("data/cache")
 RECHECKED = 64  # stored views that each run asks the teacher about again
-PENDING = 4  # batches whose answers wait to be packed while the teacher goes on
+PENDING = 4  # batches and shards that wait to be packed and written while the teacher goes on
 
 
 class Wanted(NamedTuple):
@@ -236,7 +236,7 @@ def write_missing(
                 logits = teaching.answer(classifier, pixels, params.teacher.precision)
                 packed.append(background.submit(description.coding.encode, logits))
                 waiting.append(packed[-1])
-                if len(waiting) > PENDING:
+                while len(waiting) > PENDING:
                     waiting.popleft().result()
                 progress.update(len(batch.rows))
             waiting.append(background.submit(_write, description, wanted.keys[part], packed))

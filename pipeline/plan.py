@@ -83,7 +83,11 @@ def network(name: str, classes: int) -> nn.Module:
 
 
 def work(settings: Params, counts: Counts) -> list[Work]:
-    """List what the stages do that cost; mining, evaluation and validation cost next to nothing beside them."""
+    """List what the stages do that cost.
+
+    Left out are evaluation and validation, next to nothing beside it, and mining's comparison of the pool with
+    validation and test images, which `benchmarks/mining.py --time` measures.
+    """
     teacher, student = (network(part.model, counts.classes) for part in (settings.teacher, settings.student))
     resolution, larger = settings.views.resolution, settings.fixres.resolution
     asks, answers = (2 * models.macs(it, resolution) for it in (teacher, student))
@@ -256,7 +260,7 @@ def main() -> None:
     parser.add_argument("--student-rate", type=float, metavar="N", help="images/s that the student trains on, measured")
     arguments = parser.parse_args()
     for option in ("tflops", "teacher_rate", "student_rate"):
-        if (getattr(arguments, option) or 1) <= 0:
+        if (given := getattr(arguments, option)) is not None and given <= 0:
             parser.error(f"--{option.replace('_', '-')} is a number above 0")
     try:
         print(report(*read(arguments.name), arguments))

@@ -11,6 +11,7 @@ its own, so that it does not matter which recipe was applied before; what no rec
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,7 +105,7 @@ def main() -> None:
         if arguments.command == "apply":
             changed = apply(arguments.name)
             for key, (old, new) in changed.items():
-                print(f"{key}: {old} -> {new}")
+                print(f"{key}: {json.dumps(old)} -> {json.dumps(new)}")
             print(f"params.yaml is set to {arguments.name}: {len(changed)} keys changed")
         else:
             for name in names():

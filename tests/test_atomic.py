@@ -1,5 +1,6 @@
 """Files that are whole or not there."""
 
+import errno
 import os
 
 import pytest
@@ -60,3 +61,19 @@ def test_ctrl_c_between_the_two_renames_leaves_the_old_folder(tmp_path, monkeypa
         (beside / "new").write_text("new")
     assert [file.name for file in path.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_with_the_files_name_and_what_was_there_stays(tmp_path):
+    file = tmp_path / "labels.sl"
+    file.write_text("before")
+    with pytest.raises(OSError, match=rf"No space left on device: '{file}'"), atomic.replacing(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write says it
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.sl"]
+    assert file.read_text() == "before"
+
+
+def test_others_may_read_what_a_library_kept_to_itself(tmp_path):
+    file = tmp_path / "weights"
+    with atomic.replacing(file) as beside:
+        beside.touch(0o600)
+    assert file.stat().st_mode & 0o777 == 0o666 & ~atomic.UMASK

@@ -136,3 +136,12 @@ def test_a_record_that_cannot_be_is_refused():
         with pytest.raises(ValueError, match="not finite"):
             coding.encode(torch.full((1, 1000), wrong))
     assert len(coding.decode(Records(np.zeros(0, np.uint8), np.zeros(0, np.uint8))).counts) == 0
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_a_temperature_divides_the_logarithms_of_the_rest_too(temperature):
+    coding = Coding(1000, 255, 1e-2, 5)
+    labels = coding.decode(coding.encode(some_logits(20, 1000)))
+    assert np.exp(labels.log_rest).max() > 0.1
+    wanted = torch.softmax(dense(labels, 1000).double().log() / temperature, 1)
+    assert torch.allclose(dense(labels, 1000, temperature).double(), wanted, rtol=1e-4, atol=1e-9)

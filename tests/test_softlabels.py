@@ -142,9 +142,23 @@ def test_positions_of_eight_bytes_are_read(cache):
     shards_of_it = SoftLabels(folder, DESCRIPTION).shards
     positions = SoftLabels(folder, DESCRIPTION).find(np.sort(keys))
     header = {"fingerprint": DESCRIPTION.fingerprint, "views": 30, "positions": "<u8"}
-    header["shards"] = [shard.path.name for shard in shards_of_it]
+    header["shards"] = {shard.path.name: shard.checksum for shard in shards_of_it}
     sealed.write(folder / index.NAME, index.MAGIC, header, [np.sort(keys), positions.astype("<u8")])
     assert same(SoftLabels(folder, DESCRIPTION).read(keys), records)
+
+
+def test_a_whole_shard_in_anothers_place_is_found(cache):
+    folder, keys, _ = cache
+    files = [shard.path for shard in SoftLabels(folder, DESCRIPTION).shards]
+    contents = [file.read_bytes() for file in files]
+    for places in ([1, 0, *range(2, len(files))], [0, 0, *range(2, len(files))]):  # swapped; a copy
+        for file, place in zip(files, places, strict=True):
+            file.write_bytes(contents[place])
+        with pytest.raises(ValueError, match=r"labels-\w+.sl: damaged, or another shard in its place; `dvc repro"):
+            SoftLabels(folder, DESCRIPTION)
+    for file, content in zip(files, contents, strict=True):
+        file.write_bytes(content)
+    assert len(SoftLabels(folder, DESCRIPTION).read(keys).counts) == len(keys)
 
 
 @pytest.mark.parametrize("looked_up", [1, 4, 100])

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+UMASK = os.umask(0o22)
+os.umask(UMASK)  # which can be read in no other way
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -21,9 +24,14 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.part")  # always this name: what a killed run left is written over
     try:
         yield beside
+        os.chmod(beside, 0o666 & ~UMASK)  # a library may have kept it from all others, as for a temporary file
         flush(beside)
         os.replace(beside, path)
         flush(path.parent)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # of a write, which knows no name
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         beside.unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ TILES = 6  # of a class: the first and the last that it took, so many of each
 COPIES, KEPT, REFUSED = 24, 12, 24  # pairs of near-copies and of the most alike of the rest; images for a reason
 
 Table = dict[str, np.ndarray]
+WORTH = "Below: the teacher's score, times how much the image is like those with labels (1: not asked), which rank it."
 
 
 def draw(images: ImageSet, mined: Table, judged: Table, refused: np.ndarray, counts: list[ClassCount]) -> Image.Image:
@@ -45,7 +46,7 @@ def draw(images: ImageSet, mined: Table, judged: Table, refused: np.ndarray, cou
         found = np.flatnonzero(refused & (judged["reason"] == reason))
         found = found[np.argsort(-judged["score"][found], kind="stable")]
         tiles = [_scored(images, judged, at, counts) for at in _some(found, REFUSED)]
-        note = "The most probable class and the teacher's score for it, the highest first."
+        note = f"{WORTH} The class is the most probable one; the highest score first."
         sections.append(Section(f"Refused: {reason} ({len(found):,})", note, [Line(tiles)]))
     title = f"Mining: {len(np.unique(mined['id'])):,} of {len(judged['id']):,} pool images taken"
     return sheet.draw(images.image, title, [each for each in sections if any(line.tiles for line in each.lines)])
@@ -60,14 +61,14 @@ def _classes(images: ImageSet, mined: Table, counts: list[ClassCount]) -> Sectio
         order = of_class[np.lexsort((mined["id"][of_class], -worth))]
         split = min(TILES, -(-len(order) // 2))
         first, last = (
-            [Tile(_rows(images, mined["id"][at]), (f"{mined['score'][at]:.4f}",)) for at in part]
+            [Tile(_rows(images, mined["id"][at]), _worth(mined, at)) for at in part]
             for part in (order[:split], order[max(split, len(order) - TILES) :])
         )
         tiles = [*first, Tile((), ()), *last]
         note = f"{counts[number].mined:,} of {counts[number].wanted:,}"
         lines.append(Line(tiles, counts[number].name, note))
     which = f"{len(lines)} of {len(counts):,} classes" if len(lines) < len(counts) else "each class"
-    note = f"For {which}: the first {TILES} images that it took and the last {TILES}, with the teacher's score."
+    note = f"For {which}: the first {TILES} images that it took and the last {TILES}. {WORTH}"
     return Section("Mined", note, lines)
 
 
@@ -77,7 +78,11 @@ def _pair(images: ImageSet, judged: Table, at: int) -> Tile:
 
 
 def _scored(images: ImageSet, judged: Table, at: int, counts: list[ClassCount]) -> Tile:
-    return Tile(_rows(images, judged["id"][at]), (f"{judged['score'][at]:.4f}", counts[judged["class"][at]].name))
+    return Tile(_rows(images, judged["id"][at]), (*_worth(judged, at), counts[judged["class"][at]].name))
+
+
+def _worth(table: Table, at: int) -> tuple[str, str]:
+    return f"{table['score'][at]:.4f}", f"× {np.exp(table['likeness'][at]):.3g}"
 
 
 def _rows(images: ImageSet, *ids: int) -> tuple[int, ...]:

@@ -36,13 +36,14 @@ def describe(folder: Path, summary: dict[str, Any]) -> str:
     """Say for people what `cache.json` says."""
     teacher, views = summary["teacher"], summary["views"]
     stored, wanted = summary["stored_views"], summary["wanted_views"]
-    others = f", {stored - wanted:,} of them not asked for by the last run" if stored > wanted else ""
+    others = f", and {stored - wanted:,} others" if stored > wanted else ""
     coding = f"at most {summary['top_k']} classes from {summary['min_probability']:g} on, {summary['bits']} bits each"
     lines = {
         "folder": f"{folder}, format {summary['format']}, fingerprint {summary['fingerprint'][:16]}",
         "teacher": f"{teacher['model']}, {summary['num_classes']:,} classes, weights {teacher['digest'][:16]}",
         "views": ", ".join(f"{key} {value}" for key, value in views.items()),
-        "stored": f"{stored:,} views in {summary['shards']:,} shards{others}",
+        "stored": f"{stored:,} views in {summary['shards']:,} shards",
+        "coverage": f"all {wanted:,} that the last run asked for{others}",
         "coding": coding,
         "bytes": f"{summary['bytes']:,}, {summary['bytes_per_view']} a view with its key and its place in the index",
         "checksums": "all hold",

@@ -17,7 +17,7 @@ class Index:
     """The index of a folder's shards, mapped into memory.
 
     Attributes:
-        shards: file names of the shards, in the order in which positions count their views.
+        shards: file names of the shards, in the order in which positions count their views, and each one's checksum.
 
     Raises:
         ValueError: the file is missing, damaged, or of another fingerprint; it is named.
@@ -29,7 +29,9 @@ class Index:
         content = sealed.open_checked(path)
         if header["fingerprint"] != fingerprint:
             raise ValueError(f"{path}: of another teacher, of other views or of another coding")
-        self.shards: list[str] = header["shards"]
+        self.shards: dict[str, str] = header["shards"]
+        if not isinstance(self.shards, dict):
+            raise ValueError(f"{path}: made by an older version")
         positions_at = start + keys.KEY.itemsize * header["views"]
         self._keys = content[start:positions_at].view(keys.KEY)
         self._positions = content[positions_at:].view(header["positions"])
@@ -57,8 +59,8 @@ def write(folder: Path, fingerprint: str, shards: list[Shard]) -> None:
     """
     count = sum(shard.views for shard in shards)
     dtype = np.dtype("<u4" if count < 2**32 else "<u8")
-    names = [shard.path.name for shard in shards]
-    header = {"fingerprint": fingerprint, "views": count, "positions": dtype.str, "shards": names}
+    named = {shard.path.name: shard.checksum for shard in shards}
+    header = {"fingerprint": fingerprint, "views": count, "positions": dtype.str, "shards": named}
     with tempfile.TemporaryFile(dir=folder) as beside:
         sealed.write(folder / NAME, MAGIC, header, _keys_and_positions(shards, dtype, beside))
 

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,13 @@ def read_header(path: Path, magic: bytes) -> tuple[dict[str, Any], int]:
         raise ValueError(f"{path}: its header is damaged") from None
     length = len(start) + len(text)
     return header, length + (-length % ALIGNMENT)
+
+
+def read_checksum(path: Path) -> str:
+    """Read the checksum that stands at a file's end, in hex; it is not compared with anything."""
+    with path.open("rb") as file:
+        file.seek(-CHECKSUM_BYTES, os.SEEK_END)
+        return file.read().hex()
 
 
 def open_checked(path: Path) -> np.ndarray:

@@ -39,6 +39,7 @@ class Shard:
 
     Attributes:
         views: how many records it holds.
+        checksum: what the file says of its bytes, in hex.
 
     Raises:
         ValueError: the file is not a shard, is truncated, or is of another cache; it names the file.
@@ -58,6 +59,7 @@ class Shard:
         size = self._records_at + record_bytes + sealed.CHECKSUM_BYTES
         if path.stat().st_size != size:
             raise ValueError(f"{path}: {path.stat().st_size} bytes instead of {size}")
+        self.checksum = sealed.read_checksum(path)
 
     def keys(self, checked: bool = True) -> np.ndarray:
         """Read the keys (views,).

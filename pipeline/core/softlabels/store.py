@@ -74,6 +74,9 @@ class SoftLabels:
             self._index = self._open_index()
             files = [self.folder / name for name in self._index.shards]
             self.shards = [shards.Shard(file, self._fingerprint, self.coding) for file in files]
+            for shard in self.shards:
+                if shard.checksum != self._index.shards[shard.path.name]:
+                    raise ValueError(f"{shard.path}: damaged, or another shard in its place")
         except ValueError as error:
             raise ValueError(f"{error}; {MEND}") from None
         self._starts = np.cumsum([0] + [shard.views for shard in self.shards])
@@ -242,7 +245,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
         checksum = content.pop("checksum")
     except FileNotFoundError:
         raise ValueError(f"{folder}: no finished cache of soft labels here; run `dvc repro cache`") from None
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{path}: damaged; {MEND}") from None
     if checksum != _checksum(content):
         raise ValueError(f"{path}: damaged; {MEND}")
