@@ -1,15 +1,19 @@
 """Scores: the teacher's answer on one clean view of each pool image, and of each validation and test image.
 
 Reads data/prepare and data/teacher. Writes data/score: ids.npy (N,) uint64, logits.npy (N, C) float32, embeddings.npy
-(N, D) float16 and thumbnails.npy (N, 32, 32) uint8, row by row the same images, those of the pool first. Thumbnails are
-made here because decoding is what takes the time. Run: python -m pipeline.score
+(N, D) float16 and thumbnails.npy (N, 32, 32) uint8, row by row the same images, those of the pool first; answers.json
+says whose answers they are. What is there already and still holds is not asked again, so a grown pool costs what is
+new. Thumbnails are made here because decoding is what takes the time. Run: python -m pipeline.score
 """
 
 import hashlib
 import itertools
 import json
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +29,7 @@ from pipeline.core.progress import Progress
 from pipeline.core.thumbnails import thumbnails
 from pipeline.core.views import render_test
 
+FOLDER = Path("data/score")
 PART_IMAGES = 4096  # images scored between two files: what a killed run loses at most
 COLUMNS = ("ids", "logits", "embeddings", "thumbnails")
 
@@ -41,34 +46,60 @@ class ViewsAndThumbnails(Views):
         return torch.from_numpy(np.stack(views)), torch.from_numpy(np.stack(small))
 
 
+class Known(NamedTuple):
+    """What data/score holds already of the teacher's present answers."""
+
+    ids: np.ndarray  # (M,) uint64
+    columns: dict[str, np.ndarray]  # (M, ...) each, memory-mapped
+
+
 def run(params: Params) -> None:
-    images = ImageSet.open(Path("data/prepare"))
     processes = devices.join(params.machine)
+    # A second program is told so before it loads the teacher.
+    with stage.only_writer("score") if processes.first() else nullcontext():
+        bring_up_to_date(params, processes)
+
+
+def bring_up_to_date(params: Params, processes: Processes) -> None:
+    """Score the images that data/score does not hold yet; the first of several processes writes it anew, with these."""
+    images = ImageSet.open(Path("data/prepare"))
     classifier, card = networks.load(Path("data/teacher"), processes.device)
+    teacher = [card["digest"], card["mean"], card["std"], params.teacher.precision]
+    asked = [*teacher, params.views.resolution, params.views.test_crop, stage.code_digest()]
+    answers = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     rows = np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])
-    asked = [
-        images.digest,
-        card["digest"],
-        card["mean"],
-        card["std"],
-        params.teacher.precision,
-        params.views.resolution,
-        params.views.test_crop,
-    ]
-    key = hashlib.sha256(json.dumps([*asked, stage.code_digest()]).encode()).hexdigest()[:16]
-    parts = stage.SCRATCH / "score" / key
-    if not processes.first():
-        devices.wait_for_all(processes)  # until the first process has cleared what others left
-        score_parts(classifier, images, rows, params, parts, processes)
-        return
-    with stage.only_writer("score"):
+    known = read_known(answers)
+    new = rows[~np.isin(images.ids[rows], known.ids)]
+    parts = stage.SCRATCH / "score" / f"{answers}-{hashlib.sha256(images.ids[new].tobytes()).hexdigest()[:16]}"
+    if processes.first():
         stage.begin_run(parts)
-        devices.wait_for_all(processes)
-        score_parts(classifier, images, rows, params, parts, processes)
-        with atomic.replacing_folder(Path("data/score")) as folder:
-            join_parts(parts, len(rows), folder)
+        there = f"{len(rows) - len(new):,} images are scored already, " if len(new) < len(rows) else ""
+        print(f"score: {there}{len(new):,} images to ask the teacher about", flush=True)
+    devices.wait_for_all(processes)  # until the first process has cleared what others left
+    score_parts(classifier, images, new, params, parts, processes)
+    if processes.first():
+        with atomic.replacing_folder(FOLDER) as folder:
+            join_parts(parts, known, images.ids[rows], folder)
+            digests = {column: _digest(folder / f"{column}.npy") for column in COLUMNS}
+            atomic.write_json(folder / "answers.json", {"answers": answers, "digests": digests})
         shutil.rmtree(parts)
-    print(f"score: {len(rows):,} images")
+
+
+def read_known(answers: str) -> Known:
+    """Read what data/score holds, if those are answers of the same teacher to the same views, and whole.
+
+    Args:
+        answers: what names the teacher, the views and the code.
+    """
+    try:
+        noted = json.loads((FOLDER / "answers.json").read_text())
+        columns = {column: np.load(FOLDER / f"{column}.npy", mmap_mode="r") for column in COLUMNS}
+        whole = noted["digests"] == {column: _digest(FOLDER / f"{column}.npy") for column in COLUMNS}
+        if noted["answers"] == answers and whole:
+            return Known(np.asarray(columns["ids"]), columns)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # nothing there yet, or damaged: all are asked about
+    return Known(np.zeros(0, np.uint64), {})
 
 
 @torch.inference_mode()
@@ -99,20 +130,42 @@ def score_parts(
     devices.wait_for_all(processes)
 
 
-def join_parts(parts: Path, count: int, folder: Path) -> None:
-    """Write the parts one after another into one file a column, without holding them all in memory."""
+def join_parts(parts: Path, known: Known, ids: np.ndarray, folder: Path) -> None:
+    """Write a file a column, in the order of the ids (N,), without holding any of them in memory as a whole.
+
+    Args:
+        parts: folder of the new answers.
+        known: answers from before; those to other images are left out.
+    """
+    order = np.argsort(ids)
     for column in COLUMNS:
-        whole, at = None, 0
-        for file in sorted(parts.glob("part-*.npz")):
-            with np.load(file) as part:
-                values = part[column]
+        whole, written = None, 0
+        for some, columns in _in_parts(parts, known):
+            places = order[np.minimum(np.searchsorted(ids, some, sorter=order), len(ids) - 1)]
+            wanted = ids[places] == some
+            values = columns[column][wanted]
             if whole is None:
-                shape = (count, *values.shape[1:])
+                shape = (len(ids), *values.shape[1:])
                 whole = np.lib.format.open_memmap(folder / f"{column}.npy", "w+", values.dtype, shape)
-            whole[at : at + len(values)] = values
-            at += len(values)
-        assert at == count
+            whole[places[wanted]] = values
+            written += len(values)
+        assert written == len(ids)
         whole.flush()
+
+
+def _in_parts(parts: Path, known: Known) -> Iterator[tuple[np.ndarray, Mapping[str, np.ndarray]]]:
+    """Give known and new answers, some thousand at a time: ids, and the columns of these."""
+    for start in range(0, len(known.ids), PART_IMAGES):
+        here = slice(start, start + PART_IMAGES)
+        yield known.ids[here], {column: values[here] for column, values in known.columns.items()}
+    for file in sorted(parts.glob("part-*.npz")):
+        with np.load(file) as part:
+            yield part["ids"], part
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "blake2b").hexdigest()
 
 
 def _file(folder: Path, number: int) -> Path:

@@ -1,6 +1,7 @@
 """The cache stage: only what is missing is asked; what does not belong is set aside; cached equals online."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -200,8 +201,49 @@ def scores():
     return {file.name: file.read_bytes() for file in sorted(Path("data/score").iterdir())}
 
 
+def test_a_grown_pool_is_scored_where_it_has_grown(here, capsys):
+    before, columns = scores(), {column: np.load(f"data/score/{column}.npy") for column in score.COLUMNS}
+    write_folder(Path("more"), train=0, val=0, test=0, unlabelled=40)
+    for file in Path("more/unlabelled").glob("*003?.png"):
+        shutil.copy(file, "photos/unlabelled")
+    Path(sorted(Path("photos/unlabelled").glob("*.png"))[0]).unlink()
+    go(prepare)
+    capsys.readouterr()
+    go(score)
+    assert f"score: {len(columns['ids']) - 1} images are scored already, 40 images to ask" in capsys.readouterr().out
+    images, ids = ImageSet.open(Path("data/prepare")), np.load("data/score/ids.npy")
+    assert (ids == images.ids[np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])]).all()
+    both, now, then = np.intersect1d(ids, columns["ids"], return_indices=True)
+    assert len(columns["ids"]) > len(both) > 0.9 * len(columns["ids"])
+    for column in score.COLUMNS:
+        assert (np.load(f"data/score/{column}.npy")[now] == columns[column][then]).all()
+    grown = scores()
+    shutil.rmtree("data/score")
+    go(score)
+    for column in ("ids", "thumbnails"):
+        assert scores()[f"{column}.npy"] == grown[f"{column}.npy"]
+    assert np.allclose(np.load("data/score/logits.npy"), np.load(io.BytesIO(grown["logits.npy"])), atol=1e-4)
+    assert before != grown
+
+
+@pytest.mark.parametrize("damaged", ["logits.npy", "answers.json", "ids.npy"])
+def test_damaged_scores_are_asked_for_again(here, capsys, damaged):
+    before = scores()
+    go(score)
+    assert "0 images to ask" in capsys.readouterr().out
+    assert scores() == before
+    file = Path("data/score", damaged)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    go(score)
+    assert "scored already" not in capsys.readouterr().out
+    assert scores() == before
+
+
 def test_a_killed_scoring_goes_on_from_its_last_part(here, monkeypatch):
     monkeypatch.setattr(score, "PART_IMAGES", 16)
+    shutil.rmtree("data/score")
     go(score)
     whole = scores()
     shutil.rmtree("data/score")

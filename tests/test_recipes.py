@@ -278,7 +278,7 @@ def test_a_teacher_is_fitted_at_its_own_rate_where_one_was_measured():
     (fitted,) = (task for task in plan.work(own, counts) if task.stage == "teacher")
     seconds = fitted.operations / plan.speeds(own, counts, options)[fitted.by].operations
     assert seconds == pytest.approx(fitted.passes / counts.fit_rate)
-    for other in (costs("digits", tflops=1.0), costs("digits", teacher_rate=1.0), costs("cifar10")):
+    for other in (costs("digits", tflops=1.0), costs("digits", teacher_rate=1.0), costs("imagenet_v2")):
         speed = plan.speeds(*other)
         assert speed["fit"] == speed["teacher"]
 
