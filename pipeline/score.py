@@ -1,17 +1,19 @@
 """Scores: the teacher's answer on one clean view of each pool image, and of each validation and test image.
 
 Reads data/prepare and data/teacher. Writes data/score: ids.npy (N,) uint64, logits.npy (N, C) float32, embeddings.npy
-(N, D) float16 and thumbnails.npy (N, 32, 32) uint8, row by row the same images, those of the pool first; answers.json
-says whose answers they are. What is there already and still holds is not asked again, so a grown pool costs what is
-new. Thumbnails are made here because decoding is what takes the time. Run: python -m pipeline.score
+(N, D) float16 and thumbnails.npy (N, 32, 32) uint8, row by row the same images, those of the pool first; and links to
+these in .scratch/scored, so that a grown pool costs what is new. Thumbnails are made here because decoding is what
+takes the time. Run: python -m pipeline.score
 """
 
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +32,7 @@ from pipeline.core.thumbnails import thumbnails
 from pipeline.core.views import render_test
 
 FOLDER = Path("data/score")
+SCORED = stage.SCRATCH / "scored"  # what the last run wrote, and answers.json, which says whose answers those are
 PART_IMAGES = 4096  # images scored between two files: what a killed run loses at most
 COLUMNS = ("ids", "logits", "embeddings", "thumbnails")
 
@@ -47,7 +50,7 @@ class ViewsAndThumbnails(Views):
 
 
 class Known(NamedTuple):
-    """What data/score holds already of the teacher's present answers."""
+    """What the last run wrote, where those are the teacher's present answers."""
 
     ids: np.ndarray  # (M,) uint64
     columns: dict[str, np.ndarray]  # (M, ...) each, memory-mapped
@@ -61,13 +64,15 @@ def run(params: Params) -> None:
 
 
 def bring_up_to_date(params: Params, processes: Processes) -> None:
-    """Score the images that data/score does not hold yet; the first of several processes writes it anew, with these."""
+    """Score the images that the last run did not; the first of several processes writes data/score, with the others."""
     images = ImageSet.open(Path("data/prepare"))
     classifier, card = networks.load(Path("data/teacher"), processes.device)
     teacher = [card["digest"], card["mean"], card["std"], params.teacher.precision]
-    asked = [*teacher, params.views.resolution, params.views.test_crop, stage.code_digest()]
+    libraries = [version(name) for name in ("torch", "timm", "pillow", "simplejpeg")]
+    asked = [*teacher, params.views.resolution, params.views.test_crop, *libraries, stage.code_digest()]
     answers = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     rows = np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])
+    devices.wait_for_all(processes)  # until no other run writes what is read here
     known = read_known(answers)
     new = rows[~np.isin(images.ids[rows], known.ids)]
     parts = stage.SCRATCH / "score" / f"{answers}-{hashlib.sha256(images.ids[new].tobytes()).hexdigest()[:16]}"
@@ -80,22 +85,36 @@ def bring_up_to_date(params: Params, processes: Processes) -> None:
     if processes.first():
         with atomic.replacing_folder(FOLDER) as folder:
             join_parts(parts, known, images.ids[rows], folder)
-            digests = {column: _digest(folder / f"{column}.npy") for column in COLUMNS}
-            atomic.write_json(folder / "answers.json", {"answers": answers, "digests": digests})
+        keep(answers)
+        stage.end_run(parts)
         shutil.rmtree(parts)
 
 
+def keep(answers: str) -> None:
+    """Keep what was written for the next run; as links, where they can be made, which take no space."""
+    with atomic.replacing_folder(SCORED) as folder:
+        for column in COLUMNS:
+            written, kept = FOLDER / f"{column}.npy", folder / f"{column}.npy"
+            try:
+                os.link(written, kept)
+            except OSError:
+                shutil.copyfile(written, kept)
+        digests = {column: _digest(folder / f"{column}.npy") for column in COLUMNS}
+        atomic.write_json(folder / "answers.json", {"answers": answers, "digests": digests})
+
+
 def read_known(answers: str) -> Known:
-    """Read what data/score holds, if those are answers of the same teacher to the same views, and whole.
+    """Read what the last run wrote, if those are answers of the same teacher to the same views, and whole.
 
     Args:
         answers: what names the teacher, the views and the code.
     """
+    files = {column: SCORED / f"{column}.npy" for column in COLUMNS}
     try:
-        noted = json.loads((FOLDER / "answers.json").read_text())
-        columns = {column: np.load(FOLDER / f"{column}.npy", mmap_mode="r") for column in COLUMNS}
-        whole = noted["digests"] == {column: _digest(FOLDER / f"{column}.npy") for column in COLUMNS}
-        if noted["answers"] == answers and whole:
+        noted = json.loads((SCORED / "answers.json").read_text())
+        same = noted["answers"] == answers
+        if same and noted["digests"] == {column: _digest(file) for column, file in files.items()}:
+            columns = {column: np.load(file, mmap_mode="r") for column, file in files.items()}
             return Known(np.asarray(columns["ids"]), columns)
     except (OSError, ValueError, KeyError, TypeError):
         pass  # nothing there yet, or damaged: all are asked about

@@ -202,6 +202,8 @@ def scores():
 
 
 def test_a_grown_pool_is_scored_where_it_has_grown(here, capsys):
+    shutil.rmtree(".scratch/scored", ignore_errors=True)
+    go(score)
     before, columns = scores(), {column: np.load(f"data/score/{column}.npy") for column in score.COLUMNS}
     write_folder(Path("more"), train=0, val=0, test=0, unlabelled=40)
     for file in Path("more/unlabelled").glob("*003?.png"):
@@ -218,7 +220,7 @@ def test_a_grown_pool_is_scored_where_it_has_grown(here, capsys):
     for column in score.COLUMNS:
         assert (np.load(f"data/score/{column}.npy")[now] == columns[column][then]).all()
     grown = scores()
-    shutil.rmtree("data/score")
+    shutil.rmtree(".scratch/scored")
     go(score)
     for column in ("ids", "thumbnails"):
         assert scores()[f"{column}.npy"] == grown[f"{column}.npy"]
@@ -228,25 +230,29 @@ def test_a_grown_pool_is_scored_where_it_has_grown(here, capsys):
 
 @pytest.mark.parametrize("damaged", ["logits.npy", "answers.json", "ids.npy"])
 def test_damaged_scores_are_asked_for_again(here, capsys, damaged):
+    go(score)
     before = scores()
+    capsys.readouterr()
     go(score)
     assert "0 images to ask" in capsys.readouterr().out
     assert scores() == before
-    file = Path("data/score", damaged)
+    file = Path(".scratch/scored", damaged)
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    go(score)
-    assert "scored already" not in capsys.readouterr().out
-    assert scores() == before
+    for wrong in (content[:50] + bytes([content[50] ^ 1]) + content[51:], content[:-3], b"", b"PK\3\4"):
+        file.unlink()  # it may be a link to data/score's
+        file.write_bytes(wrong)
+        go(score)
+        assert "scored already" not in capsys.readouterr().out
+        assert scores() == before
 
 
 def test_a_killed_scoring_goes_on_from_its_last_part(here, monkeypatch):
     monkeypatch.setattr(score, "PART_IMAGES", 16)
-    shutil.rmtree("data/score")
+    shutil.rmtree(".scratch/scored", ignore_errors=True)
     go(score)
     whole = scores()
     shutil.rmtree("data/score")
+    shutil.rmtree(".scratch/scored")
     save, written = np.savez, []
 
     def count(file, **arrays):

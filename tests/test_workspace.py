@@ -96,7 +96,7 @@ def test_a_changed_table_takes_the_place_of_the_one_before(tmp_path):
     assert "loss: {kl: 1.0}" in (toy / "params.yaml").read_text()
 
 
-@pytest.mark.parametrize("text", ["yes", "no", "1:30", "7e-5", "a: b", "'", "null", "{", "photos"])
+@pytest.mark.parametrize("text", ["yes", "no", "1:30", "7e-5", "a: b", "'", "null", "{", "2024-13-01", "photos"])
 def test_a_text_stays_a_text(tmp_path, text):
     toy = toy_project.make(tmp_path / "toy")
     for changes in ({"prepare.train": text}, {"distill.epochs": 3}):  # what stands there already is kept
@@ -116,6 +116,7 @@ def test_a_runs_results_take_the_place_of_those_of_that_name(tmp_path):
     again = workspace.keep_results(toy, toy, "../a/b", scored=False)
     assert again == first
     assert first.parent == toy / ".scratch/runs"
+    assert workspace.keep_results(toy, toy, "..", scored=False).parent == first.parent
     assert not (again / "metrics.json").exists()
 
 

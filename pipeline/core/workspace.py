@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def keep_results(folder: Path, root: Path, run: str, scored: bool) -> Path:
     Args:
         scored: the run brought the scores up to date; else those in its workspace are of another one.
     """
-    kept = root / SCRATCH / "runs" / run.replace("/", "-").lstrip(".")
+    kept = root / SCRATCH / "runs" / re.sub(r"^\.|/", "_", run)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing_folder(kept) as beside:
         for result in (*SETTINGS, *(SCORES if scored else ())):
@@ -134,10 +135,13 @@ def nearest_lock(root: Path, changes: dict[str, Any]) -> Path:
     wanted = _changed(root, changes)
 
     def in_common(lock: Path) -> list[bool]:
-        settings = yaml.safe_load((lock.parent / "params.yaml").read_text())
+        try:
+            settings = yaml.safe_load((lock.parent / "params.yaml").read_text())
+        except FileNotFoundError:  # another run is just writing it anew
+            return []
         return [settings.get(section) == wanted.get(section) for section in LABELS_DEPEND_ON]
 
-    runs = [file.with_name("dvc.lock") for file in sorted((root / SCRATCH / "runs").glob("*/params.yaml"))]
+    runs = [file.with_name("dvc.lock") for file in sorted((root / SCRATCH / "runs").glob("[!.]*/params.yaml"))]
     return max([root / "dvc.lock", *(lock for lock in runs if lock.exists())], key=in_common)
 
 
@@ -241,7 +245,7 @@ def _text(to: RoundTripRepresenter, value: str) -> ScalarNode:
     """Write a text; in quotes where PyYAML would read something else: yes and 1:30 are no texts to it."""
     try:
         read = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # the latter of a month 13
         read = None
     return to.represent_scalar("tag:yaml.org,2002:str", value, style=None if read == value else "'")
 
