@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from importlib.metadata import version
@@ -125,10 +126,10 @@ def read_known(answers: str) -> Known:
 def score_parts(
     classifier: Classifier, images: ImageSet, rows: np.ndarray, params: Params, folder: Path, processes: Processes
 ) -> None:
-    """Score the parts that are not there yet, every world-th in each process; each part is one .npz file."""
+    """Score the parts that are not there yet, or damaged, every world-th in each process; each is one .npz file."""
     views = ViewsAndThumbnails(images, None, params.views.resolution, params.views.test_crop)
     parts = [rows[start : start + PART_IMAGES] for start in range(0, len(rows), PART_IMAGES)]
-    missing = [(n, part) for n, part in enumerate(parts) if not _file(folder, n).exists()]
+    missing = [(n, part) for n, part in enumerate(parts) if not is_whole(_file(folder, n))]
     devices.wait_for_all(processes)  # all see the same parts missing before the first one comes
     mine = missing[processes.rank :: processes.world]
     batches = [in_order(part, params.score.batch_size) for _, part in mine]
@@ -147,6 +148,15 @@ def score_parts(
             with atomic.replacing(_file(folder, number)) as beside, beside.open("wb") as file:
                 np.savez(file, **dict(zip(COLUMNS, columns, strict=True)))
     devices.wait_for_all(processes)
+
+
+def is_whole(part: Path) -> bool:
+    """Whether a part is there, with all columns, and its checksums hold."""
+    try:
+        with zipfile.ZipFile(part) as columns:
+            return columns.namelist() == [f"{column}.npy" for column in COLUMNS] and columns.testzip() is None
+    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile):
+        return False
 
 
 def join_parts(parts: Path, known: Known, ids: np.ndarray, folder: Path) -> None:

@@ -246,7 +246,8 @@ def test_damaged_scores_are_asked_for_again(here, capsys, damaged):
         assert scores() == before
 
 
-def test_a_killed_scoring_goes_on_from_its_last_part(here, monkeypatch):
+@pytest.mark.parametrize("damaged", [None, "part-000001.npz"])
+def test_a_killed_scoring_goes_on_from_its_last_whole_part(here, monkeypatch, damaged):
     monkeypatch.setattr(score, "PART_IMAGES", 16)
     shutil.rmtree(".scratch/scored", ignore_errors=True)
     go(score)
@@ -266,9 +267,20 @@ def test_a_killed_scoring_goes_on_from_its_last_part(here, monkeypatch):
         go(score)
     assert not Path("data/score").exists()
     monkeypatch.setattr(np, "savez", save)
-    asked = len(list(Path(".scratch/score").rglob("part-*.npz")))
+    there = {file.name: file for file in Path(".scratch/score").rglob("part-*.npz")}
+    assert len(there) == 2
+    if damaged:
+        there[damaged].write_bytes(there[damaged].read_bytes()[:-1000])
+    kept, asked = set(there) - {damaged}, []
+
+    def note(file, **arrays):
+        asked.append(Path(file.name).name)
+        save(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", note)
     go(score)
-    assert asked == 2
+    assert asked
+    assert not any(name in file for file in asked for name in kept)
     assert scores() == whole
 
 

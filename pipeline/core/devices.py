@@ -142,8 +142,12 @@ def profiled(device: torch.device, steps: int, file: Path) -> Iterator[torch.pro
     Args:
         file: the trace, as Chrome's and Perfetto's pages open it (.json.gz).
     """
+    wait, warmup = 1, 2
+    skipped = wait + warmup
 
     def write(profile: torch.profiler.profile) -> None:
+        if profile.step_num <= skipped:
+            return  # the profiler calls this, too, where the loop ends just before the first step to trace
         profile.export_chrome_trace(str(file))
         print(f"trace: {file}; https://ui.perfetto.dev opens it", file=sys.stderr, flush=True)
 
@@ -151,7 +155,7 @@ def profiled(device: torch.device, steps: int, file: Path) -> Iterator[torch.pro
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(
         activities=[kinds.CPU, *([kinds.CUDA] if device.type == "cuda" else [])],
-        schedule=torch.profiler.schedule(wait=1, warmup=2, active=steps, repeat=1),
+        schedule=torch.profiler.schedule(wait=wait, warmup=warmup, active=steps, repeat=1),
         on_trace_ready=write,
         profile_memory=True,
         record_shapes=True,

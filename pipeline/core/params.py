@@ -24,6 +24,7 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Range = tuple[Positive, Positive]
 Spread = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0, strict=True)]  # strict: no yes and no
 HARD = "hard"  # hard labels, as a loss that is weighed beside those against the teacher
 LOSSES = (
     "ssld", "js", "kl", "cross_entropy", "dkd", "tckd", "nckd", "dist", "dist_inter", "dist_intra", HARD
@@ -39,8 +40,11 @@ class Section(BaseModel):
     @classmethod
     def _no_number_is_true(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse what pydantic would take for 1 or 0."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError(f"should not be {str(value).lower()}, for which YAML takes yes, no, on and off, too")
+        if cls.model_fields[str(info.field_name)].annotation is bool:
+            return value
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, bool):
+                raise ValueError(f"should not be {str(each).lower()}, for which YAML takes yes, no, on and off, too")
         return value
 
 
@@ -223,7 +227,7 @@ class Baseline(StudentRecipe):
 
 
 class Distill(StudentRecipe):
-    loss: dict[str, NotNegative]
+    loss: dict[str, Weight]
     temperature: Positive
     online: bool
 
@@ -370,6 +374,8 @@ def _explain(error: dict[str, Any]) -> str:
         return f"{key}: unknown key{nearest(key, _keys_beside(place))}"
     if error["type"] == "missing" and place[-1].isdigit():
         return f"{'.'.join(place[:-1])}: should be more numbers than {place[-1]}"
+    if error["type"] == "too_long":
+        return f"{key}: should be {error['ctx']['max_length']} numbers, not {error['ctx']['actual_length']}"
     if error["type"] == "missing":
         return f"{key}: missing; every key must be there"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")

@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.core.softlabels import keys, sealed
 from pipeline.core.softlabels.shards import Shard
 
-NAME, MAGIC = "index.sl", b"SSLDIDX2"  # the digit is the format's version
+NAME, MAGIC = "index.sl", b"SSLDIDX3"  # the digit is the format's version
 
 
 class Index:
@@ -30,8 +30,6 @@ class Index:
         if header["fingerprint"] != fingerprint:
             raise ValueError(f"{path}: of another teacher, of other views or of another coding")
         self.shards: dict[str, str] = header["shards"]
-        if not isinstance(self.shards, dict):
-            raise ValueError(f"{path}: made by an older version")
         positions_at = start + keys.KEY.itemsize * header["views"]
         self._keys = content[start:positions_at].view(keys.KEY)
         self._positions = content[positions_at:].view(header["positions"])

@@ -1,0 +1,121 @@
+"""Looks for the same planted copies as mining.py by SIFT, as SSLD's authors did, and by this project's search.
+
+    python benchmarks/sift.py cifar10.zip                  10,000 images, half of them guarded
+    python benchmarks/sift.py photographs.zip --plant 125  250 photographs
+
+Needs OpenCV, which the project does not: pip install --no-deps opencv-python-headless==5.0.0.93
+
+A keypoint of a pool image votes for the guarded image (or its mirror image) with the nearest descriptor, if no other
+guarded image has one nearly as near (Lowe, "Distinctive Image Features from Scale-Invariant Keypoints", 2004, section
+7.1: a ratio of distances of at most 0.8). An image's similarity is the number of votes for the image that gets most of
+them. SIFT is given the threshold at which it takes at most 1 in 1,000 of the pool (one, of a smaller pool) for a copy
+of an image of another class; this project's search has its own, 0.93.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from machine import machine
+from mining import KINDS, Answer, ours, read
+
+from pipeline.core.thumbnails import thumbnails
+
+SHORTEST, LONGEST = 128, 256  # pixels of an image's longer side: SIFT finds little in smaller images
+KEYPOINTS = 64  # of an image, the strongest
+RATIO = 0.8  # of the distances to the nearest image and the next
+NEAREST = 8  # descriptors among which another image's is looked for
+QUERIES = 1024  # descriptors compared at a time
+
+
+class Described:
+    """Descriptors of images, and the image of each."""
+
+    def __init__(self, images: Iterable[Image.Image]):
+        import cv2
+
+        sift = cv2.SIFT_create(nfeatures=KEYPOINTS)
+        found, of = [np.zeros((0, 128), np.float32)], [np.zeros(0, np.int64)]
+        for number, image in enumerate(images):
+            _, descriptors = sift.detectAndCompute(np.array(resized(image).convert("L")), None)
+            if descriptors is not None:
+                found.append(descriptors[:KEYPOINTS])
+                of.append(np.full(len(found[-1]), number))
+        whole = torch.from_numpy(np.concatenate(found))
+        self.descriptors = whole / whole.norm(dim=1, keepdim=True).clamp(min=1e-6)  # (K, 128), of length 1
+        self.of = torch.from_numpy(np.concatenate(of))  # (K,)
+
+
+def resized(image: Image.Image) -> Image.Image:
+    longer = max(image.size)
+    factor = min(max(longer, SHORTEST), LONGEST) / longer
+    return image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BICUBIC)
+
+
+def votes(pool: Described, count: int, guarded: Described, guarded_count: int) -> Answer:
+    """The most votes that each of `count` pool images gives to one of the guarded images, and to which."""
+    ballots = torch.zeros(count, guarded_count, dtype=torch.int16)
+    for start in range(0, len(pool.of), QUERIES):
+        part = slice(start, start + QUERIES)
+        cosines, places = (pool.descriptors[part] @ guarded.descriptors.T).topk(NEAREST, dim=1)
+        distances = (2 - 2 * cosines).clamp(min=0).sqrt()  # (q, NEAREST)
+        named = guarded.of[places] % guarded_count  # the second half are mirror images
+        other = torch.where(named != named[:, :1], distances, torch.inf).min(dim=1).values
+        sure = distances[:, 0] <= RATIO * other  # inf where all near ones are of one image
+        cast = torch.ones(int(sure.sum()), dtype=torch.int16)
+        ballots.index_put_((pool.of[part][sure], named[sure, 0]), cast, accumulate=True)
+    most, which = ballots.max(dim=1)
+    return most.numpy(), which.numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("archive", type=Path, help="a .zip of images, .../<class>/<name>")
+    parser.add_argument("--images", type=int, default=10000, help="of the archive (default: 10000)")
+    parser.add_argument("--plant", type=int, default=1000, help="copies of each kind (default: 1000)")
+    arguments = parser.parse_args()
+    images, classes = read(arguments.archive, arguments.images)
+    half_way, plant = len(images) // 2, arguments.plant
+    guarded = images[:half_way]
+    mirrored = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in guarded]
+    thumbs, described = thumbnails(guarded), Described([*guarded, *mirrored])
+
+    def by_sift(pool: list[Image.Image]) -> Answer:
+        return votes(Described(pool), len(pool), described, half_way)
+
+    def by_this_project(pool: list[Image.Image]) -> Answer:
+        return ours(thumbnails(pool), thumbs)
+
+    methods: dict[str, Callable[[list[Image.Image]], Answer]] = {"this project's": by_this_project, "SIFT": by_sift}
+    columns = {}
+    for name, method in methods.items():
+        started = time.monotonic()
+        similarity, which = method(images[half_way:])
+        seconds = time.monotonic() - started
+        same = np.array(classes[:half_way])[which] == np.array(classes[half_way:])
+        others = np.sort(np.where(same, -1, similarity))
+        limit = 0.93 if name == "this project's" else others[-max(1, len(others) // 1000) - 1] + 1
+        cells = [f"{limit}", f"{((similarity >= limit) & ~same).sum()} and {((similarity >= limit) & same).sum()}"]
+        cells.append(f"{len(similarity) * half_way / seconds / 1e6:.3f} million")
+        for make in KINDS.values():
+            found, place = method([make(image) for image in images[:plant]])
+            cells.append(f"{((found >= limit) & (place == np.arange(plant))).mean():.3f}")
+        columns[name] = cells
+    print(f"\n{machine()}; {len(images) - half_way:,} pool images, {half_way:,} guarded, {plant:,} copies of each kind")
+    print(f"keypoints of a guarded image, in the mean: {len(described.of) / len(guarded) / 2:.1f}\n")
+    print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    alarms, rate = "false alarms: pairs of two classes, and of one", "pairs a second, describing the pool included"
+    lines = ["threshold", alarms, rate, *KINDS]
+    for line, cells in zip(lines, zip(*columns.values(), strict=True), strict=True):
+        print(f"| {line} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
