@@ -8,7 +8,7 @@ An archive holds images in folders of their classes. Half of its images, drawn b
 copies of them are planted in the pool, which is the other half. A false alarm is a pool image that was not planted and
 is taken for a copy. CIFAR-10 has real near-copies within classes (Barz and Denzler, "Do We Train on Test Data?", 2020),
 so pairs of one class are counted apart, and --sheet draws them, to judge by eye. Other methods get the threshold at
-which they take 1 in 1,000 of the pool for a copy of an image of another class.
+which they take 1 in 1,000 of the pool for a copy of an image of another class. SIFT is in sift.py, as it needs OpenCV.
 """
 
 import argparse
@@ -245,7 +245,7 @@ def main() -> None:
     elif arguments.leave_one_out:
         leave_one_out(images, arguments.threshold)
     else:
-        compare(images, classes, arguments.threshold, arguments.plant, arguments.sheet)
+        compare(images, classes, arguments.threshold, min(arguments.plant, len(images) // 2), arguments.sheet)
 
 
 if __name__ == "__main__":

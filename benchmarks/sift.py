@@ -1,4 +1,4 @@
-"""Looks for the same planted copies as mining.py by SIFT, as SSLD's authors did, and by this project's search.
+"""Looks for the same planted copies as mining.py by SIFT, which SSLD's authors used, and by this project's search.
 
     python benchmarks/sift.py cifar10.zip                  10,000 images, half of them guarded
     python benchmarks/sift.py photographs.zip --plant 125  250 photographs
@@ -8,8 +8,9 @@ Needs OpenCV, which the project does not: pip install --no-deps opencv-python-he
 A keypoint of a pool image votes for the guarded image (or its mirror image) with the nearest descriptor, if no other
 guarded image has one nearly as near (Lowe, "Distinctive Image Features from Scale-Invariant Keypoints", 2004, section
 7.1: a ratio of distances of at most 0.8). An image's similarity is the number of votes for the image that gets most of
-them. SIFT is given the threshold at which it takes at most 1 in 1,000 of the pool (one, of a smaller pool) for a copy
-of an image of another class; this project's search has its own, 0.93.
+them. The authors' rule is not published; this one does not look at where the keypoints are. SIFT is given the threshold
+at which it takes at most 1 in 1,000 of the pool (one, of a smaller pool) for a copy of an image of another class; this
+project's search has its own, 0.93.
 """
 
 import argparse
@@ -28,6 +29,11 @@ from mining import KINDS, Answer, ours, read
 
 from pipeline.core.thumbnails import thumbnails
 
+try:
+    import cv2
+except ImportError:
+    sys.exit("sift: error: OpenCV is not here: pip install --no-deps opencv-python-headless==5.0.0.93")
+
 SHORTEST, LONGEST = 128, 256  # pixels of an image's longer side: SIFT finds little in smaller images
 KEYPOINTS = 64  # of an image, the strongest
 RATIO = 0.8  # of the distances to the nearest image and the next
@@ -39,8 +45,6 @@ class Described:
     """Descriptors of images, and the image of each."""
 
     def __init__(self, images: Iterable[Image.Image]):
-        import cv2
-
         sift = cv2.SIFT_create(nfeatures=KEYPOINTS)
         found, of = [np.zeros((0, 128), np.float32)], [np.zeros(0, np.int64)]
         for number, image in enumerate(images):
@@ -82,7 +86,8 @@ def main() -> None:
     parser.add_argument("--plant", type=int, default=1000, help="copies of each kind (default: 1000)")
     arguments = parser.parse_args()
     images, classes = read(arguments.archive, arguments.images)
-    half_way, plant = len(images) // 2, arguments.plant
+    half_way = len(images) // 2
+    plant = min(arguments.plant, half_way)
     guarded = images[:half_way]
     mirrored = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in guarded]
     thumbs, described = thumbnails(guarded), Described([*guarded, *mirrored])

@@ -126,12 +126,14 @@ def read_known(answers: str) -> Known:
 def score_parts(
     classifier: Classifier, images: ImageSet, rows: np.ndarray, params: Params, folder: Path, processes: Processes
 ) -> None:
-    """Score the parts that are not there yet, or damaged, every world-th in each process; each is one .npz file."""
+    """Write a .npz file for each part of the rows that has none yet, or a damaged one.
+
+    Of W processes each has every W-th part.
+    """
     views = ViewsAndThumbnails(images, None, params.views.resolution, params.views.test_crop)
-    parts = [rows[start : start + PART_IMAGES] for start in range(0, len(rows), PART_IMAGES)]
-    missing = [(n, part) for n, part in enumerate(parts) if not is_whole(_file(folder, n))]
-    devices.wait_for_all(processes)  # all see the same parts missing before the first one comes
-    mine = missing[processes.rank :: processes.world]
+    parts = [*enumerate(rows[start : start + PART_IMAGES] for start in range(0, len(rows), PART_IMAGES))]
+    own = parts[processes.rank :: processes.world]
+    mine = [(number, part) for number, part in own if not is_whole(_file(folder, number))]
     batches = [in_order(part, params.score.batch_size) for _, part in mine]
     rendered = iter(load(views, [*itertools.chain(*batches)], params.machine.workers, processes.device))
     bfloat16 = params.teacher.precision == "bfloat16"

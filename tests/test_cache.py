@@ -246,7 +246,7 @@ def test_damaged_scores_are_asked_for_again(here, capsys, damaged):
         assert scores() == before
 
 
-@pytest.mark.parametrize("damaged", [None, "part-000001.npz"])
+@pytest.mark.parametrize("damaged", [None, "cut", "a bit", "a column"])
 def test_a_killed_scoring_goes_on_from_its_last_whole_part(here, monkeypatch, damaged):
     monkeypatch.setattr(score, "PART_IMAGES", 16)
     shutil.rmtree(".scratch/scored", ignore_errors=True)
@@ -269,9 +269,19 @@ def test_a_killed_scoring_goes_on_from_its_last_whole_part(here, monkeypatch, da
     monkeypatch.setattr(np, "savez", save)
     there = {file.name: file for file in Path(".scratch/score").rglob("part-*.npz")}
     assert len(there) == 2
-    if damaged:
-        there[damaged].write_bytes(there[damaged].read_bytes()[:-1000])
-    kept, asked = set(there) - {damaged}, []
+    file = there["part-000001.npz"]
+    content = file.read_bytes()
+    if damaged == "cut":
+        file.write_bytes(content[:-1000])
+    elif damaged == "a bit":
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif damaged == "a column":
+        with np.load(file) as part:
+            columns = {name: part[name] for name in part.files[:-1]}
+        with file.open("wb") as handle:
+            save(handle, **columns)
+    kept, asked = set(there) - ({file.name} if damaged else set()), []
 
     def note(file, **arrays):
         asked.append(Path(file.name).name)

@@ -77,7 +77,7 @@ def test_a_misspelt_key_in_the_file_is_one_line(data, tmp_path):
         ("machine", {"cudnn_benchmark": True, "deterministic": True}, "not both"),
         ("mine", None, "mine"),
         ("distill.epochs", True, "distill.epochs: should not be true, for which YAML takes yes"),
-        ("distill.loss", {"ssld": True}, "distill.loss.ssld: should be a valid number, not True"),
+        ("distill.loss", {"ssld": True}, "distill.loss: should not be true, for which YAML takes yes"),
         ("views.crop_scale", [True, True], "views.crop_scale: should not be true, for which YAML takes yes"),
         ("views.crop_scale", [0.1, 0.5, 1.0], "views.crop_scale: should be 2 numbers, not 3"),
         ("distill.online", 2, "distill.online: "),

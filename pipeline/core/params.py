@@ -24,7 +24,6 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Range = tuple[Positive, Positive]
 Spread = Annotated[float, Field(gt=0, le=1)]
-Weight = Annotated[float, Field(ge=0, strict=True)]  # strict: no yes and no
 HARD = "hard"  # hard labels, as a loss that is weighed beside those against the teacher
 LOSSES = (
     "ssld", "js", "kl", "cross_entropy", "dkd", "tckd", "nckd", "dist", "dist_inter", "dist_intra", HARD
@@ -43,9 +42,13 @@ class Section(BaseModel):
         if cls.model_fields[str(info.field_name)].annotation is bool:
             return value
         for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, bool):
-                raise ValueError(f"should not be {str(each).lower()}, for which YAML takes yes, no, on and off, too")
+            _refuse_bool(each)
         return value
+
+
+def _refuse_bool(value: Any) -> None:
+    if isinstance(value, bool):
+        raise ValueError(f"should not be {str(value).lower()}, for which YAML takes yes, no, on and off, too")
 
 
 def _say_both(value: Any, look: Callable[[Any], Any]) -> Any:
@@ -227,7 +230,7 @@ class Baseline(StudentRecipe):
 
 
 class Distill(StudentRecipe):
-    loss: dict[str, Weight]
+    loss: dict[str, NotNegative]
     temperature: Positive
     online: bool
 
@@ -238,7 +241,8 @@ class Distill(StudentRecipe):
         weights = {value: 1.0} if isinstance(value, str) else value
         if not isinstance(weights, dict):
             raise ValueError(f"should be the name of a loss, or weights of several such as {{ssld: 1.0, {HARD}: 0.1}}")
-        for name in weights:
+        for name, weight in weights.items():
+            _refuse_bool(weight)
             if name not in LOSSES:
                 raise ValueError(f"no loss is called {name!r}{nearest(str(name), list(LOSSES))}")
         return weights
