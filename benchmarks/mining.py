@@ -8,7 +8,8 @@ An archive holds images in folders of their classes. Half of its images, drawn b
 copies of them are planted in the pool, which is the other half. A false alarm is a pool image that was not planted and
 is taken for a copy. CIFAR-10 has real near-copies within classes (Barz and Denzler, "Do We Train on Test Data?", 2020),
 so pairs of one class are counted apart, and --sheet draws them, to judge by eye. Other methods get the threshold at
-which they take 1 in 1,000 of the pool for a copy of an image of another class. SIFT is in sift.py, as it needs OpenCV.
+which they take 1 in 1,000 of the pool for a copy of an image of another class. Methods that need more than
+thumbnails are in copies.py.
 """
 
 import argparse
@@ -95,16 +96,17 @@ def correlation(pool: np.ndarray, guarded: np.ndarray) -> Answer:
 
 
 def perceptual_hash(pool: np.ndarray, guarded: np.ndarray) -> Answer:
-    """pHash (Zauner, 2010): 64 bits, the signs about their median; also of the mirrored guarded image."""
-
-    def bits(thumbs: np.ndarray) -> np.ndarray:
-        low = dctn(thumbs.astype(np.float32), axes=(1, 2))[:, :8, :8].reshape(len(thumbs), -1)
-        return np.where(low > np.median(low, axis=1, keepdims=True), 1, -1).astype(np.float32) / 8
-
+    """pHash; also of the mirrored guarded image."""
     similarity, which = np.full(len(pool), -1, np.float32), np.full(len(pool), -1)
     for targets in (guarded, guarded[:, :, ::-1]):
-        improve(similarity, which, bits(pool), bits(targets))
+        improve(similarity, which, hash_bits(pool), hash_bits(targets))
     return similarity, which
+
+
+def hash_bits(thumbs: np.ndarray) -> np.ndarray:
+    """pHash (Zauner, 2010): 64 signs about the median, as (N, 64) of length 1."""
+    low = dctn(thumbs.astype(np.float32), axes=(1, 2))[:, :8, :8].reshape(len(thumbs), -1)
+    return np.where(low > np.median(low, axis=1, keepdims=True), 1, -1).astype(np.float32) / 8
 
 
 def unit(flat: np.ndarray) -> np.ndarray:

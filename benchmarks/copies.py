@@ -1,16 +1,18 @@
-"""Looks for the same planted copies as mining.py by SIFT, which SSLD's authors used, and by this project's search.
+"""Looks for the planted copies of mining.py by SIFT, by pHash with a teacher's embedding, and by this project's search.
 
-    python benchmarks/sift.py cifar10.zip                  10,000 images, half of them guarded
-    python benchmarks/sift.py photographs.zip --plant 125  250 photographs
+    python benchmarks/copies.py cifar10.zip --images 2000 --plant 500   half of them guarded
+    python benchmarks/copies.py photographs.zip --plant 125             250 photographs
+    python benchmarks/copies.py cifar10.zip --images 2000 --plant 500 --teacher PROJECT/data/teacher
 
-Needs OpenCV, which the project does not: pip install --no-deps opencv-python-headless==5.0.0.93
+SIFT, which SSLD's authors used, needs OpenCV: pip install --no-deps opencv-python-headless==5.0.0.93. A keypoint of a
+pool image votes for the guarded image (or its mirror image) with the nearest descriptor, if no other guarded image has
+one nearly as near (Lowe, "Distinctive Image Features from Scale-Invariant Keypoints", 2004, section 7.1: a ratio of
+distances of at most 0.8). An image's similarity is the number of votes for the image that gets most of them. The
+authors' rule is not published; this one does not look at where the keypoints are.
 
-A keypoint of a pool image votes for the guarded image (or its mirror image) with the nearest descriptor, if no other
-guarded image has one nearly as near (Lowe, "Distinctive Image Features from Scale-Invariant Keypoints", 2004, section
-7.1: a ratio of distances of at most 0.8). An image's similarity is the number of votes for the image that gets most of
-them. The authors' rule is not published; this one does not look at where the keypoints are. SIFT is given the threshold
-at which it takes at most 1 in 1,000 of the pool (one, of a smaller pool) for a copy of an image of another class; this
-project's search has its own, 0.93.
+With --teacher, also by pHash and that teacher's embedding: the sum of both cosines, each with the guarded image or its
+mirror image. Other methods get the threshold at which they take at most 1 in 1,000 of the pool (one, of a smaller pool)
+for a copy of an image of another class; this project's search has its own, 0.93.
 """
 
 import argparse
@@ -25,14 +27,17 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
-from mining import KINDS, Answer, ours, read
+from mining import KINDS, Answer, hash_bits, ours, read, unit
 
+from pipeline.core import networks
+from pipeline.core.networks import Classifier
 from pipeline.core.thumbnails import thumbnails
+from pipeline.core.views import render_test
 
 try:
     import cv2
 except ImportError:
-    sys.exit("sift: error: OpenCV is not here: pip install --no-deps opencv-python-headless==5.0.0.93")
+    sys.exit("copies: error: OpenCV is not here: pip install --no-deps opencv-python-headless==5.0.0.93")
 
 SHORTEST, LONGEST = 128, 256  # pixels of an image's longer side: SIFT finds little in smaller images
 KEYPOINTS = 64  # of an image, the strongest
@@ -79,11 +84,23 @@ def votes(pool: Described, count: int, guarded: Described, guarded_count: int) -
     return most.numpy(), which.numpy()
 
 
+@torch.inference_mode()
+def embeddings(classifier: Classifier, images: list[Image.Image], side: int) -> np.ndarray:
+    """(N, D), each about its mean and of length 1."""
+    views = (
+        np.stack([render_test(image, side, 1.0) for image in images[at : at + 128]])
+        for at in range(0, len(images), 128)
+    )
+    return unit(np.concatenate([classifier.embed(torch.from_numpy(part))[1].float().numpy() for part in views]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("archive", type=Path, help="a .zip of images, .../<class>/<name>")
     parser.add_argument("--images", type=int, default=10000, help="of the archive (default: 10000)")
     parser.add_argument("--plant", type=int, default=1000, help="copies of each kind (default: 1000)")
+    parser.add_argument("--teacher", type=Path, help="folder of a fitted teacher; its views have --side pixels")
+    parser.add_argument("--side", type=int, default=32, help="pixels of the teacher's views (default: 32)")
     arguments = parser.parse_args()
     images, classes = read(arguments.archive, arguments.images)
     half_way = len(images) // 2
@@ -99,6 +116,20 @@ def main() -> None:
         return ours(thumbnails(pool), thumbs)
 
     methods: dict[str, Callable[[list[Image.Image]], Answer]] = {"this project's": by_this_project, "SIFT": by_sift}
+    if arguments.teacher:
+        classifier, _ = networks.load(arguments.teacher, torch.device("cpu"))
+
+        def described_twice(images: list[Image.Image]) -> list[np.ndarray]:
+            return [hash_bits(thumbnails(images)), embeddings(classifier, images, arguments.side)]
+
+        targets = [described_twice(guarded), described_twice(mirrored)]
+
+        def by_hash_and_embedding(pool: list[Image.Image]) -> Answer:
+            pairs = zip(described_twice(pool), *targets, strict=True)
+            total = sum(np.maximum(mine @ plain.T, mine @ turned.T) for mine, plain, turned in pairs)
+            return total.max(1), total.argmax(1)
+
+        methods["pHash and embedding"] = by_hash_and_embedding
     columns = {}
     for name, method in methods.items():
         started = time.monotonic()
@@ -106,8 +137,9 @@ def main() -> None:
         seconds = time.monotonic() - started
         same = np.array(classes[:half_way])[which] == np.array(classes[half_way:])
         others = np.sort(np.where(same, -1, similarity))
-        limit = 0.93 if name == "this project's" else others[-max(1, len(others) // 1000) - 1] + 1
-        cells = [f"{limit}", f"{((similarity >= limit) & ~same).sum()} and {((similarity >= limit) & same).sum()}"]
+        step = 1 if similarity.dtype.kind == "i" else 1e-6  # votes are whole numbers
+        limit = 0.93 if name == "this project's" else others[-max(1, len(others) // 1000) - 1] + step
+        cells = [f"{limit:.4g}", f"{((similarity >= limit) & ~same).sum()} and {((similarity >= limit) & same).sum()}"]
         cells.append(f"{len(similarity) * half_way / seconds / 1e6:.3f} million")
         for make in KINDS.values():
             found, place = method([make(image) for image in images[:plant]])
