@@ -33,6 +33,7 @@ from seeds import known, run, spread, table
 
 from pipeline import prepare, recipes, teacher
 from pipeline.core import atomic, params
+from pipeline.core.sections import Params
 
 RECIPE, STUDENT = "cifar10_small", "fixres"
 TRAIN, VAL, TEST = 1000, 100, 500  # images a class
@@ -48,7 +49,7 @@ class Row(NamedTuple):
     student: str = STUDENT
 
 
-def rows(settings: params.Params) -> dict[str, Row]:
+def rows(settings: Params) -> dict[str, Row]:
     """Give the runs and readings, by name."""
     used, labelled = TRAIN, settings.prepare.labels_per_class
     more = used // labelled
@@ -171,7 +172,7 @@ def write_subset(archive: Path, small: Path) -> None:
                 out.writestr(f"{split}/{label}/{file}", whole.read(name))
 
 
-def fit_teacher(settings: params.Params, folder: Path) -> None:
+def fit_teacher(settings: Params, folder: Path) -> None:
     """Fit the teacher with all labels; its weights go to data/weights/teacher."""
     folder.mkdir(parents=True, exist_ok=True)
     own = {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}  # it is no run of the project's

@@ -32,6 +32,7 @@ from machine import against, machine, take_turns
 from pipeline.core import devices, engine, networks, params, teaching
 from pipeline.core.batches import Batch, TrainingOrder, Views
 from pipeline.core.dataset import ImageSet
+from pipeline.core.sections import Machine
 from pipeline.core.views import ViewSpec
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +75,7 @@ def make_run(arguments: argparse.Namespace, views: Dataset, ids: np.ndarray, scr
     )
 
 
-def how(arguments: argparse.Namespace) -> params.Machine:
+def how(arguments: argparse.Namespace) -> Machine:
     """The settings of section machine that the arguments give."""
     given = {name: getattr(arguments, name) for name in ("device", "compile", "cuda_graphs", "cudnn_benchmark")}
     return params.load(ROOT / "params.yaml").machine.model_copy(update={"checkpoint_seconds": 1e9, **given})

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline import mine, prepare, score, teacher
 from pipeline.core import params
 from pipeline.core.dataset import ImageSet
+from pipeline.core.sections import Params
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {
@@ -92,7 +93,7 @@ def main() -> None:
             )
 
 
-def mined_well(images: ImageSet, truth: np.ndarray, wanted: params.Params, rank_by: str, per_class: int) -> str:
+def mined_well(images: ImageSet, truth: np.ndarray, wanted: Params, rank_by: str, per_class: int) -> str:
     """Mine, and give the cells of a row: how many were mined, what share belongs, is right, and the class balance."""
     changed = wanted.mine.model_copy(update={"rank_by": rank_by, "per_class": per_class, "copy_similarity": 0.93})
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
 
 from pipeline.core import params
+from pipeline.core.sections import Params
 
 COLUMNS = ("top1", "nll", "ece", "errors")
 NETWORKS = ("teacher", "baseline", "distill", "finetune", "fixres")
@@ -63,7 +64,7 @@ def known(seed: int, changes: dict) -> dict | None:
     return folder and json.loads((folder / "metrics.json").read_text())
 
 
-def finished(wanted: params.Params) -> Path | None:
+def finished(wanted: Params) -> Path | None:
     """The folder of a run that ended well with these settings, the machine's own left out."""
     for file in Path(".scratch/runs").glob("*/params.yaml"):
         try:

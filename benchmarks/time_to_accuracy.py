@@ -39,6 +39,7 @@ from pipeline.core.batches import TrainingOrder, Views
 from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
+from pipeline.core.sections import Params
 from pipeline.core.softlabels import SoftLabels
 from pipeline.core.views import ViewSpec
 
@@ -60,7 +61,7 @@ class Course(NamedTuple):
 class Work(NamedTuple):
     """What all are given."""
 
-    settings: params.Params
+    settings: Params
     images: ImageSet
     rows: np.ndarray  # (N,) to learn from
     folder: Path  # the same images as files, <class>/<id>.jpg

@@ -172,7 +172,8 @@ def import_file(file: Path, model: str, output: Path) -> str:
         hint = f"; it fits {', '.join(others)}" if others else ""
         raise ValueError(f"{file}: not the weights of {model}: it {error}{hint}") from None
     if broken := [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]:
-        raise ValueError(f"{file}: {broken[0]} has values that are not finite, and so have {len(broken) - 1} others")
+        others = f", and so have {len(broken) - 1} others" if broken[1:] else ""
+        raise ValueError(f"{file}: {broken[0]} has values that are not finite{others}")
     with file.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     with atomic.replacing(output) as beside:  # one entry of metadata: the order of several is not always the same
@@ -193,7 +194,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(import_file(arguments.file, arguments.model, arguments.output))
     except (ValueError, OSError) as error:
-        print(f"import_paddle: error: {' '.join(str(error).split())}", file=sys.stderr)
+        words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"import_paddle: error: {' '.join(words.split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("import_paddle: stopped; nothing was written", file=sys.stderr)

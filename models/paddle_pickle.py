@@ -28,6 +28,10 @@ INSTRUCTIONS = {
 }
 
 
+class _Refused(Exception):
+    """A file is whole, as far as is known, and holds what is not taken."""
+
+
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read the arrays that a file holds, by their keys. They may be read-only.
 
@@ -39,13 +43,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as handle:
         try:
             content = _Reader(handle, encoding="latin1").load()  # latin1: how Python 2 wrote bytes
-        except pickle.UnpicklingError as error:
+        except _Refused as error:
             raise ValueError(f"{path}: {error}") from None
-        except EOFError:
-            raise ValueError(f"{path}: cut short, or not a .pdparams file; fetch it again") from None
-        except Exception as error:  # damaged bytes end in every kind of error there is
-            reason = f"{type(error).__name__}: {str(error)[:200]}"
-            raise ValueError(f"{path}: damaged, or not a .pdparams file of arrays ({reason})") from None
+        except Exception as error:  # such bytes end in every kind of error there is
+            raise ValueError(
+                f"{path}: cut short, damaged, or not a .pdparams file of arrays; fetch it again"
+            ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a dict of arrays")
     content.pop(NAMES, None)
@@ -65,13 +68,13 @@ class _DType:
 
     def __init__(self, code: str, align: Any = False, copy: Any = True):
         if not re.fullmatch(r"[fiub]\d{1,2}", code):
-            raise pickle.UnpicklingError(f"holds an array of {code[:20]!r}, not of numbers: refused")
+            raise _Refused(f"holds an array of {code[:20]!r}, not of numbers: refused")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, order, *parts = state
         if parts[:3] != [None, None, None]:
-            raise pickle.UnpicklingError("holds an array of records, not of numbers: refused")
+            raise _Refused("holds an array of records, not of numbers: refused")
         self.dtype = self.dtype.newbyteorder(order)
 
 
@@ -84,10 +87,10 @@ class _Array:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, kind, fortran, content = state
         if not isinstance(kind, _DType) or not all(isinstance(n, int) and n >= 0 for n in shape):
-            raise pickle.UnpicklingError("holds an array of an impossible type or shape: refused")
+            raise _Refused("holds an array of an impossible type or shape: refused")
         content = content.encode("latin1") if isinstance(content, str) else content
         if math.prod(shape) * kind.dtype.itemsize != len(content):
-            raise pickle.UnpicklingError(f"an array of shape {shape} has {len(content)} bytes: damaged")
+            raise _Refused(f"an array of shape {shape} has {len(content)} bytes: damaged")
         flat = np.frombuffer(content, kind.dtype)
         self.array = flat.reshape(shape, order="F" if fortran else "C")
 
@@ -97,13 +100,13 @@ _NDARRAY = object()  # what a file hands to _reconstruct; it is never called
 
 def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
     if kind is not _NDARRAY:
-        raise pickle.UnpicklingError("holds another kind of array: refused")
+        raise _Refused("holds another kind of array: refused")
     return _Array()
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"holds bytes encoded as {str(encoding)[:20]!r}: refused")
+        raise _Refused(f"holds bytes encoded as {str(encoding)[:20]!r}: refused")
     return codecs.latin_1_encode(text)[0]  # how protocol 2 writes bytes
 
 
@@ -118,7 +121,7 @@ def _dict(pairs: Any = ()) -> dict[str, Any]:
 def _key(key: Any) -> str:
     # before it is hashed: nested tuples could be made to take for ever
     if not isinstance(key, str):
-        raise pickle.UnpicklingError("holds a dict whose keys are no text: refused")
+        raise _Refused("holds a dict whose keys are no text: refused")
     return key
 
 
@@ -137,7 +140,7 @@ ALLOWED = {
 
 
 def _refuse(reader: "_Reader") -> None:
-    raise pickle.UnpicklingError("holds more than arrays: refused, and nothing of it was run")
+    raise _Refused("holds more than arrays: refused, and nothing of it was run")
 
 
 _KNOWN = {getattr(pickle, name)[0] for name in INSTRUCTIONS}
@@ -150,13 +153,13 @@ class _Reader(pickle._Unpickler):  # the one in Python: its table can be cut dow
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
-            raise pickle.UnpicklingError(f"wants {module}.{name}"[:120] + ": refused, and nothing of it was run")
+            raise _Refused(f"wants {module}.{name}"[:120] + ": refused, and nothing of it was run")
         return ALLOWED[module, name]
 
     def load_build(self) -> None:
         state = self.stack.pop()
         if not isinstance(self.stack[-1], _Array | _DType):
-            raise pickle.UnpicklingError("wants to change what is no array: refused, and nothing of it was run")
+            raise _Refused("wants to change what is no array: refused, and nothing of it was run")
         self.stack[-1].__setstate__(state)
 
     def load_setitems(self) -> None:

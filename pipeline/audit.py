@@ -18,8 +18,8 @@ from pipeline.core import devices, mined, networks, teaching
 from pipeline.core import params as settings
 from pipeline.core.batches import Views
 from pipeline.core.dataset import ImageSet
-from pipeline.core.params import Params
 from pipeline.core.recheck import Findings, recheck
+from pipeline.core.sections import Params
 from pipeline.core.views import ViewSpec
 
 LEAST_VIEWS = 256

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.core import devices, networks, stage, training
 from pipeline.core.batches import Views
 from pipeline.core.dataset import ImageSet
-from pipeline.core.params import Params
+from pipeline.core.sections import Params
 from pipeline.core.views import ViewSpec
 
 

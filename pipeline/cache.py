@@ -23,9 +23,9 @@ from pipeline.core.batches import RowsAndReplicas, Views, load
 from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
-from pipeline.core.params import Params
 from pipeline.core.progress import Progress
 from pipeline.core.recheck import TOLERANCE, recheck
+from pipeline.core.sections import Params
 from pipeline.core.softlabels import Description, SoftLabels, finish, shards, store
 from pipeline.core.softlabels.keys import find_double
 from pipeline.core.softlabels.records import Records

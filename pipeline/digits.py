@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from pipeline.core import atomic, stage
 from pipeline.core.dataset import rank, sample_id
 from pipeline.core.images import encode_png
-from pipeline.core.params import Params
+from pipeline.core.sections import Params
 
 OUT = Path("data/digits")
 SIDE, TILES = 32, 4  # pixels a side; tiles a side of an image of no class

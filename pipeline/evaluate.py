@@ -24,8 +24,8 @@ import models
 from pipeline.core import atomic, batches, devices, metrics, networks, report, stage
 from pipeline.core.dataset import ImageSet
 from pipeline.core.networks import Classifier
-from pipeline.core.params import Params
 from pipeline.core.progress import Progress
+from pipeline.core.sections import Params
 
 NETWORKS, STUDENT = tuple(report.TITLES), report.STUDENT
 DATA = Path("data")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.core import devices, distillation, networks, stage, training
 from pipeline.core.dataset import ImageSet
-from pipeline.core.params import Params
+from pipeline.core.sections import Params
 
 
 def run(params: Params) -> None:

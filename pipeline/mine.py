@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from pipeline.core import atomic, copies, devices, mining_sheet, ranking, stage
 from pipeline.core.dataset import ImageSet
 from pipeline.core.likeness import likeness
-from pipeline.core.params import Params
 from pipeline.core.progress import Progress
 from pipeline.core.ranking import ClassCount
+from pipeline.core.sections import Params
 
 SCORE = Path("data/score")
 

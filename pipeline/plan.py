@@ -31,7 +31,7 @@ from torch import nn
 import models
 from pipeline import recipes
 from pipeline.core import params
-from pipeline.core.params import Count, CountOrZero, Params, Positive, Section
+from pipeline.core.sections import Count, CountOrZero, Params, Positive, Section, nearest
 from pipeline.core.softlabels.keys import KEY
 
 TFLOPS = 28.0
@@ -246,7 +246,7 @@ def read(name: str, root: Path = Path(".")) -> tuple[Params, Counts]:
     except ValidationError as error:
         first = error.errors()[0]
         key, known = str(first["loc"][0]), list(Counts.model_fields)
-        told = params.nearest(key, known) if first["type"] == "extra_forbidden" else f": {first['msg']}"
+        told = nearest(key, known) if first["type"] == "extra_forbidden" else f": {first['msg']}"
         raise ValueError(f"recipes/{name}.yaml: {recipes.PLAN}.{key}{told}") from None
 
 

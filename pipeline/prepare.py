@@ -23,11 +23,11 @@ from pipeline.core.archives import Tree
 from pipeline.core.choose import Found, Parts, Picture, Pictures, Stored
 from pipeline.core.examined import Examined
 from pipeline.core.images import Unreadable
-from pipeline.core.params import Params
 from pipeline.core.progress import Progress
 from pipeline.core.reading import in_threads
 from pipeline.core.reencoding import ENCODED, Reencoded
 from pipeline.core.refusals import FURTHER_FRAMES, Refusal, as_csv, check_share, in_words, reasons
+from pipeline.core.sections import Params
 from pipeline.core.shards import Sample
 from pipeline.core.sources import Source, SourceFile, class_names, names, open_source
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from pipeline.core import params, workspace
+from pipeline.core.sections import nearest
 
 FOLDER = "recipes"
 DEFAULT = "digits"
@@ -49,7 +50,7 @@ def read(name: str, root: Path = Path(".")) -> Recipe:
     if not known:
         raise ValueError(f"{root / FOLDER}: no recipes here; run from the project's root")
     if name not in known:
-        raise ValueError(f"no recipe is called {name!r}{params.nearest(name, known)}")
+        raise ValueError(f"no recipe is called {name!r}{nearest(name, known)}")
     text = (root / FOLDER / f"{name}.yaml").read_text()
     try:
         content = yaml.safe_load(text)

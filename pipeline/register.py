@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from pipeline.core import atomic, card, registry, stage, store, tracking
-from pipeline.core.params import Params
+from pipeline.core.sections import Params
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import: --help and --if-missing should not wait for both
     from mlflow import MlflowClient

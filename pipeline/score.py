@@ -27,8 +27,8 @@ from pipeline.core.batches import RowsAndReplicas, Views, in_order, load
 from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
-from pipeline.core.params import Params
 from pipeline.core.progress import Progress
+from pipeline.core.sections import Params
 from pipeline.core.thumbnails import thumbnails
 from pipeline.core.views import render_test
 

@@ -16,7 +16,7 @@ from pipeline.core.batches import Views
 from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
-from pipeline.core.params import Params
+from pipeline.core.sections import Params
 from pipeline.core.views import ViewSpec
 
 ENOUGH_TO_TRY = 100  # validation images with which a teacher that guesses is told from one that does not

@@ -25,7 +25,7 @@ from pipeline.core import atomic, dataset, devices, engine, networks, params, st
 from pipeline.core.batches import EVERY_REPLICA, TrainingOrder, Views, in_order, load
 from pipeline.core.dataset import ImageSet
 from pipeline.core.networks import Classifier
-from pipeline.core.params import Params, TrainingRecipe
+from pipeline.core.sections import Params, TrainingRecipe
 from pipeline.core.views import ViewSpec
 
 HERE = Path(__file__).resolve().parent

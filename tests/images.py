@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from pipeline import prepare
 from pipeline.core import params
 from pipeline.core.dataset import ImageSet
+from pipeline.core.sections import Params
 
 CLASSES = ("circle", "cross", "line", "square")
 ROOT = Path(__file__).parent.parent
@@ -79,7 +80,7 @@ def small_settings() -> dict[str, object]:
     }
 
 
-def tiny(**changes: object) -> params.Params:
+def tiny(**changes: object) -> Params:
     """The project's settings with networks, epochs and images shrunken; `changes` as params.with_changes takes them."""
     data = yaml.safe_load((ROOT / "params.yaml").read_text())
     return params.check(params.with_changes(data, {**small_settings(), **changes}))

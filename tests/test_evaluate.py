@@ -18,13 +18,14 @@ from sklearn.metrics import confusion_matrix, log_loss
 from pipeline import evaluate
 from pipeline.core import networks, params, shards, views
 from pipeline.core.dataset import ImageSet
+from pipeline.core.sections import Params
 
 CLASSES = ["ant", "bee", "cow", "<i>dog</i>", "eel, grey", "fox"]
 RESOLUTIONS = {"teacher": 24, "baseline": 16, "distill": 16, "finetune": 16, "fixres": 24}
 PROJECT = Path(__file__).parents[1]
 
 
-def settings(**changes) -> params.Params:
+def settings(**changes) -> Params:
     """The project's settings, quick and on the CPU."""
     quick = {"machine.device": "cpu", "machine.workers": 0, "evaluate.speed_seconds": 1e-6, "evaluate.batch_size": 10}
     data = yaml.safe_load((PROJECT / "params.yaml").read_text())

@@ -152,6 +152,9 @@ MISTAKES = {
     ),
     "whole numbers": (lambda w: w | {"fc.bias": np.zeros(1000, "i8")}, "ResNet18", r"fc\.bias of type int64"),
     "no classifier": (lambda w: {"a": w["fc.bias"]}, "ResNet18", r"has no classifier"),
+    "values that are not finite": (
+        lambda w: w | {"fc.bias": np.full(1000, np.nan, "f4")}, "ResNet18", r"fc\.bias has values that are not finite$"
+    ),
     "no arrays": (lambda w: {"fc.bias": "text"}, "ResNet18", r"fc\.bias is no array"),
     "no dict": (lambda w: [1, 2], "ResNet18", r"holds a list"),
 }  # fmt: skip

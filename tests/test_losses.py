@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.core import losses, params
+from pipeline.core import losses
 from pipeline.core.batches import Batch
 from pipeline.core.distillation import distillation_loss
+from pipeline.core.sections import HARD, LOSSES
 from pipeline.core.softlabels import SparseLabels, dense
 
 DATA = Path(os.environ.get("SSLD_TEST_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
@@ -81,7 +82,7 @@ def found(name, student, teacher, temperature=1.0):
 
 
 def test_every_loss_has_a_name_in_the_settings():
-    assert {*losses.DISTILLATION, params.HARD} == set(params.LOSSES)
+    assert {*losses.DISTILLATION, HARD} == set(LOSSES)
     assert losses.DISTILLATION.keys() == PAPERS.keys()
 
 

@@ -85,8 +85,8 @@ def test_a_misspelt_key_in_the_file_is_one_line(data, tmp_path):
         ("prepare", {"val": None, "test": None, "val_share": 0.5, "test_share": 0.5}, "must be below 1"),
         ("prepare", {"val": None, "test": "test", "val_share": 1.0}, "val_share take all of train"),
         ("register.margin", 5, "register.margin: should be less than or equal to 1, not 5"),
-        ("views.crop_scale", [0.5], "views.crop_scale: should be more numbers than 1"),
-        ("baseline.lr_multipliers", [0.1, 0.2], "baseline.lr_multipliers: should be more numbers than 2"),
+        ("views.crop_scale", [0.5], "views.crop_scale: should be 2 numbers, not 1"),
+        ("baseline.lr_multipliers", [0.1, 0.2], "baseline.lr_multipliers: should be 5 numbers, not 2"),
     ],
 )
 def test_a_wrong_value_names_its_key(data, key, value, words):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.core.params import Machine
+from pipeline.core.sections import Machine
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
 from pipeline.core.engine import Loss
 from pipeline.core.networks import Classifier
-from pipeline.core.params import HARD, Distill, Params
+from pipeline.core.sections import HARD, Distill, Params
 from pipeline.core.softlabels import SoftLabels, dense, make_keys
 from pipeline.core.teaching import answer, description, open_labels
 from pipeline.core.views import ViewSpec

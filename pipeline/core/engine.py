@@ -24,8 +24,8 @@ from pipeline.core import atomic, checkpoints, devices, norms, optimizers, stage
 from pipeline.core.batches import Batch, TrainingOrder, Views, load
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
-from pipeline.core.params import Machine, TrainingRecipe
 from pipeline.core.progress import Meter, Progress
+from pipeline.core.sections import Machine, TrainingRecipe
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 History = list[dict[str, float]]

@@ -12,7 +12,7 @@ import yaml
 
 from pipeline.core import tracking
 from pipeline.core.dataset import SPLITS, ImageSet
-from pipeline.core.params import Params
+from pipeline.core.sections import Params
 
 REMAKE = "run `dvc repro`"
 STORED = ("prepare", "teacher", "cache")  # the stages whose outputs a version's tags name; dvc.lock names them all

@@ -13,7 +13,7 @@ TILES = 6  # of a class: the first and the last that it took, so many of each
 COPIES, KEPT, REFUSED = 24, 12, 24  # pairs of near-copies and of the most alike of the rest; images for a reason
 
 Table = dict[str, np.ndarray]
-WORTH = "Below: the teacher's score, times how much the image is like those with labels (1: not asked), which rank it."
+WORTH = "Below: what ranks it, the teacher's score times how much likelier the image is in validation than in the pool."
 
 
 def draw(images: ImageSet, mined: Table, judged: Table, refused: np.ndarray, counts: list[ClassCount]) -> Image.Image:

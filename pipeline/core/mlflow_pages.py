@@ -9,7 +9,6 @@ Where MLFLOW_TRACKING_URI names a server, that has pages of its own, and their a
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from pipeline.core import params, store
 
@@ -34,10 +33,9 @@ def main() -> None:
     print("Ctrl-C stops it.", flush=True)
     os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     os.environ |= {"PYTHONWARNINGS": "ignore"}
-    mlflow = str(Path(sys.executable).with_name("mlflow"))
     where = ["--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", uri]
     how = ["--workers", "1", "--uvicorn-opts", "--log-level warning", "--artifacts-destination", "mlartifacts"]
-    os.execv(mlflow, [mlflow, "ui", *where, *how])
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *where, *how])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 from timm.models import group_parameters
 from torch import nn
 
-from pipeline.core.params import StudentRecipe, TrainingRecipe
+from pipeline.core.sections import StudentRecipe, TrainingRecipe
 
 
 def learning_rate(step: int, steps: int, warmup_steps: float, highest: float) -> float:

@@ -9,8 +9,8 @@ from torch import Tensor
 from pipeline.core import teaching
 from pipeline.core.batches import Views, load
 from pipeline.core.networks import Classifier
-from pipeline.core.params import Params
 from pipeline.core.progress import Progress
+from pipeline.core.sections import Params
 from pipeline.core.softlabels import SoftLabels, dense
 
 TOLERANCE = 1e-3  # nats: other arithmetic may move a stored number by a step of its rounding

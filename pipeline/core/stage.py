@@ -20,7 +20,7 @@ from types import FrameType
 import psutil
 
 from pipeline.core import params as settings
-from pipeline.core.params import Params
+from pipeline.core.sections import Params, TrainingRecipe
 
 SCRATCH = Path(".scratch")  # checkpoints and locks: what a stage needs to go on after it was killed
 ENDED = "ended"  # a file in the folder of a run that has its results
@@ -222,7 +222,7 @@ def _left_alone(error: BaseException) -> bool:
 
 def _whats_there_to_halve(params: Params, name: str) -> str:
     section = getattr(params, name, None)
-    if isinstance(section, settings.TrainingRecipe):
+    if isinstance(section, TrainingRecipe):
         return (
             f": halve {name}.batch_size (now {section.batch_size}); or, for the same batches, double {name}.accumulate "
             f"(now {section.accumulate}) or set machine.checkpoint_activations to true"

@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.core.batches import Views
 from pipeline.core.dataset import ImageSet
 from pipeline.core.networks import Classifier
-from pipeline.core.params import Params
+from pipeline.core.sections import Params
 from pipeline.core.softlabels import Description, SoftLabels, make_keys, read_description
 from pipeline.core.views import ViewSpec
 

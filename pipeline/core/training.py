@@ -25,7 +25,7 @@ from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
 from pipeline.core.engine import Loss
 from pipeline.core.networks import Classifier
-from pipeline.core.params import Params, TrainingRecipe
+from pipeline.core.sections import Params, TrainingRecipe
 
 DATA = Path("data")
 GPU_PIXELS = 256 * 224**2  # of images that a GPU is asked about at once in validation

@@ -22,7 +22,7 @@ from scipy.special import betaincinv
 from pipeline.core import images
 from pipeline.core.augment import OPERATIONS
 from pipeline.core.images import Encoded
-from pipeline.core.params import Views as Section
+from pipeline.core.sections import Views as Section
 
 VERSION = 3  # of what is drawn and rendered: a change that changes pixels must raise it; stored labels are refused then
 

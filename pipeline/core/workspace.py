@@ -34,7 +34,7 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from pipeline.core import atomic, dvc, params
-from pipeline.core.params import Params
+from pipeline.core.sections import Params
 from pipeline.core.stage import SCRATCH
 
 LABELS_DEPEND_ON = ("seed", "views", "teacher", "cache", "mine", "prepare")  # sections, what matters most first
