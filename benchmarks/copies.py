@@ -1,4 +1,4 @@
-"""Looks for the planted copies of mining.py by SIFT, by pHash with a teacher's embedding, and by this project's search.
+"""Looks for planted copies (planted.py) by SIFT, by pHash with a teacher's embedding, and by this project's search.
 
     python benchmarks/copies.py cifar10.zip --images 2000 --plant 500   half of them guarded
     python benchmarks/copies.py photographs.zip --plant 125             250 photographs
@@ -17,8 +17,7 @@ for a copy of an image of another class; this project's search has its own, 0.93
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
-from mining import KINDS, Answer, hash_bits, ours, read, unit
+from mining import hash_bits, ours, unit
+from planted import Answer, Method, read, search, show
 
 from pipeline.core import networks
 from pipeline.core.networks import Classifier
@@ -115,7 +115,7 @@ def main() -> None:
     def by_this_project(pool: list[Image.Image]) -> Answer:
         return ours(thumbnails(pool), thumbs)
 
-    methods: dict[str, Callable[[list[Image.Image]], Answer]] = {"this project's": by_this_project, "SIFT": by_sift}
+    methods: dict[str, Method] = {"this project's": by_this_project, "SIFT": by_sift}
     if arguments.teacher:
         classifier, _ = networks.load(arguments.teacher, torch.device("cpu"))
 
@@ -130,28 +130,13 @@ def main() -> None:
             return total.max(1), total.argmax(1)
 
         methods["pHash and embedding"] = by_hash_and_embedding
-    columns = {}
-    for name, method in methods.items():
-        started = time.monotonic()
-        similarity, which = method(images[half_way:])
-        seconds = time.monotonic() - started
-        same = np.array(classes[:half_way])[which] == np.array(classes[half_way:])
-        others = np.sort(np.where(same, -1, similarity))
-        step = 1 if similarity.dtype.kind == "i" else 1e-6  # votes are whole numbers
-        limit = 0.93 if name == "this project's" else others[-max(1, len(others) // 1000) - 1] + step
-        cells = [f"{limit:.4g}", f"{((similarity >= limit) & ~same).sum()} and {((similarity >= limit) & same).sum()}"]
-        cells.append(f"{len(similarity) * half_way / seconds / 1e6:.3f} million")
-        for make in KINDS.values():
-            found, place = method([make(image) for image in images[:plant]])
-            cells.append(f"{((found >= limit) & (place == np.arange(plant))).mean():.3f}")
-        columns[name] = cells
+    found = {
+        name: search(images, classes, plant, method, 0.93 if method is by_this_project else None)
+        for name, method in methods.items()
+    }
     print(f"\n{machine()}; {len(images) - half_way:,} pool images, {half_way:,} guarded, {plant:,} copies of each kind")
     print(f"keypoints of a guarded image, in the mean: {len(described.of) / len(guarded) / 2:.1f}\n")
-    print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
-    alarms, rate = "false alarms: pairs of two classes, and of one", "pairs a second, describing the pool included"
-    lines = ["threshold", alarms, rate, *KINDS]
-    for line, cells in zip(lines, zip(*columns.values(), strict=True), strict=True):
-        print(f"| {line} | {' | '.join(cells)} |")
+    show(found, half_way)
 
 
 if __name__ == "__main__":

@@ -4,79 +4,30 @@
     python benchmarks/mining.py photographs.zip --leave-one-out   few images: each is looked for among all others
     python benchmarks/mining.py cifar10.zip --time 10000 100000 1000000
 
-An archive holds images in folders of their classes. Half of its images, drawn by a hash of their names, are guarded;
-copies of them are planted in the pool, which is the other half. A false alarm is a pool image that was not planted and
-is taken for a copy. CIFAR-10 has real near-copies within classes (Barz and Denzler, "Do We Train on Test Data?", 2020),
-so pairs of one class are counted apart, and --sheet draws them, to judge by eye. Other methods get the threshold at
-which they take 1 in 1,000 of the pool for a copy of an image of another class. Methods that need more than
-thumbnails are in copies.py.
+What is planted and counted is in planted.py; --sheet draws the false alarms, to judge by eye. Other methods get the
+threshold at which they take 1 in 1,000 of the pool for a copy of an image of another class. Methods that need more
+than thumbnails are in copies.py.
 """
 
 import argparse
-import hashlib
-import io
 import resource
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageEnhance
+from PIL import Image
 from scipy.fft import dctn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
+from planted import KINDS, Answer, read, search, show
 
 from pipeline.core import copies, sheet
-from pipeline.core.images import decode
 from pipeline.core.progress import Progress, duration
 from pipeline.core.thumbnails import SIDE, thumbnails
-
-
-def jpeg(image: Image.Image) -> Image.Image:
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=30)
-    return decode(out.getvalue())
-
-
-def half(image: Image.Image) -> Image.Image:
-    small = image.resize((image.width // 2, image.height // 2), Image.Resampling.BILINEAR)
-    return small.resize(image.size, Image.Resampling.BILINEAR)
-
-
-def crop(image: Image.Image, share: float) -> Image.Image:
-    x, y = round(image.width * share), round(image.height * share)
-    return image.crop((x, y, image.width - x, image.height - y))
-
-
-def caption(image: Image.Image, share: float, covers: bool) -> Image.Image:
-    """Put a bar with blocks like words over the lower edge, or below it."""
-    height = max(2, round(image.height * share))
-    page = Image.new("RGB", (image.width, image.height + (0 if covers else height)), "black")
-    page.paste(image)
-    pen, top = ImageDraw.Draw(page), page.height - height
-    pen.rectangle((0, top, page.width, page.height), fill="black")
-    for word in range(6):
-        left = page.width * (0.05 + 0.15 * word)
-        pen.rectangle((left, top + height * 0.35, left + page.width * 0.1, top + height * 0.65), fill="white")
-    return page
-
-
-KINDS: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "JPEG, quality 30": jpeg,
-    "half size and back": half,
-    "10 % cropped at each border": lambda image: crop(image, 0.1),
-    "10 % cropped, 5 % at each border": lambda image: crop(image, 0.05),
-    "20 % brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.2),
-    "20 % darker": lambda image: ImageEnhance.Brightness(image).enhance(0.8),
-    "mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-    "caption over 15 %": lambda image: caption(image, 0.15, covers=True),
-    "caption added, 15 %": lambda image: caption(image, 0.15, covers=False),
-}
-Answer = tuple[np.ndarray, np.ndarray]  # similarity (N,) and which guarded image (N,)
 
 
 def ours(pool: np.ndarray, guarded: np.ndarray) -> Answer:
@@ -131,50 +82,27 @@ METHODS: dict[str, Callable[[np.ndarray, np.ndarray], Answer]] = {
 }
 
 
-def read(archive: Path, count: int) -> tuple[list[Image.Image], list[str]]:
-    """Read so many images and their classes, in an order that a hash of their names gives."""
-    with zipfile.ZipFile(archive) as source:
-        names = [name for name in source.namelist() if name.lower().endswith((".jpg", ".jpeg", ".png"))]
-        names = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[:count]
-        found = []
-        with Progress(len(names), "images", "read") as progress:
-            for name in names:
-                found.append(decode(source.read(name)))
-                progress.update()
-        return found, [name.split("/")[-2] for name in names]
-
-
 def compare(
     images: list[Image.Image], classes: list[str], threshold: float, plant: int, sheet_file: Path | None
 ) -> None:
     """Half the images guarded, the other half the pool."""
     half_way = len(images) // 2
-    guarded, pool = thumbnails(images[:half_way]), thumbnails(images[half_way:])
-    planted = {kind: thumbnails(map(make, images[:plant])) for kind, make in KINDS.items()}
-    of_guarded, of_pool = np.array(classes[:half_way]), np.array(classes[half_way:])
-    print(f"{len(pool):,} pool images, {len(guarded):,} guarded, {plant:,} of them planted in each way\n")
-    head = "| copies, recall | " + " | ".join(METHODS) + " |\n|---|" + "---|" * len(METHODS)
-    alarms, recalls, alone = [], {kind: [] for kind in KINDS}, []
-    for name, method in METHODS.items():
-        similarity, which = method(pool, guarded)
-        same = of_guarded[which] == of_pool
-        if name == "this project's":
-            limit = threshold
-            if sheet_file:
-                draw(sheet_file, images, half_way, similarity, which, threshold)
-        else:  # as many false alarms, of pairs that cannot be real copies, as are allowed: 1 in 1,000
-            others = np.sort(np.where(same, -1, similarity))
-            limit = others[-max(1, len(others) // 1000) - 1] + 1e-6
-        alarms.append(f"{((similarity >= limit) & ~same).sum()} and {((similarity >= limit) & same).sum()}")
-        alone.append(f"{limit:.3f}")
-        for kind, thumbs in planted.items():
-            found, place = method(thumbs, guarded)
-            recalls[kind].append(f"{((found >= limit) & (place == np.arange(plant))).mean():.3f}")
-    print(head)
-    for kind, cells in recalls.items():
-        print(f"| {kind} | " + " | ".join(cells) + " |")
-    print("| threshold | " + " | ".join(alone) + " |")
-    print("| false alarms: pairs of two classes, and of one | " + " | ".join(alarms) + " |")
+    guarded = thumbnails(images[:half_way])
+    print(f"{len(images) - half_way:,} pool images, {half_way:,} guarded, {plant:,} of them planted in each way\n")
+    found = {
+        name: search(
+            images,
+            classes,
+            plant,
+            lambda pool, method=method: method(thumbnails(pool), guarded),
+            threshold if method is ours else None,
+        )
+        for name, method in METHODS.items()
+    }
+    show(found, half_way)
+    if sheet_file:
+        own = found["this project's"]
+        draw(sheet_file, images, half_way, own.similarity, own.which, threshold)
 
 
 def leave_one_out(images: list[Image.Image], threshold: float) -> None:
