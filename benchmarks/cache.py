@@ -3,11 +3,10 @@
     python benchmarks/cache.py read                   reading whole batches at random, on one core
     python benchmarks/cache.py large                  opening and reading a cache of 5 million views
     python benchmarks/cache.py write --project DIR    writing, against the teacher's bare forward passes
-    python benchmarks/cache.py epoch --project DIR    an epoch from the cache, against plain training and online
-    python benchmarks/cache.py loss --project DIR     a step's loss from the cache, against that with the teacher asked
     python benchmarks/cache.py peers --project DIR    the same answers in TinyViT's format, and a dense file a view
 
-A project's folder is one in which `dvc repro cache` has run; nothing in it is changed.
+A project's folder is one in which `dvc repro cache` has run; nothing in it is changed. What training gains by the
+cache, and what it loses: online.py.
 """
 
 import argparse
@@ -24,20 +23,18 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from timm.task import LogitDistillationTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from formats import FORMATS
-from machine import against, machine, own_memory, silence, take_turns
+from machine import again_and_again, against, header, machine, own_memory, row, show_rates, silence, take_turns
+from project import Project
 from records import made_logits
 
 from pipeline import cache
-from pipeline.core import devices, distillation, engine, losses, mined, networks, optimizers, params, teaching, training
-from pipeline.core.batches import TrainingOrder, Views, load
-from pipeline.core.dataset import ImageSet
+from pipeline.core import teaching
+from pipeline.core.batches import load
 from pipeline.core.softlabels import Description, SoftLabels, dense, finish, shards
 from pipeline.core.softlabels.records import Records
-from pipeline.core.views import ViewSpec
 
 MADE = Description({"digest": "benchmark"}, {}, num_classes=1000, top_k=255, min_probability=5e-5, bits=5)
 SHARD_VIEWS = 65_536
@@ -52,20 +49,11 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, help="machine.workers, in place of the project's")
     parser.add_argument("--by-batch", action="store_true", help="`write`: take turns batch by batch")
-    parser.add_argument("--rounds", type=int, default=3, help="alternating rounds of `write` and `epoch` (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="alternating rounds of `write` (default: 3)")
     arguments = parser.parse_args()
     print(f"{machine()}\n")
     os.chdir(arguments.project)
     COMMANDS[arguments.what](arguments)
-
-
-def row(*cells: object) -> None:
-    print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
-
-
-def header(*names: str) -> None:
-    row(*names)
-    row(*["---"] * len(names))
 
 
 def made_cache(folder: Path, views: int, keys: np.ndarray | None = None) -> np.ndarray:
@@ -145,7 +133,7 @@ def write(arguments: argparse.Namespace) -> None:
     No stage is faster than the slower of the two; where rendering is, more machine.workers help, if there are cores.
     A turn is all views, worker processes' start included, or a batch, where it is not (--by-batch).
     """
-    project, count = Project(arguments), arguments.views or 2048
+    project, count = Project(arguments.workers), arguments.views or 2048
     wanted = project.wanted()
     some = np.arange(min(count, len(wanted.keys)))
     pixels = torch.randint(0, 256, (project.params.cache.batch_size, 3, *[project.params.views.resolution] * 2))
@@ -173,12 +161,12 @@ def write(arguments: argparse.Namespace) -> None:
             sys.exit(
                 f"cache: error: --by-batch needs {3 * len(pixels):,} views: the first and last batches do not count"
             )
-        show(batch_by_batch(stage, lambda: bare_pass(len(pixels)), arguments.rounds), len(pixels), "views/s")
+        show_rates(batch_by_batch(stage, lambda: bare_pass(len(pixels)), arguments.rounds), len(pixels), "views/s")
         return
     ways = {"bare forward passes": bare, "rendering alone": render, "cache stage": stage}
     loops = {name: again_and_again(way) for name, way in ways.items()}
     seconds = take_turns(loops, arguments.rounds, steps=1, warm_up=1)
-    show(seconds, len(some), "views/s")
+    show_rates(seconds, len(some), "views/s")
     least = np.maximum(seconds["bare forward passes"], seconds["rendering alone"])
     print(f"\nThe stage against the slower of the two: {against(seconds['cache stage'], least)}")
 
@@ -235,58 +223,9 @@ def at_rest() -> Iterator[None]:
             worker.resume()
 
 
-def epoch(arguments: argparse.Namespace) -> None:
-    """Epochs of the student on the same views in the same order; the ways take turns, step by step."""
-    project = Project(arguments)
-    stored, _ = distillation.open_teacher(project.params, project.images, False, project.device)
-    asked, _ = distillation.open_teacher(project.params, project.images, True, project.device)
-    labels = np.where(project.images.labels >= 0, project.images.labels, 0)  # of any class: the work is the same
-    ways = {
-        "plain training on hard labels": training.labelled_loss(project.images, labels, 0.0),
-        "from the cache": distillation.distillation_loss({"ssld": 1.0}, 1.0, stored, project.images),
-        "online, teacher in the loop": distillation.distillation_loss({"ssld": 1.0}, 1.0, asked, project.images),
-    }
-    loops = {name: project.train(loss, arguments.rounds + 1) for name, loss in ways.items()}
-    loops["online, timm's LogitDistillationTask"] = project.train_with_timm(arguments.rounds + 1)
-    order = project.order()
-    with silence():
-        seconds = take_turns(loops, arguments.rounds * order.steps_per_epoch, steps=1, warm_up=3)
-    show(seconds, order.batch_size, "images/s")
-
-
-def loss(arguments: argparse.Namespace) -> None:
-    """SSLD's loss on an epoch's batches, of a new student and of the distilled one: what the records' rounding does."""
-    project = Project(arguments)
-    stored, asked = (
-        distillation.open_teacher(project.params, project.images, online, project.device)[0] for online in (False, True)
-    )
-    new = networks.build(project.params.student.model, len(project.images.classes), 0).to(project.device).eval()
-    students = {"a new one": new, "the distilled one": networks.load(Path("data/distill"), project.device)[0]}
-    order = project.order()
-    header(
-        "student", "temperature", "steps", "loss with the teacher asked, mean", "cached less asked: mean; most, a step"
-    )
-    for name, student in students.items():
-        for temperature in (1.0, 4.0):
-            found = []
-            batches = load(project.views, order.batches(0, order.steps_per_epoch), 0, project.device)
-            for batch in batches:
-                logits = student(batch.to(project.device).pixels).float()
-                found.append(
-                    [
-                        losses.weighted({"ssld": 1.0}, logits, teach(batch, temperature), temperature).item()
-                        for teach in (asked, stored)
-                    ]
-                )
-            (with_teacher, cached) = np.array(found).T
-            apart = cached - with_teacher
-            row(name, temperature, len(found), f"{with_teacher.mean():.4f}",
-                f"{apart.mean():+.1e}; {np.abs(apart).max():.1e}")  # fmt: skip
-
-
 def peers(arguments: argparse.Namespace) -> None:
     """The same answers in other formats: time to write, size, time to read an epoch in random order."""
-    project, count = Project(arguments), arguments.views or 2048
+    project, count = Project(arguments.workers), arguments.views or 2048
     wanted = project.wanted()
     some = np.arange(min(count, len(wanted.keys)))
     keys, parts = wanted.keys[some], np.array_split(some, -(-len(some) // 256))
@@ -310,74 +249,6 @@ def peers(arguments: argparse.Namespace) -> None:
             shutil.rmtree(folder / "x")
 
 
-class Project:
-    """What the stages of a project open, in the present folder."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.params = params.load(Path("params.yaml"))
-        if arguments.workers is not None:
-            how = self.params.machine.model_copy(update={"workers": arguments.workers})
-            self.params = self.params.model_copy(update={"machine": how})
-        self.images = ImageSet.open(Path("data/prepare"))
-        self.processes = devices.join(self.params.machine)
-        self.device = self.processes.device
-        self.classifier, card = networks.load(Path("data/teacher"), self.device)
-        self.description = teaching.description(self.params, card)
-        self.spec = ViewSpec.of(self.params.seed, self.params.views)
-        self.views = Views(self.images, self.spec)
-        self.rows = teaching.training_rows(self.images, mined.read(Path("data/mine")))
-
-    def wanted(self) -> cache.Wanted:
-        with tempfile.TemporaryDirectory() as folder:  # the keys stay mapped
-            file = Path(folder) / "keys.npy"
-            return cache.every_view(self.views, self.rows, self.params.cache.replicas, file, quiet=True)
-
-    def order(self) -> TrainingOrder:
-        return TrainingOrder(self.images, self.rows, self.params.distill.batch_size, 0, self.params.cache.replicas)
-
-    def train_with_timm(self, epochs: int) -> Iterator[None]:
-        """Train step by step as timm's user would write it: its task around student and teacher, on the same views.
-
-        In the recipe's precision; without its average of the weights, and with tensors as they come.
-        """
-        mixed = self.params.distill.precision == "bfloat16"
-        student = networks.build(self.params.student.model, len(self.images.classes), 0).to(self.device).train()
-        task = LogitDistillationTask(
-            student.network, self.classifier.network, torch.nn.CrossEntropyLoss(), task_loss_weight=0.0, verbose=False
-        ).to(self.device)
-        optimizer = optimizers.optimizer_of(student.network, self.params.distill)
-        order = self.order()
-        asked = order.batches(0, epochs * order.steps_per_epoch)
-        for batch in load(self.views, asked, self.params.machine.workers, self.device):
-            labels = torch.zeros(len(batch.rows), dtype=torch.long, device=self.device)
-            pixels = student.normalise(batch.pixels.to(self.device))
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
-                loss = task(pixels, labels)["loss"]
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            yield
-
-    def train(self, loss: engine.Loss, epochs: int) -> Iterator[int]:
-        """Train a new student step by step."""
-        recipe = self.params.distill.model_copy(update={"epochs": epochs, "warmup_epochs": 0})
-        student = networks.build(self.params.student.model, len(self.images.classes), 0)
-        with tempfile.TemporaryDirectory() as scratch:
-            yield from engine.Run(
-                what="benchmark",
-                classifier=student,
-                part=student.network,
-                views=self.views,
-                order=self.order(),
-                loss=loss,
-                recipe=recipe,
-                processes=self.processes,
-                validate=lambda classifier: {},
-                scratch=Path(scratch),
-                machine=self.params.machine.model_copy(update={"checkpoint_seconds": 1e9}),
-            ).step_by_step()
-
-
 @contextlib.contextmanager
 def scratch_cache() -> Iterator[None]:
     """Let the stage write to a folder of its own that is gone afterwards."""
@@ -399,28 +270,7 @@ def best_of(times: int, work: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def again_and_again(work: Callable[[], object]) -> Iterator[None]:
-    """Do the whole work at every step."""
-    while True:
-        work()
-        yield
-
-
-def show(seconds: dict[str, list[float]], count: int, unit: str) -> None:
-    """Print how fast several ways were, and how much longer than the first each took, turn by turn.
-
-    Args:
-        seconds: of each turn.
-        count: what was done in a turn.
-        unit: of that, a second.
-    """
-    first = next(iter(seconds.values()))
-    header("way", f"{unit}, median", "time against the first: median, quartiles", "turns")
-    for name, taken in seconds.items():
-        row(name, f"{count / np.median(taken):,.1f}", against(taken, first), len(taken))
-
-
-COMMANDS = {"read": read, "large": large, "write": write, "epoch": epoch, "loss": loss, "peers": peers}
+COMMANDS = {"read": read, "large": large, "write": write, "peers": peers}
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,10 @@
-"""What benchmarks share: the machine in a few words, the memory of a process, turns, and silence."""
+"""What benchmarks share: the machine in a few words, the memory of a process, turns, silence, and tables."""
 
 import contextlib
 import os
 import platform
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,36 @@ def silence() -> Iterator[None]:
     """Print nothing for a while."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
+
+
+def again_and_again(work: Callable[[], object]) -> Iterator[None]:
+    """Do the whole work at every step."""
+    while True:
+        work()
+        yield
+
+
+def row(*cells: object) -> None:
+    print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
+
+
+def header(*names: str) -> None:
+    row(*names)
+    row(*["---"] * len(names))
+
+
+def show_rates(seconds: dict[str, list[float]], count: int, unit: str) -> None:
+    """Print how fast several ways were, and how much longer than the first each took, turn by turn.
+
+    Args:
+        seconds: of each turn.
+        count: what was done in a turn.
+        unit: of that, a second.
+    """
+    first = next(iter(seconds.values()))
+    header("way", f"{unit}, median", "time against the first: median, quartiles", "turns")
+    for name, taken in seconds.items():
+        row(name, f"{count / np.median(taken):,.1f}", against(taken, first), len(taken))
 
 
 def _lines(file: Path) -> list[str]:

@@ -1,7 +1,12 @@
 """What several test files are given."""
 
+import shutil
+
 import pytest
+from cached_project import go
 from images import prepared
+
+from pipeline import cache, mine, score, teacher
 
 
 @pytest.fixture(scope="module")
@@ -9,3 +14,23 @@ def images(tmp_path_factory):
     """The prepared shapes; the working folder is theirs while a module's tests run."""
     with pytest.MonkeyPatch.context() as patch:
         yield prepared(tmp_path_factory.mktemp("shapes"), patch)
+
+
+@pytest.fixture(scope="session")
+def cached(tmp_path_factory):
+    """A folder in which everything up to the cache has run."""
+    folder = tmp_path_factory.mktemp("cached")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        prepared(folder, patch)
+        go(teacher, score, mine, cache)
+    return folder
+
+
+@pytest.fixture
+def here(cached, tmp_path, monkeypatch):
+    """A copy of that folder, to work in."""
+    shutil.copytree(cached, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return tmp_path / "copy"

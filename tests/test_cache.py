@@ -1,7 +1,6 @@
 """The cache stage: only what is missing is asked; what does not belong is set aside; cached equals online."""
 
 import errno
-import io
 import json
 import os
 import shutil
@@ -11,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from images import prepared, tiny, write_folder
+from cached_project import go, settings
+from images import write_folder
 
 from pipeline import audit, cache, mine, prepare, score, teacher
 from pipeline.core import distillation, networks, softlabels, teaching
@@ -21,39 +21,9 @@ from pipeline.core.softlabels import SoftLabels, sealed
 from pipeline.core.softlabels import __main__ as softlabels_command
 from pipeline.core.views import ViewSpec
 
-# The teacher sees the labelled images alone, so it stays the same when the pool grows; all of the pool is mined.
-SETTINGS = {"teacher.fit_on": "labelled", "teacher.epochs": 1, "mine.per_class": 1000, "views.mix_probability": 0.5}
-
-
-def go(*stages, **changes):
-    params = tiny(**{**SETTINGS, **changes})
-    for stage in stages:
-        stage.run(params)
-    return params
-
 
 def shards():
     return {file.name: file.read_bytes() for file in sorted(Path("data/cache").glob("labels-*.sl"))}
-
-
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory):
-    """A folder in which everything up to the cache has run."""
-    folder = tmp_path_factory.mktemp("cached")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-        prepared(folder, patch)
-        go(teacher, score, mine, cache)
-    return folder
-
-
-@pytest.fixture
-def here(cached, tmp_path, monkeypatch):
-    """A copy of that folder, to work in."""
-    shutil.copytree(cached, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    return tmp_path / "copy"
 
 
 def stored_views():
@@ -63,9 +33,7 @@ def stored_views():
 def test_every_view_is_there_once(here):
     images = ImageSet.open(Path("data/prepare"))
     assert stored_views() == 2 * (len(images.rows("labelled")) + len(images.rows("unlabelled")))
-    labels = SoftLabels(
-        Path("data/cache"), teaching.description(tiny(**SETTINGS), networks.read_card(Path("data/teacher")))
-    )
+    labels = SoftLabels(Path("data/cache"), teaching.description(settings(), networks.read_card(Path("data/teacher"))))
     assert len(labels) == stored_views()
 
 
@@ -177,13 +145,13 @@ def test_a_teacher_that_answers_otherwise_stops_the_stage(here, monkeypatch):
 
 
 def test_labels_of_other_views_are_refused_by_name(here):
-    params = tiny(**{**SETTINGS, "views.flip": 0.5})
+    params = settings(**{"views.flip": 0.5})
     with pytest.raises(ValueError, match=r"views\.flip differ.*dvc repro cache"):
         teaching.open_labels(params, networks.read_card(Path("data/teacher")))
 
 
 def test_cached_and_online_differ_by_rounding_alone(here):
-    params = tiny(**SETTINGS)
+    params = settings()
     images = ImageSet.open(Path("data/prepare"))
     views = Views(images, ViewSpec.of(params.seed, params.views))
     rows = images.rows("labelled", "unlabelled")
@@ -195,103 +163,6 @@ def test_cached_and_online_differ_by_rounding_alone(here):
     for temperature in (1.0, 3.0):
         a, b = stored(batch, temperature), asked(batch, temperature)
         assert torch.allclose(a, b, rtol=0.01, atol=1e-5)
-
-
-def scores():
-    return {file.name: file.read_bytes() for file in sorted(Path("data/score").iterdir())}
-
-
-def test_a_grown_pool_is_scored_where_it_has_grown(here, capsys):
-    shutil.rmtree(".scratch/scored", ignore_errors=True)
-    go(score)
-    before, columns = scores(), {column: np.load(f"data/score/{column}.npy") for column in score.COLUMNS}
-    write_folder(Path("more"), train=0, val=0, test=0, unlabelled=40)
-    for file in Path("more/unlabelled").glob("*003?.png"):
-        shutil.copy(file, "photos/unlabelled")
-    Path(sorted(Path("photos/unlabelled").glob("*.png"))[0]).unlink()
-    go(prepare)
-    capsys.readouterr()
-    go(score)
-    assert f"score: {len(columns['ids']) - 1} images are scored already, 40 images to ask" in capsys.readouterr().out
-    images, ids = ImageSet.open(Path("data/prepare")), np.load("data/score/ids.npy")
-    assert (ids == images.ids[np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])]).all()
-    both, now, then = np.intersect1d(ids, columns["ids"], return_indices=True)
-    assert len(columns["ids"]) > len(both) > 0.9 * len(columns["ids"])
-    for column in score.COLUMNS:
-        assert (np.load(f"data/score/{column}.npy")[now] == columns[column][then]).all()
-    grown = scores()
-    shutil.rmtree(".scratch/scored")
-    go(score)
-    for column in ("ids", "thumbnails"):
-        assert scores()[f"{column}.npy"] == grown[f"{column}.npy"]
-    assert np.allclose(np.load("data/score/logits.npy"), np.load(io.BytesIO(grown["logits.npy"])), atol=1e-4)
-    assert before != grown
-
-
-@pytest.mark.parametrize("damaged", ["logits.npy", "answers.json", "ids.npy"])
-def test_damaged_scores_are_asked_for_again(here, capsys, damaged):
-    go(score)
-    before = scores()
-    capsys.readouterr()
-    go(score)
-    assert "0 images to ask" in capsys.readouterr().out
-    assert scores() == before
-    file = Path(".scratch/scored", damaged)
-    content = bytearray(file.read_bytes())
-    for wrong in (content[:50] + bytes([content[50] ^ 1]) + content[51:], content[:-3], b"", b"PK\3\4"):
-        file.unlink()  # it may be a link to data/score's
-        file.write_bytes(wrong)
-        go(score)
-        assert "scored already" not in capsys.readouterr().out
-        assert scores() == before
-
-
-@pytest.mark.parametrize("damaged", [None, "cut", "a bit", "a column"])
-def test_a_killed_scoring_goes_on_from_its_last_whole_part(here, monkeypatch, damaged):
-    monkeypatch.setattr(score, "PART_IMAGES", 16)
-    shutil.rmtree(".scratch/scored", ignore_errors=True)
-    go(score)
-    whole = scores()
-    shutil.rmtree("data/score")
-    shutil.rmtree(".scratch/scored")
-    save, written = np.savez, []
-
-    def count(file, **arrays):
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(len(arrays["ids"]))
-        save(file, **arrays)
-
-    monkeypatch.setattr(np, "savez", count)
-    with pytest.raises(KeyboardInterrupt):
-        go(score)
-    assert not Path("data/score").exists()
-    monkeypatch.setattr(np, "savez", save)
-    there = {file.name: file for file in Path(".scratch/score").rglob("part-*.npz")}
-    assert len(there) == 2
-    file = there["part-000001.npz"]
-    content = file.read_bytes()
-    if damaged == "cut":
-        file.write_bytes(content[:-1000])
-    elif damaged == "a bit":
-        middle = len(content) // 2
-        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-    elif damaged == "a column":
-        with np.load(file) as part:
-            columns = {name: part[name] for name in part.files[:-1]}
-        with file.open("wb") as handle:
-            save(handle, **columns)
-    kept, asked = set(there) - ({file.name} if damaged else set()), []
-
-    def note(file, **arrays):
-        asked.append(Path(file.name).name)
-        save(file, **arrays)
-
-    monkeypatch.setattr(np, "savez", note)
-    go(score)
-    assert asked
-    assert not any(name in file for file in asked for name in kept)
-    assert scores() == whole
 
 
 def test_a_damaged_shard_alone_is_computed_again(here, capsys):
@@ -353,7 +224,7 @@ def test_the_command_says_what_a_cache_holds(here, capsys, monkeypatch):
 
 
 def test_an_audit_finds_the_teachers_answers_and_notices_others(here):
-    params = tiny(**SETTINGS)
+    params = settings()
     findings = audit.audit(params, share=1.0, seed=0)
     assert len(findings.same) == stored_views()
     assert findings.same.mean() > 0.99

@@ -1,24 +1,21 @@
-"""The training loop's machinery: checkpoints, accumulation, several processes, memory, figures, traces."""
+"""The training loop's machinery: checkpoints, accumulation, several processes, figures, traces."""
 
 import gzip
 import json
 import os
 import re
 import signal
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from images import tiny
 from runs import run
 from timm.layers import BatchNormAct2d
 from torch import nn
-from torch._utils import ExceptionWrapper
 
-from pipeline.core import checkpoints, norms, stage
+from pipeline.core import checkpoints, norms
 from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
 from pipeline.core.training import labelled_loss
@@ -238,75 +235,6 @@ def test_the_shared_norm_is_torchs(alone, kind, dtype):
     assert type(shared) is not kind
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(value, shared.state_dict()[name], **close)
-
-
-def torchs_error():
-    torch.empty(1 << 60, dtype=torch.uint8)
-
-
-def gpus_error():
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-
-def pythons_error():
-    raise MemoryError
-
-
-@pytest.fixture
-def said(monkeypatch, capsys):
-    """What stage distill says of an error: give it what raises one."""
-    monkeypatch.setattr(sys, "argv", ["distill"])
-    monkeypatch.setattr(stage.settings, "load", lambda path: tiny())
-    monkeypatch.setattr(stage, "_exit", sys.exit)
-    monkeypatch.setattr(stage.signal, "signal", lambda *arguments: None)
-
-    def say(work):
-        with pytest.raises(SystemExit):
-            stage.main(lambda params: work(), None, training=True)
-        return capsys.readouterr().err
-
-    return say
-
-
-@pytest.mark.parametrize("fill", [torchs_error, gpus_error, pythons_error])
-def test_out_of_memory_names_what_to_halve(fill, said):
-    assert said(fill) == (
-        "distill: error: out of memory: halve distill.batch_size (now 8); or, for the same batches, double "
-        "distill.accumulate (now 1) or set machine.checkpoint_activations to true\n"
-    )
-
-
-def test_what_cannot_be_computed_the_same_way_every_time_is_named(said):
-    torch.use_deterministic_algorithms(True)
-    try:
-        line = said(lambda: torch.zeros(3).put_(torch.tensor([0]), torch.ones(1)))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert line == (
-        "distill: error: put_ does not have a deterministic implementation: set machine.deterministic to false\n"
-    )
-
-
-def test_what_worker_processes_say_is_one_line():
-    lost = RuntimeError(
-        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
-        "shared memory. Please try to raise your shared memory limit."
-    )
-    assert stage.out_of_shared_memory(lost)
-    assert not stage.out_of_shared_memory(RuntimeError("DataLoader worker (pid 7) exited unexpectedly"))
-    try:
-        raise ValueError("images-00000.tar: the image\nat byte 512: is damaged")
-    except ValueError:
-        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
-    with pytest.raises(ValueError) as error:
-        wrapped.reraise()
-    assert stage.in_a_line(error.value) == "images-00000.tar: the image at byte 512: is damaged"
-    assert stage.in_a_line(ValueError("two\nlines")) == "two lines"
-
-
-def test_another_error_is_not_called_out_of_memory():
-    assert not stage.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not stage.out_of_memory(ValueError("out of memory"))
 
 
 def test_what_an_epoch_costs_is_told_and_is_not_history(images, tmp_path):

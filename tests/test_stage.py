@@ -1,10 +1,13 @@
-"""What a run can go on from stays until the stage's next run, whatever becomes of its results."""
+"""What a stage has around it: what a run can go on from stays until the next one; errors are told in a line."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from images import tiny
+from torch._utils import ExceptionWrapper
 
 from pipeline import baseline
 from pipeline.core import stage
@@ -63,3 +66,72 @@ def test_a_trained_network_that_dvc_has_not_noted_costs_a_few_steps(images, caps
     said = capsys.readouterr().out
     assert "baseline: going on from step" in said
     assert weights.read_bytes() == whole
+
+
+def torchs_error():
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def gpus_error():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def pythons_error():
+    raise MemoryError
+
+
+@pytest.fixture
+def said(monkeypatch, capsys):
+    """What stage distill says of an error: give it what raises one."""
+    monkeypatch.setattr(sys, "argv", ["distill"])
+    monkeypatch.setattr(stage.settings, "load", lambda path: tiny())
+    monkeypatch.setattr(stage, "_exit", sys.exit)
+    monkeypatch.setattr(stage.signal, "signal", lambda *arguments: None)
+
+    def say(work):
+        with pytest.raises(SystemExit):
+            stage.main(lambda params: work(), None, training=True)
+        return capsys.readouterr().err
+
+    return say
+
+
+@pytest.mark.parametrize("fill", [torchs_error, gpus_error, pythons_error])
+def test_out_of_memory_names_what_to_halve(fill, said):
+    assert said(fill) == (
+        "distill: error: out of memory: halve distill.batch_size (now 8); or, for the same batches, double "
+        "distill.accumulate (now 1) or set machine.checkpoint_activations to true\n"
+    )
+
+
+def test_what_cannot_be_computed_the_same_way_every_time_is_named(said):
+    torch.use_deterministic_algorithms(True)
+    try:
+        line = said(lambda: torch.zeros(3).put_(torch.tensor([0]), torch.ones(1)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert line == (
+        "distill: error: put_ does not have a deterministic implementation: set machine.deterministic to false\n"
+    )
+
+
+def test_what_worker_processes_say_is_one_line():
+    lost = RuntimeError(
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+        "shared memory. Please try to raise your shared memory limit."
+    )
+    assert stage.out_of_shared_memory(lost)
+    assert not stage.out_of_shared_memory(RuntimeError("DataLoader worker (pid 7) exited unexpectedly"))
+    try:
+        raise ValueError("images-00000.tar: the image\nat byte 512: is damaged")
+    except ValueError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(ValueError) as error:
+        wrapped.reraise()
+    assert stage.in_a_line(error.value) == "images-00000.tar: the image at byte 512: is damaged"
+    assert stage.in_a_line(ValueError("two\nlines")) == "two lines"
+
+
+def test_another_error_is_not_called_out_of_memory():
+    assert not stage.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not stage.out_of_memory(ValueError("out of memory"))

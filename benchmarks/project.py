@@ -1,0 +1,89 @@
+"""What benchmarks open of a project in which `dvc repro cache` has run; a student that trains there step by step."""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from timm.task import LogitDistillationTask
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from pipeline import cache
+from pipeline.core import devices, engine, mined, networks, optimizers, params, teaching
+from pipeline.core.batches import TrainingOrder, Views, load
+from pipeline.core.dataset import ImageSet
+from pipeline.core.views import ViewSpec
+
+
+class Project:
+    """What the stages of a project open, in the present folder."""
+
+    def __init__(self, workers: int | None) -> None:
+        """Open it.
+
+        Args:
+            workers: machine.workers in place of the project's; None for those.
+        """
+        self.params = params.load(Path("params.yaml"))
+        if workers is not None:
+            how = self.params.machine.model_copy(update={"workers": workers})
+            self.params = self.params.model_copy(update={"machine": how})
+        self.images = ImageSet.open(Path("data/prepare"))
+        self.processes = devices.join(self.params.machine)
+        self.device = self.processes.device
+        self.classifier, card = networks.load(Path("data/teacher"), self.device)
+        self.description = teaching.description(self.params, card)
+        self.spec = ViewSpec.of(self.params.seed, self.params.views)
+        self.views = Views(self.images, self.spec)
+        self.rows = teaching.training_rows(self.images, mined.read(Path("data/mine")))
+
+    def wanted(self) -> cache.Wanted:
+        with tempfile.TemporaryDirectory() as folder:  # the keys stay mapped
+            file = Path(folder) / "keys.npy"
+            return cache.every_view(self.views, self.rows, self.params.cache.replicas, file, quiet=True)
+
+    def order(self) -> TrainingOrder:
+        return TrainingOrder(self.images, self.rows, self.params.distill.batch_size, 0, self.params.cache.replicas)
+
+    def train_with_timm(self, epochs: int) -> Iterator[None]:
+        """Train step by step as timm's user would write it: its task around student and teacher, on the same views.
+
+        In the recipe's precision; without its average of the weights, and with tensors as they come.
+        """
+        mixed = self.params.distill.precision == "bfloat16"
+        student = networks.build(self.params.student.model, len(self.images.classes), 0).to(self.device).train()
+        task = LogitDistillationTask(
+            student.network, self.classifier.network, torch.nn.CrossEntropyLoss(), task_loss_weight=0.0, verbose=False
+        ).to(self.device)
+        optimizer = optimizers.optimizer_of(student.network, self.params.distill)
+        order = self.order()
+        asked = order.batches(0, epochs * order.steps_per_epoch)
+        for batch in load(self.views, asked, self.params.machine.workers, self.device):
+            labels = torch.zeros(len(batch.rows), dtype=torch.long, device=self.device)
+            pixels = student.normalise(batch.pixels.to(self.device))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+                loss = task(pixels, labels)["loss"]
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            yield
+
+    def train(self, loss: engine.Loss, epochs: int) -> Iterator[int]:
+        """Train a new student step by step."""
+        recipe = self.params.distill.model_copy(update={"epochs": epochs, "warmup_epochs": 0})
+        student = networks.build(self.params.student.model, len(self.images.classes), 0)
+        with tempfile.TemporaryDirectory() as scratch:
+            yield from engine.Run(
+                what="benchmark",
+                classifier=student,
+                part=student.network,
+                views=self.views,
+                order=self.order(),
+                loss=loss,
+                recipe=recipe,
+                processes=self.processes,
+                validate=lambda classifier: {},
+                scratch=Path(scratch),
+                machine=self.params.machine.model_copy(update={"checkpoint_seconds": 1e9}),
+            ).step_by_step()

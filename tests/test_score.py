@@ -1,0 +1,110 @@
+"""The score stage: only what is new, or was damaged, is asked for."""
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cached_project import go
+from images import write_folder
+
+from pipeline import prepare, score
+from pipeline.core.dataset import ImageSet
+
+
+def scores():
+    return {file.name: file.read_bytes() for file in sorted(Path("data/score").iterdir())}
+
+
+def test_a_grown_pool_is_scored_where_it_has_grown(here, capsys):
+    shutil.rmtree(".scratch/scored", ignore_errors=True)
+    go(score)
+    before, columns = scores(), {column: np.load(f"data/score/{column}.npy") for column in score.COLUMNS}
+    write_folder(Path("more"), train=0, val=0, test=0, unlabelled=40)
+    for file in Path("more/unlabelled").glob("*003?.png"):
+        shutil.copy(file, "photos/unlabelled")
+    Path(sorted(Path("photos/unlabelled").glob("*.png"))[0]).unlink()
+    go(prepare)
+    capsys.readouterr()
+    go(score)
+    assert f"score: {len(columns['ids']) - 1} images are scored already, 40 images to ask" in capsys.readouterr().out
+    images, ids = ImageSet.open(Path("data/prepare")), np.load("data/score/ids.npy")
+    assert (ids == images.ids[np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])]).all()
+    both, now, then = np.intersect1d(ids, columns["ids"], return_indices=True)
+    assert len(columns["ids"]) > len(both) > 0.9 * len(columns["ids"])
+    for column in score.COLUMNS:
+        assert (np.load(f"data/score/{column}.npy")[now] == columns[column][then]).all()
+    grown = scores()
+    shutil.rmtree(".scratch/scored")
+    go(score)
+    for column in ("ids", "thumbnails"):
+        assert scores()[f"{column}.npy"] == grown[f"{column}.npy"]
+    assert np.allclose(np.load("data/score/logits.npy"), np.load(io.BytesIO(grown["logits.npy"])), atol=1e-4)
+    assert before != grown
+
+
+@pytest.mark.parametrize("damaged", ["logits.npy", "answers.json", "ids.npy"])
+def test_damaged_scores_are_asked_for_again(here, capsys, damaged):
+    go(score)
+    before = scores()
+    capsys.readouterr()
+    go(score)
+    assert "0 images to ask" in capsys.readouterr().out
+    assert scores() == before
+    file = Path(".scratch/scored", damaged)
+    content = bytearray(file.read_bytes())
+    for wrong in (content[:50] + bytes([content[50] ^ 1]) + content[51:], content[:-3], b"", b"PK\3\4"):
+        file.unlink()  # it may be a link to data/score's
+        file.write_bytes(wrong)
+        go(score)
+        assert "scored already" not in capsys.readouterr().out
+        assert scores() == before
+
+
+@pytest.mark.parametrize("damaged", [None, "cut", "a bit", "a column"])
+def test_a_killed_scoring_goes_on_from_its_last_whole_part(here, monkeypatch, damaged):
+    monkeypatch.setattr(score, "PART_IMAGES", 16)
+    shutil.rmtree(".scratch/scored", ignore_errors=True)
+    go(score)
+    whole = scores()
+    shutil.rmtree("data/score")
+    shutil.rmtree(".scratch/scored")
+    save, written = np.savez, []
+
+    def count(file, **arrays):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(len(arrays["ids"]))
+        save(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", count)
+    with pytest.raises(KeyboardInterrupt):
+        go(score)
+    assert not Path("data/score").exists()
+    monkeypatch.setattr(np, "savez", save)
+    there = {file.name: file for file in Path(".scratch/score").rglob("part-*.npz")}
+    assert len(there) == 2
+    file = there["part-000001.npz"]
+    content = file.read_bytes()
+    if damaged == "cut":
+        file.write_bytes(content[:-1000])
+    elif damaged == "a bit":
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif damaged == "a column":
+        with np.load(file) as part:
+            columns = {name: part[name] for name in part.files[:-1]}
+        with file.open("wb") as handle:
+            save(handle, **columns)
+    kept, asked = set(there) - ({file.name} if damaged else set()), []
+
+    def note(file, **arrays):
+        asked.append(Path(file.name).name)
+        save(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", note)
+    go(score)
+    assert asked
+    assert not any(name in file for file in asked for name in kept)
+    assert scores() == whole
