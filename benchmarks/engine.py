@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from machine import against, machine, take_turns
 
-from pipeline.core import devices, engine, networks, params, teaching
+import models
+from pipeline.core import devices, engine, networks, params, small_maps, teaching
 from pipeline.core.batches import Batch, TrainingOrder, Views
 from pipeline.core.dataset import ImageSet
 from pipeline.core.sections import Machine
@@ -87,7 +88,7 @@ class BareLoop:
     def __init__(self, arguments: argparse.Namespace):
         self.device = devices.join(how(arguments)).device
         self.bfloat16 = arguments.precision == "bfloat16"
-        network = networks.build(arguments.model, CLASSES, seed=0)
+        network = small_maps.as_convolutions(networks.build(arguments.model, CLASSES, seed=0))
         self.network = network.to(self.device, memory_format=torch.channels_last).train()
         self.forward = torch.compile(self.network) if arguments.compile else self.network
         self.optimizer = torch.optim.AdamW(self.network.parameters(), fused=True)
@@ -145,10 +146,9 @@ def answer(arguments: argparse.Namespace) -> None:
 
     seconds = take_turns({"teacher": ask()}, arguments.rounds or 20, arguments.steps, WARM_UP)
     rates = {name: [arguments.steps * len(pixels) / turn for turn in taken] for name, taken in seconds.items()}
-    with FlopCounterMode(display=False) as counter:
-        teaching.answer(classifier, pixels, arguments.precision)
+    flops = 2 * models.macs(classifier.network, arguments.resolution)
     title(arguments)
-    table(rates, "teacher", counter.get_total_flops() / len(pixels), matrix_product_tflops(arguments))
+    table(rates, "teacher", flops, matrix_product_tflops(arguments))
 
 
 def where(arguments: argparse.Namespace) -> None:

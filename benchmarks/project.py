@@ -1,5 +1,6 @@
 """What benchmarks open of a project in which `dvc repro cache` has run; a student that trains there step by step."""
 
+import copy
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from timm.task import LogitDistillationTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline import cache
-from pipeline.core import devices, engine, mined, networks, optimizers, params, teaching
+from pipeline.core import devices, engine, mined, networks, optimizers, params, small_maps, teaching
 from pipeline.core.batches import TrainingOrder, Views, load
 from pipeline.core.dataset import ImageSet
 from pipeline.core.views import ViewSpec
@@ -53,8 +54,10 @@ class Project:
         """
         mixed = self.params.distill.precision == "bfloat16"
         student = networks.build(self.params.student.model, len(self.images.classes), 0).to(self.device).train()
+        small_maps.as_convolutions(student)
+        teacher = small_maps.as_convolutions(copy.deepcopy(self.classifier.network))
         task = LogitDistillationTask(
-            student.network, self.classifier.network, torch.nn.CrossEntropyLoss(), task_loss_weight=0.0, verbose=False
+            student.network, teacher, torch.nn.CrossEntropyLoss(), task_loss_weight=0.0, verbose=False
         ).to(self.device)
         optimizer = optimizers.optimizer_of(student.network, self.params.distill)
         order = self.order()

@@ -34,7 +34,7 @@ from timm.data import FastCollateMixup, create_dataset, create_loader
 from timm.task import LogitDistillationTask
 
 from pipeline import cache, recipes
-from pipeline.core import distillation, engine, networks, optimizers, params, teaching
+from pipeline.core import distillation, engine, networks, optimizers, params, small_maps, teaching
 from pipeline.core.batches import TrainingOrder, Views
 from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
@@ -132,7 +132,7 @@ def ours(work: Work) -> Course:
 
 def timms(work: Work) -> Course:
     started, recipe, views = time.perf_counter(), work.settings.distill, work.settings.views
-    student = work.student()
+    student = small_maps.as_convolutions(work.student())
     settings = student.network.pretrained_cfg  # what train.py normalises by
     mix = FastCollateMixup(
         views.mixup_alpha, views.cutmix_alpha, prob=views.mix_probability, label_smoothing=0.0, num_classes=10
@@ -175,7 +175,7 @@ def timms(work: Work) -> Course:
 
 def torchdistills(work: Work) -> Course:
     started, recipe, views = time.perf_counter(), work.settings.distill, work.settings.views
-    student = work.student()
+    student = small_maps.as_convolutions(work.student())
     transform = v2.Compose(
         [
             v2.RandomResizedCrop(views.resolution, views.crop_scale, views.crop_ratio, v2.InterpolationMode.BICUBIC),
@@ -316,6 +316,7 @@ def main() -> None:
             work = Work(settings, images, rows, Path(folder), teacher, card, test)
             for name, way in ways.items():
                 torch.manual_seed(seed)
+                (small_maps.as_products if way is ours else small_maps.as_convolutions)(teacher)
                 found[name].append(way(work))
                 last = found[name][-1]
                 print(
