@@ -26,8 +26,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
-from mining import hash_bits, ours, unit
-from planted import Answer, Method, read, search, show
+from planted import Answer, Method, hash_bits, ours, read, search, show, unit
 
 from pipeline.core import networks
 from pipeline.core.networks import Classifier

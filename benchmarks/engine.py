@@ -88,7 +88,8 @@ class BareLoop:
     def __init__(self, arguments: argparse.Namespace):
         self.device = devices.join(how(arguments)).device
         self.bfloat16 = arguments.precision == "bfloat16"
-        network = small_maps.as_convolutions(networks.build(arguments.model, CLASSES, seed=0))
+        network = networks.build(arguments.model, CLASSES, seed=0)
+        small_maps.use_convolutions(network)
         self.network = network.to(self.device, memory_format=torch.channels_last).train()
         self.forward = torch.compile(self.network) if arguments.compile else self.network
         self.optimizer = torch.optim.AdamW(self.network.parameters(), fused=True)

@@ -68,7 +68,7 @@ def silence() -> Iterator[None]:
         yield
 
 
-def again_and_again(work: Callable[[], object]) -> Iterator[None]:
+def again_and_again(work: Callable[[], object]) -> Generator[None, None, None]:
     """Do the whole work at every step."""
     while True:
         work()

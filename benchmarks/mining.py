@@ -19,20 +19,14 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy.fft import dctn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
-from planted import KINDS, Answer, read, search, show
+from planted import KINDS, Answer, Method, hash_bits, ours, read, search, show, unit
 
 from pipeline.core import copies, sheet
 from pipeline.core.progress import Progress, duration
 from pipeline.core.thumbnails import SIDE, thumbnails
-
-
-def ours(pool: np.ndarray, guarded: np.ndarray) -> Answer:
-    found = copies.nearest(pool, guarded, 0.93)
-    return found.similarity, found.which
 
 
 def correlation(pool: np.ndarray, guarded: np.ndarray) -> Answer:
@@ -54,17 +48,6 @@ def perceptual_hash(pool: np.ndarray, guarded: np.ndarray) -> Answer:
     return similarity, which
 
 
-def hash_bits(thumbs: np.ndarray) -> np.ndarray:
-    """pHash (Zauner, 2010): 64 signs about the median, as (N, 64) of length 1."""
-    low = dctn(thumbs.astype(np.float32), axes=(1, 2))[:, :8, :8].reshape(len(thumbs), -1)
-    return np.where(low > np.median(low, axis=1, keepdims=True), 1, -1).astype(np.float32) / 8
-
-
-def unit(flat: np.ndarray) -> np.ndarray:
-    flat = flat.astype(np.float32) - flat.mean(1, keepdims=True)
-    return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-3)
-
-
 def improve(similarity: np.ndarray, which: np.ndarray, queries: np.ndarray, targets: np.ndarray) -> None:
     """Take over, in place, what is more similar by this measure; the memory for a part of the products at a time."""
     for start in range(0, len(queries), 1024):
@@ -75,8 +58,7 @@ def improve(similarity: np.ndarray, which: np.ndarray, queries: np.ndarray, targ
         similarity[part][better], which[part][better] = best[better], at[better]
 
 
-METHODS: dict[str, Callable[[np.ndarray, np.ndarray], Answer]] = {
-    "this project's": ours,
+OTHERS: dict[str, Callable[[np.ndarray, np.ndarray], Answer]] = {
     "correlation of thumbnails, shifted": correlation,
     "pHash, 64 bits, mirrored too": perceptual_hash,
 }
@@ -89,40 +71,34 @@ def compare(
     half_way = len(images) // 2
     guarded = thumbnails(images[:half_way])
     print(f"{len(images) - half_way:,} pool images, {half_way:,} guarded, {plant:,} of them planted in each way\n")
-    found = {
-        name: search(
-            images,
-            classes,
-            plant,
-            lambda pool, method=method: method(thumbnails(pool), guarded),
-            threshold if method is ours else None,
-        )
-        for name, method in METHODS.items()
+    own = search(images, classes, plant, lambda pool: ours(thumbnails(pool), guarded, threshold), threshold)
+    others: dict[str, Method] = {
+        name: lambda pool, method=method: method(thumbnails(pool), guarded) for name, method in OTHERS.items()
     }
-    show(found, half_way)
+    found = {name: search(images, classes, plant, method) for name, method in others.items()}
+    show({"this project's": own, **found}, half_way)
     if sheet_file:
-        own = found["this project's"]
         draw(sheet_file, images, half_way, own.similarity, own.which, threshold)
 
 
 def leave_one_out(images: list[Image.Image], threshold: float) -> None:
-    """Few images: all are guarded, and each is looked for among the others."""
+    """Few images: all are guarded; copies are looked for among all of them, each image among all others."""
     guarded = thumbnails(images)
     print(f"{len(images):,} images\n\n| copies | recall |\n|---|---|")
     for kind, make in KINDS.items():
-        found, which = ours(thumbnails(map(make, images)), guarded)
+        found, which = ours(thumbnails(map(make, images)), guarded, threshold)
         print(f"| {kind} | {((found >= threshold) & (which == np.arange(len(images)))).mean():.3f} |")
-    parts = np.arange(len(images)) % 10
-    highest = [ours(guarded[parts == part], guarded[parts != part])[0] for part in range(10)]
-    alarms = sum((similarity >= threshold).sum() for similarity in highest)
-    print(f"| false alarms | {alarms}; the most alike have {max(each.max() for each in highest):.3f} |")
+    highest = np.array(
+        [ours(guarded[[at]], np.delete(guarded, at, axis=0), threshold)[0][0] for at in range(len(images))]
+    )
+    print(f"| false alarms | {(highest >= threshold).sum()}; the most alike have {highest.max():.3f} |")
 
 
 def draw(
     file: Path, images: list[Image.Image], half_way: int, similarity: np.ndarray, which: np.ndarray, threshold: float
-):
+) -> None:
     """Draw the pool images that were not planted and are taken for copies."""
-    order = np.argsort(-similarity)[: max(12, (similarity >= threshold).sum() + 12)]
+    order = np.argsort(-similarity)[: (similarity >= threshold).sum() + 12]
     tiles = [sheet.Tile((half_way + at, int(which[at])), (f"{similarity[at]:.4f}",)) for at in order.tolist()]
     section = sheet.Section("Not planted", f"those from {threshold} on are taken for copies", [sheet.Line(tiles)])
     sheet.draw(images.__getitem__, "Pool images and the guarded ones they are most like", [section]).save(file)

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance
+from scipy.fft import dctn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from pipeline.core import copies
 from pipeline.core.images import decode
 from pipeline.core.progress import Progress
 
@@ -65,6 +67,23 @@ KINDS: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 Answer = tuple[np.ndarray, np.ndarray]  # similarity (N,) and which guarded image (N,)
 Method = Callable[[list[Image.Image]], Answer]  # of N pool images
+
+
+def ours(pool: np.ndarray, guarded: np.ndarray, threshold: float = 0.93) -> Answer:
+    """This project's search among thumbnails (N, 32, 32) and (G, 32, 32)."""
+    found = copies.nearest(pool, guarded, threshold)
+    return found.similarity, found.which
+
+
+def hash_bits(thumbs: np.ndarray) -> np.ndarray:
+    """pHash (Zauner, 2010): 64 signs about the median, as (N, 64) of length 1."""
+    low = dctn(thumbs.astype(np.float32), axes=(1, 2))[:, :8, :8].reshape(len(thumbs), -1)
+    return np.where(low > np.median(low, axis=1, keepdims=True), 1, -1).astype(np.float32) / 8
+
+
+def unit(flat: np.ndarray) -> np.ndarray:
+    flat = flat.astype(np.float32) - flat.mean(1, keepdims=True)
+    return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-3)
 
 
 def read(archive: Path, count: int) -> tuple[list[Image.Image], list[str]]:

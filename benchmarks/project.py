@@ -3,7 +3,7 @@
 import copy
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -47,15 +47,17 @@ class Project:
     def order(self) -> TrainingOrder:
         return TrainingOrder(self.images, self.rows, self.params.distill.batch_size, 0, self.params.cache.replicas)
 
-    def train_with_timm(self, epochs: int) -> Iterator[None]:
+    def train_with_timm(self, epochs: int) -> Generator[None, None, None]:
         """Train step by step as timm's user would write it: its task around student and teacher, on the same views.
 
-        In the recipe's precision; without its average of the weights, and with tensors as they come.
+        In the recipe's precision, channels-last; with torch's convolutions, and without an average of the weights.
         """
         mixed = self.params.distill.precision == "bfloat16"
         student = networks.build(self.params.student.model, len(self.images.classes), 0).to(self.device).train()
-        small_maps.as_convolutions(student)
-        teacher = small_maps.as_convolutions(copy.deepcopy(self.classifier.network))
+        student.to(memory_format=torch.channels_last)
+        teacher = copy.deepcopy(self.classifier.network)
+        for network in (student, teacher):
+            small_maps.use_convolutions(network)
         task = LogitDistillationTask(
             student.network, teacher, torch.nn.CrossEntropyLoss(), task_loss_weight=0.0, verbose=False
         ).to(self.device)
@@ -72,7 +74,7 @@ class Project:
             optimizer.step()
             yield
 
-    def train(self, loss: engine.Loss, epochs: int) -> Iterator[int]:
+    def train(self, loss: engine.Loss, epochs: int) -> Generator[int, None, None]:
         """Train a new student step by step."""
         recipe = self.params.distill.model_copy(update={"epochs": epochs, "warmup_epochs": 0})
         student = networks.build(self.params.student.model, len(self.images.classes), 0)

@@ -70,8 +70,14 @@ class Work(NamedTuple):
     test: Callable[[Classifier], float]  # top-1
 
     def student(self) -> Classifier:
-        """The student before its first step; timm's and torchdistill's have its first weights, too."""
+        """The student before its first step."""
         return networks.build(self.settings.student.model, len(self.images.classes), self.settings.seed)
+
+    def student_of_a_peer(self) -> Classifier:
+        """The same first weights, with torch's convolutions."""
+        student = self.student()
+        small_maps.use_convolutions(student)
+        return student
 
     @property
     def steps(self) -> int:
@@ -132,7 +138,7 @@ def ours(work: Work) -> Course:
 
 def timms(work: Work) -> Course:
     started, recipe, views = time.perf_counter(), work.settings.distill, work.settings.views
-    student = small_maps.as_convolutions(work.student())
+    student = work.student_of_a_peer()
     settings = student.network.pretrained_cfg  # what train.py normalises by
     mix = FastCollateMixup(
         views.mixup_alpha, views.cutmix_alpha, prob=views.mix_probability, label_smoothing=0.0, num_classes=10
@@ -175,7 +181,7 @@ def timms(work: Work) -> Course:
 
 def torchdistills(work: Work) -> Course:
     started, recipe, views = time.perf_counter(), work.settings.distill, work.settings.views
-    student = small_maps.as_convolutions(work.student())
+    student = work.student_of_a_peer()
     transform = v2.Compose(
         [
             v2.RandomResizedCrop(views.resolution, views.crop_scale, views.crop_ratio, v2.InterpolationMode.BICUBIC),
@@ -316,7 +322,7 @@ def main() -> None:
             work = Work(settings, images, rows, Path(folder), teacher, card, test)
             for name, way in ways.items():
                 torch.manual_seed(seed)
-                (small_maps.as_products if way is ours else small_maps.as_convolutions)(teacher)
+                (small_maps.use_products if way is ours else small_maps.use_convolutions)(teacher)
                 found[name].append(way(work))
                 last = found[name][-1]
                 print(

@@ -120,14 +120,13 @@ def _register(client: "MlflowClient", params: Params, student: "Student", record
 
 
 def _publish(client: "MlflowClient", params: Params, student: "Student", record: dict[str, Any]) -> "ModelVersion":
-    from pipeline.core import networks, small_maps
+    from pipeline.core import networks
     from pipeline.core.finished import lineage
 
     name, network, figures = record["name"], student.card, student.figures
     settings = params.model_dump(mode="json", by_alias=True)
     origin = lineage(record, params, DATA)
     classifier, _ = networks.load(DATA / "fixres")
-    small_maps.as_convolutions(classifier)  # as people expect of it; the other way is for batches
 
     def write(folder: Path, **link: str) -> None:
         registry.pack(folder, classifier, network["resolution"], network["classes"], **link)

@@ -6,8 +6,6 @@ import pytest
 from cached_project import go
 from images import prepared
 
-from pipeline import cache, mine, score, teacher
-
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
@@ -17,8 +15,10 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def cached(tmp_path_factory):
-    """A folder in which everything up to the cache has run."""
+def cached_project_once(tmp_path_factory):
+    """A folder in which everything up to the cache has run, to copy."""
+    from pipeline import cache, mine, score, teacher  # for the tests that ask: they take seconds to import
+
     folder = tmp_path_factory.mktemp("cached")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
@@ -28,9 +28,9 @@ def cached(tmp_path_factory):
 
 
 @pytest.fixture
-def here(cached, tmp_path, monkeypatch):
-    """A copy of that folder, to work in."""
-    shutil.copytree(cached, tmp_path / "copy")
+def cached_project(cached_project_once, tmp_path, monkeypatch):
+    """A copy of that folder, which is the working folder."""
+    shutil.copytree(cached_project_once, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     return tmp_path / "copy"

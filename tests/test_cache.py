@@ -30,14 +30,14 @@ def stored_views():
     return json.loads(Path("data/cache/cache.json").read_text())["stored_views"]
 
 
-def test_every_view_is_there_once(here):
+def test_every_view_is_there_once(cached_project):
     images = ImageSet.open(Path("data/prepare"))
     assert stored_views() == 2 * (len(images.rows("labelled")) + len(images.rows("unlabelled")))
     labels = SoftLabels(Path("data/cache"), teaching.description(settings(), networks.read_card(Path("data/teacher"))))
     assert len(labels) == stored_views()
 
 
-def test_again_nothing_is_asked(here, capsys):
+def test_again_nothing_is_asked(cached_project, capsys):
     before = shards()
     go(cache)
     assert "0 views to ask" in capsys.readouterr().out
@@ -56,7 +56,7 @@ def test_stored_views_are_found_among_many_missing_ones(most):
             assert (chosen == stored[np.linspace(0, len(stored) - 1, len(chosen)).astype(int)]).all()
 
 
-def test_a_stopped_run_keeps_its_keys_and_one_with_other_settings_does_not_take_them(here, monkeypatch):
+def test_a_stopped_run_keeps_its_keys_and_one_with_other_settings_does_not_take_them(cached_project, monkeypatch):
     kept, write = Path(".scratch/cache"), cache.write_missing
     shutil.rmtree("data/cache")
 
@@ -72,7 +72,7 @@ def test_a_stopped_run_keeps_its_keys_and_one_with_other_settings_does_not_take_
     with pytest.raises(KeyboardInterrupt):
         go(cache)  # no key is made
     monkeypatch.undo()
-    monkeypatch.chdir(here)
+    monkeypatch.chdir(cached_project)
     monkeypatch.setattr(cache, "write_missing", stopped)
     with pytest.raises(KeyboardInterrupt):
         go(cache, **{"cache.replicas": 3})
@@ -83,7 +83,7 @@ def test_a_stopped_run_keeps_its_keys_and_one_with_other_settings_does_not_take_
     assert not list(kept.glob("wanted-*"))
 
 
-def test_a_grown_pool_costs_its_own_views(here, capsys):
+def test_a_grown_pool_costs_its_own_views(cached_project, capsys):
     before, weights, views = shards(), networks.read_card(Path("data/teacher"))["digest"], stored_views()
     write_folder(Path("more"), train=0, val=0, test=0, unlabelled=40)
     for file in Path("more/unlabelled").glob("*003?.png"):
@@ -97,7 +97,7 @@ def test_a_grown_pool_costs_its_own_views(here, capsys):
     assert before.items() < shards().items()
 
 
-def test_a_shrunken_pool_costs_nothing(here, capsys):
+def test_a_shrunken_pool_costs_nothing(cached_project, capsys):
     before = shards()
     for file in list(Path("photos/unlabelled").glob("*.png"))[:5]:
         file.unlink()
@@ -108,14 +108,14 @@ def test_a_shrunken_pool_costs_nothing(here, capsys):
     assert shards() == before
 
 
-def test_more_replicas_cost_only_the_new_ones(here, capsys):
+def test_more_replicas_cost_only_the_new_ones(cached_project, capsys):
     before, views = shards(), stored_views()
     go(cache, **{"cache.replicas": 3})
     assert f"{views // 2} views to ask" in capsys.readouterr().out
     assert before.items() < shards().items()
 
 
-def test_a_lost_shard_alone_is_computed_again(here, capsys):
+def test_a_lost_shard_alone_is_computed_again(cached_project, capsys):
     before = shards()
     Path("data/cache", sorted(before)[1]).unlink()
     go(cache)
@@ -123,7 +123,7 @@ def test_a_lost_shard_alone_is_computed_again(here, capsys):
     assert shards() == before
 
 
-def test_other_views_set_the_labels_aside_and_find_them_again(here, capsys):
+def test_other_views_set_the_labels_aside_and_find_them_again(cached_project, capsys):
     before = shards()
     go(cache, **{"views.flip": 0.5})
     assert shards() != before
@@ -132,25 +132,25 @@ def test_other_views_set_the_labels_aside_and_find_them_again(here, capsys):
     assert shards() == before
 
 
-def test_a_teacher_that_answers_otherwise_stops_the_stage(here, monkeypatch):
+def test_a_teacher_that_answers_otherwise_stops_the_stage(cached_project, monkeypatch):
     before, answer = shards(), teaching.answer
     monkeypatch.setattr(teaching, "answer", lambda *asked: answer(*asked) + torch.arange(4))  # as other code might
     with pytest.raises(ValueError, match=r"answers otherwise about \d+ of 64 stored views.*remove data/cache"):
         go(cache, **{"cache.replicas": 6})
     assert shards() == before
     monkeypatch.undo()
-    monkeypatch.chdir(here)
+    monkeypatch.chdir(cached_project)
     go(cache)
     assert shards() == before
 
 
-def test_labels_of_other_views_are_refused_by_name(here):
+def test_labels_of_other_views_are_refused_by_name(cached_project):
     params = settings(**{"views.flip": 0.5})
     with pytest.raises(ValueError, match=r"views\.flip differ.*dvc repro cache"):
         teaching.open_labels(params, networks.read_card(Path("data/teacher")))
 
 
-def test_cached_and_online_differ_by_rounding_alone(here):
+def test_cached_and_online_differ_by_rounding_alone(cached_project):
     params = settings()
     images = ImageSet.open(Path("data/prepare"))
     views = Views(images, ViewSpec.of(params.seed, params.views))
@@ -165,7 +165,7 @@ def test_cached_and_online_differ_by_rounding_alone(here):
         assert torch.allclose(a, b, rtol=0.01, atol=1e-5)
 
 
-def test_a_damaged_shard_alone_is_computed_again(here, capsys):
+def test_a_damaged_shard_alone_is_computed_again(cached_project, capsys):
     before = shards()
     name = sorted(before)[1]
     Path("data/cache", name).write_bytes(before[name][:-40] + bytes(40))
@@ -176,7 +176,7 @@ def test_a_damaged_shard_alone_is_computed_again(here, capsys):
     assert shards() == before
 
 
-def test_a_foreign_shard_is_set_aside(here):
+def test_a_foreign_shard_is_set_aside(cached_project):
     before = shards()
     go(cache, **{"views.flip": 0.5})
     foreign = next(content for name, content in shards().items() if name not in before or content != before[name])
@@ -187,7 +187,7 @@ def test_a_foreign_shard_is_set_aside(here):
 
 
 @pytest.mark.parametrize("what", ["full", "read-only"])
-def test_a_disk_that_takes_no_more_is_one_line_and_what_is_written_stays(here, monkeypatch, what):
+def test_a_disk_that_takes_no_more_is_one_line_and_what_is_written_stays(cached_project, monkeypatch, what):
     before = shards()
     shutil.rmtree("data/cache")
     write, written = sealed.atomic.replacing, []
@@ -205,12 +205,12 @@ def test_a_disk_that_takes_no_more_is_one_line_and_what_is_written_stays(here, m
     assert len(shards()) == 2
     assert shards().items() < before.items()
     monkeypatch.undo()
-    monkeypatch.chdir(here)
+    monkeypatch.chdir(cached_project)
     go(cache)
     assert shards() == before
 
 
-def test_the_command_says_what_a_cache_holds(here, capsys, monkeypatch):
+def test_the_command_says_what_a_cache_holds(cached_project, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["softlabels"])
     softlabels_command.main()
     said = capsys.readouterr().out
@@ -223,7 +223,7 @@ def test_the_command_says_what_a_cache_holds(here, capsys, monkeypatch):
         softlabels_command.main()
 
 
-def test_an_audit_finds_the_teachers_answers_and_notices_others(here):
+def test_an_audit_finds_the_teachers_answers_and_notices_others(cached_project):
     params = settings()
     findings = audit.audit(params, share=1.0, seed=0)
     assert len(findings.same) == stored_views()

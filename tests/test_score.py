@@ -17,7 +17,7 @@ def scores():
     return {file.name: file.read_bytes() for file in sorted(Path("data/score").iterdir())}
 
 
-def test_a_grown_pool_is_scored_where_it_has_grown(here, capsys):
+def test_a_grown_pool_is_scored_where_it_has_grown(cached_project, capsys):
     shutil.rmtree(".scratch/scored", ignore_errors=True)
     go(score)
     before, columns = scores(), {column: np.load(f"data/score/{column}.npy") for column in score.COLUMNS}
@@ -45,7 +45,7 @@ def test_a_grown_pool_is_scored_where_it_has_grown(here, capsys):
 
 
 @pytest.mark.parametrize("damaged", ["logits.npy", "answers.json", "ids.npy"])
-def test_damaged_scores_are_asked_for_again(here, capsys, damaged):
+def test_damaged_scores_are_asked_for_again(cached_project, capsys, damaged):
     go(score)
     before = scores()
     capsys.readouterr()
@@ -63,7 +63,7 @@ def test_damaged_scores_are_asked_for_again(here, capsys, damaged):
 
 
 @pytest.mark.parametrize("damaged", [None, "cut", "a bit", "a column"])
-def test_a_killed_scoring_goes_on_from_its_last_whole_part(here, monkeypatch, damaged):
+def test_a_killed_scoring_goes_on_from_its_last_whole_part(cached_project, monkeypatch, damaged):
     monkeypatch.setattr(score, "PART_IMAGES", 16)
     shutil.rmtree(".scratch/scored", ignore_errors=True)
     go(score)

@@ -1,13 +1,15 @@
 """Convolutions of small maps as matrix products: what torch's convolutions give, to rounding."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-import models
-from pipeline.core import networks, small_maps
+from pipeline.core import networks, registry, small_maps
 from pipeline.core.small_maps import SmallMapConv2d
 
 KERNELS = {
@@ -16,6 +18,8 @@ KERNELS = {
     "1 x 1, a step of two": {"kernel_size": 1, "stride": 2},
     "3 x 3": {"kernel_size": 3, "padding": 1},
     "3 x 3, a step of two": {"kernel_size": 3, "padding": 1, "stride": 2},
+    "1 x 1, in groups": {"kernel_size": 1, "groups": 2},
+    "3 x 3, a step of three": {"kernel_size": 3, "padding": 1, "stride": 3},
     "3 x 3, a step of two downwards": {"kernel_size": 3, "padding": 1, "stride": (2, 1)},
     "3 x 3, no padding": {"kernel_size": 3, "padding": 0},
     "3 x 3, other padding": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
@@ -27,17 +31,17 @@ KERNELS = {
 SIZES = [(1, 1), (2, 2), (1, 2), (2, 1), (3, 2), (4, 4), (5, 5)]
 
 
-def both_ways(how, bias, size, batch):
-    """Give a convolution's output and its three gradients, by torch and in the other way."""
+def both_ways(how, bias, size, batch, memory_format):
+    """Give a convolution's output and its gradients, by torch and in the other way."""
     torch.manual_seed(0)
     one = nn.Conv2d(6, 4, bias=bias, **how).double()
     other = nn.Conv2d(6, 4, bias=bias, **how).double()
     other.load_state_dict(one.state_dict())
-    small_maps.as_products(other)
+    small_maps.use_products(other)
     assert type(other) is SmallMapConv2d
-    x = torch.randn(batch, 6, *size, dtype=torch.float64).to(memory_format=torch.channels_last)
+    x = torch.randn(batch, 6, *size, dtype=torch.float64).to(memory_format=memory_format)
     found = []
-    for layer in (one, other):
+    for layer in (one.to(memory_format=memory_format), other.to(memory_format=memory_format)):
         given = x.clone().requires_grad_()
         y = layer(given)
         (y * torch.arange(y.numel()).view(y.shape).cos()).sum().backward()
@@ -47,24 +51,33 @@ def both_ways(how, bias, size, batch):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_layer_gives_what_torchs_does_and_learns_as_it_does(kernel, bias):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_layer_gives_what_torchs_does_and_learns_as_it_does(kernel, bias, memory_format):
     tried = 0
     for size, batch in itertools.product(SIZES, (1, 5)):
         try:
             nn.Conv2d(6, 4, bias=bias, **KERNELS[kernel])(torch.zeros(1, 6, *size))
         except RuntimeError:  # a map that the kernel does not fit on
             continue
-        for expected, given in both_ways(KERNELS[kernel], bias, size, batch):
+        for expected, given in both_ways(KERNELS[kernel], bias, size, batch, memory_format):
             torch.testing.assert_close(given, expected, rtol=0, atol=1e-13)
         tried += 1
     assert tried >= 4
 
 
-def test_small_maps_take_the_other_way(monkeypatch):
+@pytest.fixture
+def layers():
+    """A 3 x 3 and a 1 x 1 convolution that compute small maps in the other way."""
+    found = nn.Conv2d(6, 4, 3, padding=1), nn.Conv2d(6, 4, 1)
+    for layer in found:
+        small_maps.use_products(layer)
+    return found
+
+
+def test_small_maps_take_the_other_way(layers, monkeypatch):
     asked = []
     monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: asked.append(tuple(x.shape)))
-    wide = small_maps.as_products(nn.Conv2d(6, 4, 3, padding=1))
-    point = small_maps.as_products(nn.Conv2d(6, 4, 1))
+    wide, point = layers
     with torch.no_grad():
         assert wide(torch.zeros(4, 6, 2, 2)).shape == (4, 4, 2, 2)
         assert point(torch.zeros(1, 6, 4, 4)).shape == (1, 4, 4, 4)
@@ -72,33 +85,71 @@ def test_small_maps_take_the_other_way(monkeypatch):
         wide(torch.zeros(3, 6, 2, 2))
         wide(torch.zeros(4, 6, 3, 2))
         point(torch.zeros(1, 6, 5, 4))
-    assert asked == [(3, 6, 2, 2), (4, 6, 3, 2), (1, 6, 5, 4)]
+        point(torch.zeros(6, 2, 2))
+    assert asked == [(3, 6, 2, 2), (4, 6, 3, 2), (1, 6, 5, 4), (6, 2, 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.bfloat16])
+def test_what_torch_refuses_is_refused(layers, dtype):
+    for layer in layers:
+        with pytest.raises(RuntimeError, match="type"):
+            layer(torch.zeros(4, 6, 2, 2, dtype=dtype))
 
 
 @pytest.mark.parametrize("name", ["ResNet50_vd", "ResNet18_vd", "Res2Net50_26w_4s", "ResNeXt50_32x4d"])
 def test_a_network_gives_what_timms_does(name):
-    torch.manual_seed(0)
-    network = models.build(name, num_classes=10)
+    network = networks.build(name, 10, seed=0).double().eval()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):  # the last of a block begins at nought, and nothing behind it counts
             nn.init.uniform_(module.weight, 0.2, 0.5)
-    plain = networks.Classifier(network).double().eval()
     pixels = torch.randint(0, 256, (4, 3, 32, 32)).double()
-    given = plain(pixels)
-    assert any(type(module) is SmallMapConv2d for module in plain.modules())
-    small_maps.as_convolutions(plain)
-    assert not any(type(module) is SmallMapConv2d for module in plain.modules())
-    torch.testing.assert_close(given, plain(pixels), rtol=1e-9, atol=1e-12)
+    given = network(pixels)
+    assert any(type(module) is SmallMapConv2d for module in network.modules())
+    small_maps.use_convolutions(network)
+    assert not any(type(module) is SmallMapConv2d for module in network.modules())
+    torch.testing.assert_close(given, network(pixels), rtol=1e-9, atol=1e-12)
 
 
-def test_in_bfloat16_the_gradient_of_the_weights_is_added_up_in_float32():
+def test_under_autocast_both_ways_answer_in_bfloat16_and_add_gradients_up_in_float32(layers):
     torch.manual_seed(0)
-    layer = small_maps.as_products(nn.Conv2d(8, 8, 3, padding=1, bias=False))
-    x = torch.randn(64, 8, 2, 2)
-    with torch.autocast("cpu", torch.bfloat16):
-        layer(x.bfloat16()).float().square().sum().backward()
-    given = layer.weight.grad.clone()
-    layer.zero_grad()
-    layer(x).square().sum().backward()
-    assert given.dtype == torch.float32
-    assert (given - layer.weight.grad).norm() < 0.01 * layer.weight.grad.norm()
+    for layer in layers:
+        x = torch.randn(64, 6, 2, 2)
+        layer(x).square().sum().backward()
+        exact = layer.weight.grad.clone()
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x.bfloat16())
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        assert layer.weight.grad.dtype == torch.float32
+        assert (layer.weight.grad - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of one process."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_gradients_lie_as_the_weights_do_so_that_several_processes_need_not_copy_them(layers, alone):
+    network = nn.Sequential(layers[1], nn.Conv2d(4, 6, 1, bias=False), layers[0]).to(memory_format=torch.channels_last)
+    small_maps.use_products(network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # DDP's, of strides
+        DistributedDataParallel(network)(torch.randn(8, 6, 2, 2)).sum().backward()
+    for parameter in network.parameters():
+        assert parameter.grad.stride() == parameter.stride()
+
+
+def test_a_packed_network_takes_batches_of_any_size(tmp_path):
+    network = networks.build("test_resnet", 3, seed=0).eval()
+    registry.pack(tmp_path / "model", network, 32, ["a", "b", "c"])
+    assert any(type(module) is SmallMapConv2d for module in network.modules()), "packing changed the network"
+    import mlflow.pytorch
+
+    packed = mlflow.pytorch.load_model(str(tmp_path / "model"))
+    for count in (1, 3, 8):
+        pixels = torch.rand(count, 3, 32, 32) * 255
+        torch.testing.assert_close(packed(pixels), network(pixels), rtol=1e-4, atol=1e-4)

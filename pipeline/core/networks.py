@@ -32,7 +32,7 @@ class Classifier(nn.Module):
 
     def __init__(self, network: nn.Module, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD):
         super().__init__()
-        self.network = small_maps.as_products(network)
+        self.network = network
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
@@ -59,7 +59,9 @@ def build(name: str, num_classes: int, seed: int) -> Classifier:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Classifier(models.build(name, num_classes=num_classes))
+        network = models.build(name, num_classes=num_classes)
+    small_maps.use_products(network)
+    return Classifier(network)
 
 
 def check_takes(classifier: Classifier, name: str, resolution: int) -> None:
@@ -156,6 +158,7 @@ def load(folder: Path, device: str | torch.device = "cpu") -> tuple[Classifier, 
         raise ValueError(f"{weights}: not the weights that network.json speaks of; run `dvc checkout {folder}`")
     classifier = Classifier(models.build(card["model"], num_classes=card["num_classes"]), card["mean"], card["std"])
     load_weights(classifier.network, weights)
+    small_maps.use_products(classifier.network)
     return classifier.eval().to(device, memory_format=torch.channels_last), card
 
 

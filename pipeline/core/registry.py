@@ -4,6 +4,7 @@ A version's folder holds MLflow's own files (`MLmodel`, the exported program `da
 beside them, whatever the stage adds: the weights as safetensors, the network's card, the report.
 """
 
+import copy
 import json
 import os
 import tempfile
@@ -41,6 +42,10 @@ def pack(folder: Path, network: "nn.Module", resolution: int, classes: list[str]
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
+    from pipeline.core import small_maps
+
+    network = copy.deepcopy(network)
+    small_maps.use_convolutions(network)  # else the program would take one batch size alone
     pixels = TensorSpec(np.dtype(np.float32), (-1, 3, resolution, resolution))
     logits = TensorSpec(np.dtype(np.float32), (-1, len(classes)))
     metadata = {"input": "RGB pixels, 0 to 255, as they are", "output": "logits", "classes": classes}
