@@ -197,9 +197,6 @@ def main(argv: list[str] | None = None) -> int:
         words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         print(f"import_paddle: error: {' '.join(words.split())}", file=sys.stderr)
         return 1
-    except MemoryError:
-        print(f"import_paddle: error: {arguments.file}: larger than the memory that is free", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("import_paddle: stopped; nothing was written", file=sys.stderr)
         return 130

@@ -38,7 +38,6 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     Raises:
         ValueError: it is no such file, it is cut short or damaged, or it holds anything but arrays.
         OSError: it cannot be read.
-        MemoryError: it is larger than the memory.
     """
     path = Path(path)
     with path.open("rb") as handle:
@@ -46,8 +45,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             content = _Reader(handle, encoding="latin1").load()  # latin1: how Python 2 wrote bytes
         except _Refused as error:
             raise ValueError(f"{path}: {error}") from None
-        except (OSError, MemoryError):  # of the disk, or a file that is whole and large
+        except OSError:
             raise
+        except MemoryError:  # damaged bytes may say anything of an array's size
+            raise ValueError(f"{path}: asks for more memory than is free: too large, or damaged") from None
         except Exception as error:  # such bytes end in every kind of error there is
             raise ValueError(
                 f"{path}: cut short, damaged, or not a .pdparams file of arrays; fetch it again"
