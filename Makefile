@@ -22,7 +22,7 @@ install: .venv/installed  ## install everything, pinned and with hashes, into .v
 	touch $@
 
 repro: .venv/installed  ## run the whole pipeline: images in, a registered student out
-	@echo "The embedded example takes 9 to 11 minutes on two CPU cores the first time; stages that are up to date take none."
+	@echo "The embedded example takes 5 to 8 minutes on two CPU cores the first time; stages that are up to date take none."
 	@$(BIN)/python -m pipeline.core.preflight
 	$(BIN)/dvc --wait-for-lock repro
 	$(BIN)/python -m pipeline.register --if-missing
