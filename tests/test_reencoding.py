@@ -15,7 +15,8 @@ from prepare_kit import ODD, SPLITS, prepared, read_manifest, with_splits, write
 from pydantic import ValidationError
 
 from pipeline.core import images as decoding
-from pipeline.core import params, reencoding, sources
+from pipeline.core import reencoding, sources
+from pipeline.core.sections import Prepare
 
 SMALLER = {"max_side": 16, "jpeg_quality": 90}
 
@@ -167,6 +168,6 @@ def test_members_of_shards_are_named_after_what_they_are(tmp_path):
 
 def test_a_side_without_a_quality_is_refused():
     section = tiny().prepare.model_dump()
-    assert params.Prepare(**section | SMALLER).max_side == 16
+    assert Prepare(**section | SMALLER).max_side == 16
     with pytest.raises(ValidationError, match="max_side needs jpeg_quality"):
-        params.Prepare(**section | {"max_side": 16})
+        Prepare(**section | {"max_side": 16})
