@@ -34,3 +34,13 @@ def cached_project(cached_project_once, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "copy")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     return tmp_path / "copy"
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process only."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -204,14 +204,6 @@ def test_two_processes_have_the_losses_of_one(images, tmp_path):
         assert np.abs(np.load(tmp_path / f"{dtype}.npy") - one).max() <= 1e-5, dtype
 
 
-@pytest.fixture
-def alone(tmp_path):
-    """A process group of this process only."""
-    dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, BatchNormAct2d])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_shared_norm_is_torchs(alone, kind, dtype):

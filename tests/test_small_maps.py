@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -123,14 +122,6 @@ def test_under_autocast_both_ways_answer_in_bfloat16_and_add_gradients_up_in_flo
         y.float().square().sum().backward()
         assert layer.weight.grad.dtype == torch.float32
         assert (layer.weight.grad - exact).norm() < 0.01 * exact.norm()
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """A group of one process."""
-    dist.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_gradients_lie_as_the_weights_do_so_that_several_processes_need_not_copy_them(layers, alone):
