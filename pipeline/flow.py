@@ -34,6 +34,7 @@ import contextlib
 import json
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -101,9 +102,10 @@ def run_stages(graph: dvc.Graph, outdated: set[str], programs: Programs, retries
     for stage, reads in graph.items():
         command = dvc.repro(stage) if stage in outdated else None
         futures[stage] = program(stage, command, programs, retries).submit(wait_for=[futures[it] for it in reads])
-    if "register" in graph:  # an up-to-date or restored stage has done nothing to the registry
+    if register := futures.get("register"):  # where it was up to date or restored, the registry may lack its version
         command = [sys.executable, "-m", "pipeline.register", "--if-missing"]
-        futures["registry"] = program("registry", command, programs, retries).submit(wait_for=[futures["register"]])
+        registry = program("registry", command, programs, retries, lambda: register.state.name == dvc.RAN)
+        futures["registry"] = registry.submit(wait_for=[register])
     wait(list(futures.values()))
     states = [future.state for future in futures.values()]
     if not all(state.is_completed() for state in states):
@@ -111,8 +113,22 @@ def run_stages(graph: dvc.Graph, outdated: set[str], programs: Programs, retries
         raise ValueError("; ".join(errors) or "the run was stopped")
 
 
-def program(name: str, command: list[str] | None, programs: Programs, retries: int) -> Task:
-    """Make the task that runs one program, its output line by line in the run's log; no command: nothing to do."""
+def program(
+    name: str,
+    command: list[str] | None,
+    programs: Programs,
+    retries: int,
+    needless: Callable[[], bool] = lambda: False,
+) -> Task:
+    """Make the task that runs one program, its output line by line in the run's log.
+
+    Args:
+        name: the task's.
+        command: the program; none: nothing is to be done.
+        programs: what starts it, and ends it with the run.
+        retries: see `ssld`.
+        needless: asked when it is the task's turn: whether nothing is to be done after all.
+    """
 
     @task(
         name=name,
@@ -124,7 +140,7 @@ def program(name: str, command: list[str] | None, programs: Programs, retries: i
         persist_result=False,
     )
     def run() -> State:
-        if command is None:
+        if command is None or needless():
             return Completed(name="Up to date", message=f"{name}: up to date")
         logger, lines = get_run_logger(), []
 

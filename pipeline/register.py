@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from pipeline.core import atomic, card, registry, stage, store, tracking
+from pipeline.core import atomic, registry, stage, store, tracking
 from pipeline.core.sections import Params
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import: --help and --if-missing should not wait for both
@@ -120,7 +120,7 @@ def _register(client: "MlflowClient", params: Params, student: "Student", record
 
 
 def _publish(client: "MlflowClient", params: Params, student: "Student", record: dict[str, Any]) -> "ModelVersion":
-    from pipeline.core import networks
+    from pipeline.core import card, networks
     from pipeline.core.finished import lineage
 
     name, network, figures = record["name"], student.card, student.figures

@@ -121,6 +121,18 @@ def test_after_dvc_repro_every_task_is_up_to_date(run, reproduced):
     assert set(tasks) == set(toy_project.EDGES)
 
 
+def test_the_registry_is_asked_where_its_stage_did_not_run(run, tmp_path):
+    toy = toy_project.make(tmp_path)
+    register = "  register:\n    cmd: python toy.py register 1 data/evaluate\n    deps: [data/evaluate]\n"
+    (toy / "dvc.yaml").write_text(toy_project.DVC_YAML + register)
+    state, tasks = run(toy)
+    assert state.is_completed(), state.message
+    assert tasks["registry"].state.name == "Up to date"
+    state, tasks = run(toy)  # and as the toy's stage makes no version, asking fails
+    assert tasks["register"].state.name == "Up to date"
+    assert "nothing was registered yet" in state.message
+
+
 def test_a_part_of_the_graph(run, reproduced):
     state, tasks = run(reproduced, stages=["distill"])
     assert state.is_completed()

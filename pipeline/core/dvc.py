@@ -15,6 +15,7 @@ from dvc.repo import Repo
 if TYPE_CHECKING:
     from dvc.stage import Stage
 
+RAN = "Completed"  # the outcome of a stage that was run
 Graph = dict[str, list[str]]  # stage: the stages whose outputs it reads; each stage stands after those
 
 
@@ -30,7 +31,7 @@ def outcome(lines: list[str]) -> str:
     """Name what `repro` did, from what it printed."""
     if any("didn't change, skipping" in line for line in lines):
         return "Up to date"
-    return "Restored from cache" if any("is cached - skipping run" in line for line in lines) else "Completed"
+    return "Restored from cache" if any("is cached - skipping run" in line for line in lines) else RAN
 
 
 def graph(folder: Path) -> Graph:
