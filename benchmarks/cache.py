@@ -26,9 +26,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from formats import FORMATS
-from machine import again_and_again, against, header, machine, own_memory, row, show_rates, silence, take_turns
+from machine import machine, own_memory
 from project import Project
 from records import made_logits
+from turns import again_and_again, against, header, row, show_rates, silence, take_turns
 
 from pipeline import cache
 from pipeline.core import teaching

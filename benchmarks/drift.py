@@ -20,7 +20,8 @@ from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from machine import machine, silence
+from machine import machine
+from turns import silence
 
 from pipeline.core import engine, networks, params
 from pipeline.core.batches import Batch, TrainingOrder

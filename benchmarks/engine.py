@@ -27,7 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from machine import against, machine, take_turns
+from machine import machine
+from turns import against, take_turns
 
 import models
 from pipeline.core import devices, engine, networks, params, small_maps, teaching

@@ -24,7 +24,8 @@ from pathlib import Path
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from machine import machine, silence
+from machine import machine
+from turns import silence
 
 from pipeline.core import params
 

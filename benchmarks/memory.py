@@ -23,7 +23,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cache import MADE, made_cache
-from machine import machine, own_memory, silence
+from machine import machine, own_memory
+from turns import silence
 
 from pipeline.core import distillation, engine, networks, params, shards, training
 from pipeline.core.batches import TrainingOrder, Views

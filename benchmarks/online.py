@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from machine import header, machine, row, show_rates, silence, take_turns
+from machine import machine
 from project import Project
+from turns import header, row, show_rates, silence, take_turns
 
 from pipeline.core import distillation, losses, networks, teaching, training
 from pipeline.core.batches import load

@@ -1,8 +1,8 @@
-"""What DVC and Prefect add to a run: the stages as plain commands, one after another, through DVC, and as a flow.
+"""What DVC and Prefect add to a run: the seconds of `dvc repro`, and of the flow, in which no stage is at work.
 
-Each way begins with a clean clone of this project, with the default's images and networks, but with one epoch a stage
-and one view an image: what DVC and Prefect do is the same in a short run and in a long one. Then what is up to date is
-run again. Prints a Markdown table. Run: python benchmarks/overhead.py
+Each begins with a clean clone of this project, with the default's images and networks, but with one epoch a stage and
+one view an image: what DVC and Prefect do is the same in a short run and in a long one. Then what is up to date is run
+again. Prints a Markdown table. Run: python benchmarks/overhead.py
 """
 
 import argparse
@@ -13,34 +13,31 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
 
 from pipeline.core import dvc, workspace
 
 ROOT = Path(__file__).resolve().parent.parent
+LOOK_EVERY = 0.05  # seconds
 SHORT = {f"{stage}.epochs": 1 for stage in ("teacher", "baseline", "distill", "finetune", "fixres")}
 SHORT |= {"cache.replicas": 1, "baseline.warmup_epochs": 0, "teacher.warmup_epochs": 0, "distill.warmup_epochs": 0}
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    plain = [[sys.executable, "-m", f"pipeline.{stage}"] for stage in dvc.graph(ROOT)]
-    ways = {
-        "its stages as plain commands": plain,
-        "dvc repro": [[sys.executable, "-m", "dvc", "repro"]],
-        "Prefect's flow": [[sys.executable, "-m", "pipeline.flow"]],
-    }
+    stages = {f"pipeline.{stage}" for stage in dvc.graph(ROOT)}
     print(f"one epoch a stage, one view an image; {machine()}\n")
-    print("| run | s | more than the stages alone, s | again, all up to date, s |\n|---|---|---|---|")
-    alone = None
-    for name, commands in ways.items():
+    print("| run | s | of them without a stage at work | again, all up to date, s |\n|---|---|---|---|")
+    for name, module in (("dvc repro", "dvc"), ("Prefect's flow, DVC included", "pipeline.flow")):
+        command = [sys.executable, "-m", module, *(["repro"] if module == "dvc" else [])]
         with tempfile.TemporaryDirectory() as folder:
             clone(Path(folder))
-            took = timed(commands, folder)
-            alone = alone or took
-            more, again = ("", "") if commands is plain else (f"{took - alone:.1f}", f"{timed(commands, folder):.1f}")
-        print(f"| {name} | {took:.1f} | {more} | {again} |", flush=True)
+            took, idle = timed(command, folder, stages)
+            again, _ = timed(command, folder, stages)
+        print(f"| {name} | {took:.1f} | {idle:.1f} | {again:.1f} |", flush=True)
 
 
 def clone(folder: Path) -> None:
@@ -50,15 +47,35 @@ def clone(folder: Path) -> None:
     workspace.write_params(ROOT, folder, SHORT)
 
 
-def timed(commands: list[list[str]], folder: str) -> float:
-    """Run commands one after another; give the seconds they took together."""
+def timed(command: list[str], folder: str, stages: set[str]) -> tuple[float, float]:
+    """Run a command; give the seconds that it took, and those in which none of the stages ran.
+
+    Args:
+        command: what to run.
+        folder: where.
+        stages: the modules that `python -m` runs as stages.
+    """
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    began = time.perf_counter()
-    for command in commands:
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"overhead: {' '.join(command)}: {(done.stdout + done.stderr)[-2000:]}")
-    return time.perf_counter() - began
+    began = last = time.perf_counter()
+    idle = 0.0
+    with tempfile.TemporaryFile("w+") as said:
+        program = psutil.Popen(command, cwd=folder, env=environment, stdout=said, stderr=subprocess.STDOUT)
+        while program.poll() is None:
+            time.sleep(LOOK_EVERY)
+            at_work = any(is_one_of(process, stages) for process in program.children(recursive=True))
+            now = time.perf_counter()
+            idle, last = idle + (0 if at_work else now - last), now
+        if program.returncode:
+            said.seek(0)
+            sys.exit(f"overhead: {' '.join(command)}: {said.read()[-2000:]}")
+    return last - began, idle
+
+
+def is_one_of(process: psutil.Process, stages: set[str]) -> bool:
+    try:
+        return not stages.isdisjoint(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return False
 
 
 if __name__ == "__main__":
