@@ -239,8 +239,8 @@ def main() -> int:
     try:
         changes = recipes.changes(arguments.recipe) if arguments.recipe else {}
         changes |= dict(map(change, arguments.set_param))
-        check(Path.cwd(), changes, arguments.stages)  # a mistake needs no server to be named
-        url = prefect_server.ready(port=4200 if arguments.what == "serve" else 0)
+        port = 4200 if arguments.what == "serve" else 0
+        url = prefect_server.ready(port, meanwhile=lambda: check(Path.cwd(), changes, arguments.stages))
         with temporary_settings({PREFECT_API_URL: url}):
             if arguments.what == "serve":
                 serve(url)

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -23,7 +23,7 @@ from pipeline.core import programs
 PATIENCE = 120.0  # seconds that a server may take to start; the first time it makes its database, which takes longest
 
 
-def ready(port: int = 0) -> str:
+def ready(port: int = 0, meanwhile: Callable[[], None] = lambda: None) -> str:
     """Give the address of a Prefect API that answers.
 
     It is PREFECT_API_URL's where that is set, else that of the server with which this project is being served, else
@@ -31,19 +31,21 @@ def ready(port: int = 0) -> str:
 
     Args:
         port: where to start a server: this port, or the first free one above it; 0: any.
+        meanwhile: called once, while the server starts if one must be; its errors end that server.
 
     Raises:
         ValueError: PREFECT_API_URL names another machine and none answers; or a server would not start.
     """
     url = prefect.settings.PREFECT_API_URL.value() or _served()
     if url and _answers(url):
+        meanwhile()
         return url
     if url:
         place = urlsplit(url)
         if place.hostname not in ("127.0.0.1", "localhost"):
             raise ValueError(f"no Prefect server answers at PREFECT_API_URL={url}: start it, or unset the variable")
-        return _start(place.port or 4200)
-    return _start(_free_port(port))
+        return _start(place.port or 4200, meanwhile)
+    return _start(_free_port(port), meanwhile)
 
 
 @contextmanager
@@ -75,7 +77,7 @@ def _served() -> str | None:
     return None
 
 
-def _start(port: int) -> str:
+def _start(port: int, meanwhile: Callable[[], None]) -> str:
     url = f"http://127.0.0.1:{port}/api"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     log = _home() / "server.log"
@@ -85,6 +87,7 @@ def _start(port: int) -> str:
         with log.open("w") as output:
             server = programs.start(command, Path.cwd(), os.environ | {"PREFECT_API_URL": url}, output)
         atexit.register(programs.end, server.pid)
+        meanwhile()
         deadline = time.monotonic() + PATIENCE
         while not _answers(url) and server.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
