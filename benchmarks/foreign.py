@@ -26,7 +26,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline import mine, prepare, score, teacher
-from pipeline.core import params
+from pipeline.core import atomic, params
 from pipeline.core.dataset import ImageSet
 from pipeline.core.sections import Params
 
@@ -63,12 +63,17 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = {**SETTINGS, "teacher.epochs": arguments.epochs}
     wanted = params.check(params.with_changes(yaml.safe_load((ROOT / "params.yaml").read_text()), settings))
-    key = f"{arguments.classes or 'half'}-{arguments.train}-{arguments.pool}-{arguments.epochs}"
-    archive, workspace = arguments.archive.resolve(), ROOT / ".scratch/foreign" / key
+    archive = arguments.archive.resolve()
+    key = f"{archive.stem}-{arguments.classes or 'half'}-{arguments.train}-{arguments.pool}-{arguments.epochs}"
+    workspace = ROOT / ".scratch/foreign" / key
     workspace.mkdir(parents=True, exist_ok=True)
     os.chdir(workspace)
     if not Path("photos").exists():
-        spread(archive, arguments.classes, arguments.train, arguments.pool)
+        try:
+            with atomic.replacing_folder(Path("photos")) as beside:
+                spread(archive, arguments.classes, arguments.train, arguments.pool, beside)
+        except (ValueError, OSError) as error:
+            sys.exit(f"foreign: error: {error}")
     for stage in (prepare, teacher, score):
         if not Path("data", stage.__name__.split(".")[-1]).exists():
             stage.run(wanted)
@@ -107,8 +112,8 @@ def mined_well(images: ImageSet, truth: np.ndarray, wanted: Params, rank_by: str
     return f"{len(real):,} | {belong:.3f} | {right:.3f} | {counts.min():,} and {counts.max():,}"
 
 
-def spread(archive: Path, classes: str | None, train: int, pool: int) -> None:
-    """Write photos/train/<class> and photos/unlabelled; images are drawn by a hash of their names.
+def spread(archive: Path, classes: str | None, train: int, pool: int, photos: Path) -> None:
+    """Write train/<class> and unlabelled to the folder `photos`; images are drawn by a hash of their names.
 
     Raises:
         ValueError: a class that the archive does not have.
@@ -129,7 +134,7 @@ def spread(archive: Path, classes: str | None, train: int, pool: int) -> None:
             known = class_name in labelled
             for at, name in enumerate(names[: train + pool if known else pool]):
                 in_pool = not known or at >= train
-                place = Path("photos/unlabelled" if in_pool else "photos/train", class_name, name.replace("/", "-"))
+                place = photos / ("unlabelled" if in_pool else "train") / class_name / name.replace("/", "-")
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes(source.read(name))
 

@@ -66,7 +66,7 @@ def known(seed: int, changes: dict) -> dict | None:
 
 def finished(wanted: Params) -> Path | None:
     """The folder of a run that ended well with these settings, the machine's own left out."""
-    for file in Path(".scratch/runs").glob("*/params.yaml"):
+    for file in Path(".scratch/runs").glob("[!.]*/params.yaml"):
         try:
             same = params.load(file).model_copy(update={"machine": wanted.machine}) == wanted
             if same and (file.parent / "metrics.json").exists():

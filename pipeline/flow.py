@@ -32,6 +32,7 @@ Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)  # Prefect i
 import argparse
 import contextlib
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -51,7 +52,7 @@ from pipeline.core import dvc, prefect_server, preflight, store, tracking, works
 from pipeline.core.programs import Programs
 
 RETRY_DELAY = 2  # seconds; a cancelled run waits them out at worst
-STAGES_OWN_ERROR = ": error: "  # in the line with which a stage refuses: it would refuse again
+STAGES_OWN_ERROR = re.compile(r"[a-z]+: error: ")  # begins the line with which a stage refuses: it would do so again
 
 
 @flow(name="ssld", task_runner=ThreadPoolTaskRunner(), persist_result=False)
@@ -78,8 +79,8 @@ def ssld(changes: dict[str, Any] = {}, stages: list[str] | None = None, retries:
                 show_results(results)
     except (ValueError, OSError) as error:
         return Failed(message=str(error))
-    told = bool(changes) or "evaluate" in graph
-    return Completed(message=f"{len(graph)} stages are up to date" + f"; results are in {results}" * told)
+    where = f"; results are in {results}" if changes or "evaluate" in graph else ""
+    return Completed(message=f"{len(graph)} stages are up to date{where}")
 
 
 def check(root: Path, changes: dict[str, Any], stages: list[str] | None) -> None:
@@ -135,7 +136,7 @@ def program(
         task_run_name=name,
         retries=retries,
         retry_delay_seconds=RETRY_DELAY,
-        retry_condition_fn=lambda task, run, state: STAGES_OWN_ERROR not in (state.message or ""),
+        retry_condition_fn=lambda task, run, state: not STAGES_OWN_ERROR.match(state.message or ""),
         cache_policy=NO_CACHE,  # DVC is the cache
         persist_result=False,
     )
@@ -165,7 +166,8 @@ def program(
 
 def error_in(lines: list[str]) -> str | None:
     """Find the line that says best why a program failed: the stage's own last one, else DVC's."""
-    return next((line for mark in (STAGES_OWN_ERROR, "ERROR: ") for line in reversed(lines) if mark in line), None)
+    last = list(reversed(lines))
+    return next(filter(STAGES_OWN_ERROR.match, last), next((line for line in last if line.startswith("ERROR: ")), None))
 
 
 def show_results(results: Path) -> None:
@@ -202,14 +204,14 @@ def environment(root: Path) -> dict[str, str]:
 
 def serve(url: str) -> None:
     """Serve the flow as deployment ssld/local until Ctrl-C."""
-    print(f"Prefect's pages: {url.removesuffix('/api')}\nTo start a run, in another shell, in about 20 seconds:")
-    print(f"    export PREFECT_API_URL={url}\n    prefect deployment run ssld/local")
-    print("""    prefect deployment run ssld/local --param 'changes={"distill.epochs": 2}'""")
-    print("Ctrl-C stops the runs, the deployment and the server.", flush=True)
     serving = "from pipeline.flow import ssld; ssld.serve(name='local', print_starting_message=False)"
     # In a process of its own: Prefect's runner, asked to stop, would wait until its runs have ended.
     variables = os.environ | {"PREFECT_API_URL": url}
     with prefect_server.serving(url), Programs(Path.cwd(), variables, grace=4) as programs:
+        print(f"Prefect's pages: {url.removesuffix('/api')}\nTo start a run, in another shell, in about 20 seconds:")
+        print(f"    export PREFECT_API_URL={url}\n    prefect deployment run ssld/local")
+        print("""    prefect deployment run ssld/local --param 'changes={"distill.epochs": 2}'""")
+        print("Ctrl-C stops the runs, the deployment and the server.", flush=True)
         programs.run([sys.executable, "-c", serving], print)
 
 

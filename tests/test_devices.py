@@ -37,6 +37,18 @@ def test_a_capture_leaves_the_network_as_it_was(network, no_gpu, monkeypatch):
     assert torch.equal(captured.eval()(PIXELS), network(PIXELS))
 
 
+def test_ctrl_c_in_a_capture_leaves_the_network_as_it_was(network, no_gpu, monkeypatch):
+    def record(callable_, arguments, capture_error_mode):
+        callable_(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt):
+        devices.capture(network, PIXELS)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
 def test_a_network_that_cannot_be_captured_goes_on_without(network, no_gpu, monkeypatch, capsys):
     def record(callable_, arguments, capture_error_mode):
         callable_(*arguments)

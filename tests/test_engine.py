@@ -100,6 +100,21 @@ def test_ctrl_c_waits_for_the_steps_end_and_saves_it(images, tmp_path, listening
     assert same_weights(resumed, whole)
 
 
+@pytest.mark.parametrize("half_read", ["classifier", "optimizer"])
+def test_ctrl_c_while_a_checkpoint_is_read_leaves_no_other(images, tmp_path, monkeypatch, half_read):
+    watched(run(images, tmp_path, epochs=2), stop=3)
+    before = checkpoints.files(tmp_path)
+    resumed = run(images, tmp_path, epochs=2)
+
+    def pressed(state):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(getattr(resumed, half_read), "load_state_dict", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        resumed.train()
+    assert checkpoints.files(tmp_path) == before != []
+
+
 def test_where_all_checkpoints_are_damaged_the_run_starts_anew(images, tmp_path, capsys):
     watched(run(images, tmp_path, epochs=1), stop=1)
     (file,) = checkpoints.files(tmp_path)

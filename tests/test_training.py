@@ -65,6 +65,12 @@ def test_processes_share_out_each_batch():
         TrainingOrder(Fourteen, np.arange(14), 8, 0, 0, 0, 2, parts=3)
 
 
+def test_too_few_images_for_the_parts_of_a_step_are_an_error_that_says_how_many_fit():
+    with pytest.raises(ValueError, match=r"5 images to train on, in 4 parts.*set the stage's accumulate to 2"):
+        TrainingOrder(Fourteen, np.arange(5), 16, 0, 0, parts=4)
+    TrainingOrder(Fourteen, np.arange(5), 16, 0, 0, parts=2)
+
+
 def test_replicas_go_round():
     order = TrainingOrder(Fourteen, np.arange(14), 14, 0, replicas=3)
     assert [int(replicas[0]) for _, replicas in order.batches(0, 7)] == [0, 1, 2, 0, 1, 2, 0]
@@ -304,7 +310,7 @@ def test_the_network_before_is_kept_only_where_it_is_better_on_validation(images
 
     def chosen(trained, before):
         task = SimpleNamespace(name="finetune", classifier=trained, resolution=16, before=Before("distill", before, 16))
-        return better(task, params, images, cpu)
+        return better(task, [validate(trained)], params, images, cpu)
 
     assert chosen(best, before=worst) == (best, 16, None)
     assert chosen(worst, before=worst) == (worst, 16, None)

@@ -88,6 +88,18 @@ def test_it_begins_where_the_run_with_most_of_its_settings_ended(reproduced):
         shutil.rmtree(kept)
 
 
+def test_the_trees_own_labels_are_of_its_last_run_whatever_its_settings_say_now(tmp_path):
+    toy = toy_project.make(tmp_path)
+    toy_project.execute(toy, "dvc", "repro", "--quiet")
+    with opened(toy, {"views.flip": 0.25, "cache.min_probability": 0.00003}) as folder:
+        toy_project.execute(folder, "dvc", "repro", "--quiet")
+        kept = workspace.keep_results(folder, toy, "calm-heron", scored=True)
+    settings = toy / "params.yaml"
+    assert workspace.nearest_lock(toy, {"distill.epochs": 4}) == toy / "dvc.lock"
+    settings.write_text(re.sub(r"flip: \S+", "flip: 0.25", settings.read_text()))
+    assert workspace.nearest_lock(toy, {"distill.epochs": 4}) == kept / "dvc.lock"
+
+
 def test_a_changed_table_takes_the_place_of_the_one_before(tmp_path):
     toy = toy_project.make(tmp_path / "toy")
     workspace.write_params(toy, toy, {"distill.loss": {"ssld": 1.0, "hard": 0.1}})
@@ -235,6 +247,8 @@ def test_a_name_does_not_depend_on_how_changes_are_written():
     one = workspace.name({"distill.epochs": 3, "seed": 1, "distill.lr": 0.1})
     assert one == workspace.name({"seed": 1, "distill": {"lr": 0.1, "epochs": 3}})
     assert one != workspace.name({"seed": 1, "distill": {"lr": 0.1, "epochs": 4}})
+    mixed = {"ssld": 1.0, "hard": 0.5}
+    assert workspace.name({"distill.loss": mixed}) == workspace.name({"distill": {"loss": mixed}})
 
 
 @pytest.mark.parametrize(

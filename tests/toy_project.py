@@ -32,6 +32,7 @@ stages:
   teacher:
     cmd: python toy.py teacher ${teacher.epochs} data/prepare
     deps: [toy.py, data/prepare]
+    params: [seed, teacher, views]
     outs: [data/teacher]
   baseline:
     cmd: python toy.py baseline ${baseline.epochs} data/prepare

@@ -130,6 +130,12 @@ class TrainingOrder:
             raise ValueError("there is no image to train on: see data/prepare/summary.json for what was found")
         self.rows = rows[np.argsort(images.ids[rows])].astype(np.int32)
         self.batch_size = min(batch_size, len(rows))
+        if self.batch_size < 2 * parts:  # params.yaml's batch_size is more, so there are fewer images
+            mend = f"set the stage's accumulate to {len(rows) // 2}" if len(rows) > 1 else "it takes more images"
+            raise ValueError(
+                f"{len(rows)} images to train on, in {parts} parts a step (accumulate), leave a part fewer than two, "
+                f"and BatchNorm needs two: {mend}"
+            )
         if world > 1 and self.batch_size % (world * parts):
             each, shares = f" in {parts} parts each" if parts > 1 else "", world * parts
             raise ValueError(

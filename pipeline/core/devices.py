@@ -107,7 +107,8 @@ def capture(network: nn.Module, pixels: Tensor) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Attempting to run cuBLAS")  # the first product on that stream
-            # Local to this thread: another's may ask CUDA for pinned memory meanwhile, as a DataLoader's does.
+            # Local to this thread: another's may ask CUDA for pinned memory meanwhile, as the DataLoader's of another
+            # run in this process does (benchmarks/engine.py).
             captured = torch.cuda.make_graphed_callables(
                 _Captured(network), (pixels,), capture_error_mode="thread_local"
             )
@@ -116,10 +117,10 @@ def capture(network: nn.Module, pixels: Tensor) -> nn.Module:
         print(f"warning: goes on without CUDA graphs, which could not be recorded: {why}", file=sys.stderr, flush=True)
     finally:
         torch.cuda.set_stream(stream)  # a recording that failed leaves its own behind
+        for buffer, value in state:
+            buffer.copy_(value)
     if captured is network:
         torch.cuda.empty_cache()
-    for buffer, value in state:
-        buffer.copy_(value)
     return captured
 
 

@@ -15,7 +15,7 @@ from dvc.repo import Repo
 if TYPE_CHECKING:
     from dvc.stage import Stage
 
-RAN = "Completed"  # the outcome of a stage that was run
+RAN = "Completed"  # the outcome of a stage that was run, and by Prefect's words its task's state
 Graph = dict[str, list[str]]  # stage: the stages whose outputs it reads; each stage stands after those
 
 

@@ -68,7 +68,8 @@ class Run:
     losses: list[Tensor] = field(default_factory=list)  # of the epoch's steps so far
     cost: dict[str, float] = field(default_factory=dict)  # of the last epoch's steps, as Meter gives it
     step: int = 0
-    between_steps: bool = True  # all that belongs to `step` steps is done, and no more
+    looked: int = 0  # how many of these losses were found finite
+    between_steps: bool = False  # all that belongs to `step` steps is done, and no more: what a checkpoint may hold
 
     def __post_init__(self) -> None:
         self.device = self.processes.device
@@ -125,6 +126,7 @@ class Run:
             self.steps * size, "images", self.what, done=self.step * size, quiet=not self.processes.first()
         )
         progress.note = self._note
+        self.between_steps = True  # not before: an interrupt while a checkpoint is read finds half of it in place
         with progress, self._profile() as profile:
             for batch in self.meter.batches(batches):
                 with stage.finish_first() if self.processes.world == 1 else nullcontext():
@@ -226,21 +228,23 @@ class Run:
         epoch = self.step // self.order.steps_per_epoch
         figures = {"train_loss": mean.item(), "lr": self.optimizer.param_groups[0]["lr"], **self.validate(self.kept)}
         self._set_mode()
-        self.losses = []
+        self.losses, self.looked = [], 0
         self.history.append({"epoch": epoch, **figures})
         self.on_epoch(epoch, {**figures, **self.cost})
         self.meter.restart()
 
     def _finite(self) -> Tensor:
-        """Whether each loss of the epoch so far is finite, (steps,) bool; one true value where there is none yet."""
-        return torch.isfinite(torch.stack(self.losses)) if self.losses else torch.ones(1, dtype=torch.bool)
+        """Whether each loss since the last look is finite, (steps,) bool; one true value where there is none."""
+        new = self.losses[self.looked :]
+        return torch.isfinite(torch.stack(new)) if new else torch.ones(1, dtype=torch.bool)
 
     def _check_losses(self) -> None:
         """Stop where a loss is not finite. Every process sees the same mean losses, so all of them stop."""
         finite = self._finite()
         if finite.all():
+            self.looked = len(self.losses)
             return
-        first = self.step - len(self.losses) + int(finite.int().argmin())
+        first = self.step - len(finite) + int(finite.int().argmin())
         rows, replicas = self.order.whole_batch(first)
         images, listed = self.views.images, self.scratch / f"not-finite-{first}.csv"
         if self.processes.first():

@@ -1,6 +1,6 @@
 """BatchNorm over the batch of all processes, so that their number does not change what a network learns.
 
-On CUDA it is torch's SyncBatchNorm, which knows nothing else. Elsewhere the two moments below are averaged over
+On CUDA it is torch's SyncBatchNorm, which works nowhere else. Elsewhere the two moments below are averaged over
 the processes: some elementwise operations more than torch's own BatchNorm, and two small messages a layer and step.
 """
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
+from typing import IO
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
@@ -36,6 +37,7 @@ def ready(port: int = 0, meanwhile: Callable[[], None] = lambda: None) -> str:
     Raises:
         ValueError: PREFECT_API_URL names another machine and none answers; or a server would not start.
     """
+    _ask_no_proxy_for_this_machine()
     url = prefect.settings.PREFECT_API_URL.value() or _served()
     if url and _answers(url):
         meanwhile()
@@ -56,10 +58,11 @@ def serving(url: str) -> Iterator[None]:
         ValueError: another one does already.
     """
     with (_home() / "serving").open("a+") as note:
-        try:
-            fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"this project is being served already, at {_served()}") from None
+        deadline = time.monotonic() + 1  # who only looks (`_served`) holds it for a moment
+        while not _locked(note, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                raise ValueError(f"this project is being served already, at {_served()}")
+            time.sleep(0.1)
         note.truncate(0)
         note.write(url)
         note.flush()
@@ -69,12 +72,18 @@ def serving(url: str) -> Iterator[None]:
 def _served() -> str | None:
     """The address that `serving` noted, while it is at it."""
     with (_home() / "serving").open("a+") as note:
-        try:
-            fcntl.flock(note, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            note.seek(0)
-            return note.read()
-    return None
+        if _locked(note, fcntl.LOCK_SH):
+            return None
+        note.seek(0)
+        return note.read()
+
+
+def _locked(file: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _start(port: int, meanwhile: Callable[[], None]) -> str:
@@ -94,6 +103,12 @@ def _start(port: int, meanwhile: Callable[[], None]) -> str:
     if server.poll() is not None or not _answers(url):
         raise ValueError(f"the Prefect server did not start; what it said is in {log}")
     return url
+
+
+def _ask_no_proxy_for_this_machine() -> None:
+    """Have this process, Prefect's client and all that they start reach this machine's servers directly."""
+    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [named, "127.0.0.1", "localhost"]))
 
 
 def _answers(url: str) -> bool:

@@ -93,7 +93,7 @@ def train(task: Task, params: Params, images: ImageSet, processes: Processes) ->
         described |= {"seed": params.seed, "model": task.card["model"], "images": len(task.rows)}
         with tracking.run(task.name, described, task.identities, folder / "mlflow-run") as tracked:
             run = _run(task, params, images, processes, folder, tracked.log)
-            best, resolution, kept = better(task, params, images, processes.device)
+            best, resolution, kept = better(task, run.history, params, images, processes.device)
             if kept:
                 tracked.tag({f"kept.{key}": value for key, value in kept.items()})
         with atomic.replacing_folder(DATA / task.name) as out:
@@ -105,26 +105,26 @@ def train(task: Task, params: Params, images: ImageSet, processes: Processes) ->
 
 
 def better(
-    task: Task, params: Params, images: ImageSet, device: torch.device
+    task: Task, history: engine.History, params: Params, images: ImageSet, device: torch.device
 ) -> tuple[Classifier, int, dict[str, Any] | None]:
     """Choose between the trained network and the one before, by top-1 on the validation split.
+
+    Args:
+        history: of the training; its last epoch says how good the trained network is.
 
     Returns:
         the network, its resolution, and None, or what the card says of a network that was kept.
     """
     if task.before is None or not len(images.rows("val")):
         return task.classifier, task.resolution, None
-    alone = Processes(device)
-    own = validator(params, images, task.resolution, alone)(task.classifier)["val_top1"]
-    other = task.before.classifier.to(device)
-    before = validator(params, images, task.before.resolution, alone)(other)["val_top1"]
-    if own >= before:
+    trained, before = history[-1]["val_top1"], task.before
+    classifier = before.classifier.to(device)
+    had = validator(params, images, before.resolution, Processes(device))(classifier)["val_top1"]
+    if trained >= had:
         return task.classifier, task.resolution, None
-    print(
-        f"{task.name}: validation top-1 {own:.4f} is below the {before:.4f} of {task.before.stage}: its network is kept"
-    )
-    kept = {"stage": task.before.stage, "val_top1": round(before, 6), "instead_of": round(own, 6)}
-    return other, task.before.resolution, kept
+    print(f"{task.name}: validation top-1 {trained:.4f} is below the {had:.4f} of {before.stage}: its network is kept")
+    kept = {"stage": before.stage, "val_top1": round(had, 6), "instead_of": round(trained, 6)}
+    return classifier, before.resolution, kept
 
 
 def targets(images: ImageSet, labels: np.ndarray, smoothing: float) -> Callable[[Batch], torch.Tensor]:

@@ -143,7 +143,7 @@ def draw(spec: ViewSpec, sample_id: int, replica: int, partners: np.ndarray) -> 
 def draw_partner(spec: ViewSpec, sample_id: int, replica: int, partners: np.ndarray) -> int | None:
     """Draw the view's partner alone, which is all that its key needs."""
     uniform = _uniforms(spec.seed, sample_id, replica, AFTER_CROPS)
-    _, mixed, _, _, place = (next(uniform) for _ in range(5))
+    _, mixed, _, _, place = (next(uniform) for _ in range(5))  # in the order of `draw`: the first is the flip's
     return _partner(spec, sample_id, mixed, place, partners)
 
 

@@ -37,6 +37,7 @@ from pipeline.core import atomic, dvc, params
 from pipeline.core.sections import Params
 from pipeline.core.stage import SCRATCH
 
+MAKE_LABELS = ("prepare", "teacher", "mine", "cache")  # stages; what cache says counts most
 LABELS_DEPEND_ON = ("seed", "views", "teacher", "cache", "mine", "prepare")  # sections, what matters most first
 SETTINGS, SCORES = ("params.yaml", "dvc.lock"), ("data/evaluate/metrics.json", "data/evaluate/report.html")
 
@@ -90,8 +91,10 @@ def name(changes: dict[str, Any]) -> str:
     """Name the workspace of some changes; how they are written (dotted, nested, in which order) does not matter."""
     flat: dict[str, Any] = {}
     for key, value in changes.items():
-        inner = value if isinstance(value, dict) else {"": value}
-        flat |= {f"{key}.{part}".rstrip("."): new for part, new in inner.items()}
+        if isinstance(value, dict) and "." not in key:  # a section; a dotted key's dict is its value
+            flat |= {f"{key}.{name}": new for name, new in value.items()}
+        else:
+            flat[key] = value
     return hashlib.sha256(json.dumps(flat, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
@@ -127,22 +130,31 @@ def set_up(root: Path, folder: Path, changes: dict[str, Any], notes: Path) -> No
 
 
 def nearest_lock(root: Path, changes: dict[str, Any]) -> Path:
-    """Name the dvc.lock, the tree's own or a finished run's, whose soft labels have most in common with these changes.
+    """Name the dvc.lock, the tree's own or a finished run's, whose soft labels were made with settings most like these.
 
+    Of two locks the one that shares the first section of LABELS_DEPEND_ON that they do not both share is the nearer.
     DVC restores every other stage from its cache whatever the lock says, but not `cache`, which goes on from what it
     finds.
     """
     wanted = _changed(root, changes)
 
     def in_common(lock: Path) -> list[bool]:
-        try:
-            settings = yaml.safe_load((lock.parent / "params.yaml").read_text())
-        except FileNotFoundError:  # another run is just writing it anew
-            return []
-        return [settings.get(section) == wanted.get(section) for section in LABELS_DEPEND_ON]
+        settings = _settings_of(lock)
+        return [section in settings and settings[section] == wanted.get(section) for section in LABELS_DEPEND_ON]
 
-    runs = [file.with_name("dvc.lock") for file in sorted((root / SCRATCH / "runs").glob("[!.]*/params.yaml"))]
-    return max([root / "dvc.lock", *(lock for lock in runs if lock.exists())], key=in_common)
+    return max([root / "dvc.lock", *sorted((root / SCRATCH / "runs").glob("[!.]*/dvc.lock"))], key=in_common)
+
+
+def _settings_of(lock: Path) -> dict[str, Any]:
+    """Give the sections, or keys, of params.yaml with which a dvc.lock's soft labels were made."""
+    try:
+        stages = YAML(typ="safe").load(lock.read_text()).get("stages", {})  # PyYAML reads 1e-05 as text
+    except FileNotFoundError:  # nothing has run yet, or another run is just writing it anew
+        return {}
+    made: dict[str, Any] = {}
+    for stage in MAKE_LABELS:
+        made |= stages.get(stage, {}).get("params", {}).get("params.yaml", {})
+    return made
 
 
 def copy_tree(root: Path, folder: Path, keep: tuple[str, ...] = ()) -> None:
