@@ -17,6 +17,7 @@ from commands import wait_until
 from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilter, LogFilter
 from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Cancelling
 
@@ -221,7 +222,7 @@ def trigger(client, **changes):
     for _ in range(300):  # until it is being served
         try:
             return run_deployment("ssld/local", parameters={"changes": changes}, timeout=0)
-        except Exception:
+        except ObjectNotFound:
             time.sleep(0.1)
     raise AssertionError("the deployment does not come up")
 
@@ -242,8 +243,8 @@ def test_two_runs_at_once_do_not_disturb_each_other(served, client, reproduced):
 
 
 def test_a_cancelled_run_leaves_no_process(served, client, reproduced):
-    run = trigger(client, **{"distill.epochs": 999})
     others = set(psutil.Process(served.pid).children(recursive=True))
+    run = trigger(client, **{"distill.epochs": 999})
     wait_until(lambda: "distill begins" in log_of(client, run.id), 60)
     time.sleep(0.5)  # its deaf child starts
     family = set(psutil.Process(served.pid).children(recursive=True)) - others
