@@ -67,6 +67,11 @@ def run(params: Params) -> None:
         mining_sheet.draw(images, mined, judged, refused, counts).save(folder / "sheet.png")
     for line in ranking.say(counts, whole):
         print(f"mine: {line}")
+    if whole["refused"].get("low score", 0) > count / 2:
+        print(
+            "mine: warning: the teacher is too unsure of most pool images: see in data/teacher/history.csv how good it "
+            f"is; a lower mine.min_score (now {settings.min_score:g}) takes more"
+        )
 
 
 def scores(images: ImageSet, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

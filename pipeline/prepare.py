@@ -69,6 +69,15 @@ def run(params: Params) -> None:
     counts = ", ".join(f"{split['images']:,} {name}" for name, split in summary["splits"].items())
     refused = ", ".join(f"{count:,} {reason}" for reason, count in summary["refused"].items())
     print(f"prepare: {summary['images']:,} images of {summary['classes']:,} classes: {counts}; refused: {refused or 0}")
+    for split, missing in without(summary).items():
+        print(f"prepare: warning: no {split} image of class {names(missing)}: nothing will be known of it there")
+
+
+def without(summary: dict[str, Any]) -> dict[str, list[str]]:
+    """Name the classes of which the validation or the test split has no image, by split; where it has all, nothing."""
+    has = {split: set(of_split["classes"]) for split, of_split in summary["splits"].items()}
+    lacks = {split: sorted(has["labelled"] - has[split]) for split in ("val", "test")}
+    return {split: missing for split, missing in lacks.items() if missing}
 
 
 def open_sources(settings: dict[str, Any]) -> list[Source]:

@@ -66,14 +66,14 @@ def test_a_misspelt_key_in_the_file_is_one_line(data, tmp_path):
         ("machine.workers", "many", "machine.workers: should be auto or a whole number, not 'many'"),
         ("machine.processes", 0, "machine.processes: should be auto or a whole number from 1 on, not 0"),
         ("teacher.lr", 0, "greater than 0"),
-        ("distill.epochs", "many", "integer"),
+        ("distill.epochs", "many", "whole number"),
         ("views.crop_scale", [0.9, 0.5], "crop_scale"),
         ("views.flip", 1.5, "less than or equal to 1"),
         ("prepare.labelled_root", "~/photos", "labelled_root begins with ~: write the path out"),
         ("baseline.warmup_epochs", 41, "warmup_epochs, 41, must not be more than epochs, 40"),
         ("teacher.mean", [123.675, 116.28, 103.53], "teacher.mean.0: should be less than or equal to 1"),
         ("teacher.std", [0.2, 0.2, 0.2], "set them to null to fit one here"),
-        ("register.name", "photos/1", "register.name: String should match"),
+        ("register.name", "photos/1", "register.name: should be letters"),
         ("machine", {"cudnn_benchmark": True, "deterministic": True}, "not both"),
         ("mine", None, "mine"),
         ("distill.epochs", True, "distill.epochs: should not be true, for which YAML takes yes"),
@@ -116,7 +116,7 @@ def test_a_loss_is_a_name_or_weights(data, value, weights):
         ("sslld", "p.yaml: distill.loss: no loss is called 'sslld'; did you mean ssld?"),
         ({"ssld": 1.0, "hrd": 0.1}, "p.yaml: distill.loss: no loss is called 'hrd'; did you mean hard?"),
         ({"ssld": -1.0}, "p.yaml: distill.loss.ssld: should be greater than or equal to 0, not -1.0"),
-        ({"ssld": None}, "p.yaml: distill.loss.ssld: should be a valid number, not None"),
+        ({"ssld": None}, "p.yaml: distill.loss.ssld: should be a number, not None"),
         (["ssld"], "p.yaml: distill.loss: should be the name of a loss, or weights of several such as {ssld: 1.0, "),
         ({"hard": 1.0, "ssld": 0}, "p.yaml: distill.loss: a weight above 0 is needed of a loss other than hard: "),
         ({}, "p.yaml: distill.loss: a weight above 0 is needed of a loss other than hard: "),
@@ -145,9 +145,14 @@ def test_a_missing_file_says_where_to_run(tmp_path):
 
 
 def test_images_that_are_not_there_are_named_before_anything_runs(data, tmp_path):
-    (tmp_path / "photos").mkdir()
-    data["prepare"] |= {"labelled_root": "photos", "unlabelled_root": str(tmp_path / "photos")}
+    for folder in ("train", "val", "unlabelled"):
+        (tmp_path / "photos" / folder).mkdir(parents=True)
+    data["prepare"] |= {"labelled_root": "photos", "unlabelled_root": str(tmp_path / "photos"), "test": None}
     preflight.check_files(params.check(data), tmp_path)
+    data["prepare"]["test"] = "test"
+    with pytest.raises(ValueError, match=r"^prepare.test: photos/test: no such .*; prepare.test: null takes a share"):
+        preflight.check_files(params.check(data), tmp_path)
+    data["prepare"]["test"] = None
     data["prepare"]["unlabelled_root"] = "heap"
     with pytest.raises(ValueError, match=r"^prepare.unlabelled_root: heap: no such folder or archive$"):
         preflight.check_files(params.check(data), tmp_path)

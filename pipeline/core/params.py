@@ -8,6 +8,19 @@ from pydantic import ValidationError
 
 from pipeline.core.sections import Params, nearest
 
+IN_PLAIN_WORDS = {  # what pydantic says in Python's words
+    "tuple_type": "should be a list of numbers",
+    "string_type": "should be text",
+    "int_type": "should be a whole number",
+    "int_parsing": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_type": "should be a number",
+    "float_parsing": "should be a number",
+    "bool_type": "should be true or false",
+    "bool_parsing": "should be true or false",
+    "string_pattern_mismatch": "should be letters, digits, - and _ alone",
+}
+
 
 def load(path: Path = Path("params.yaml")) -> Params:
     """Read and check a params file.
@@ -16,12 +29,27 @@ def load(path: Path = Path("params.yaml")) -> Params:
         ValueError: the file is missing or not YAML, or a key or a value is wrong: one line that names it.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text())
+        data = yaml.load(Path(path).read_text(), _EachKeyOnce)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; run from the project's root, or name one with --params") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return check(data, str(path))
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a key that stands twice, as DVC does; PyYAML itself takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ValueError(f"{key.value}: stands twice, in lines {lines[key.value]} and {line}; remove one")
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 def check(data: Any, where: str = "params.yaml") -> Params:
@@ -89,7 +117,8 @@ def _explain(error: dict[str, Any], missing: int) -> str:
         return f"{key}: should be {error['ctx']['max_length']} numbers, not {error['ctx']['actual_length']}"
     if error["type"] == "missing":
         return f"{key}: missing; every key must be there"
-    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    said = error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    message = IN_PLAIN_WORDS.get(error["type"], said)
     value = error["input"]
     told = isinstance(value, dict) or error["type"] == "value_error"
     return f"{key}: {message}".removeprefix(": ") + ("" if told else f", not {value!r}")

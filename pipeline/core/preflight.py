@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from pipeline.core import atomic, params
+from pipeline.core import atomic, params, sources
 from pipeline.core.sections import Params
 
 EXAMPLE = "data/digits"  # what stage digits makes
@@ -47,6 +47,12 @@ def check_files(settings: Params, root: Path) -> None:
         path = getattr(settings.prepare, key)
         if path != EXAMPLE and not (root / path).exists():
             raise ValueError(f"prepare.{key}: {path}: no such folder or archive")
+    for role in ("train", "val", "test", "unlabelled"):
+        path = settings.prepare.unlabelled_root if role == "unlabelled" else settings.prepare.labelled_root
+        inner = getattr(settings.prepare, role)
+        if path != EXAMPLE and inner is not None and not sources.is_there(root / path, inner):
+            place = f"{path}/{inner}: no such folder, archive or list"
+            raise ValueError(f"prepare.{role}: {place}{sources.IN_ITS_PLACE.get(role, '')}")
     checkpoint = settings.teacher.checkpoint if settings.teacher.source == "checkpoint" else None
     for key, file in (("teacher.checkpoint", checkpoint), ("student.init", settings.student.init)):
         if not file:

@@ -139,9 +139,9 @@ class Views(Section):
     @model_validator(mode="after")
     def _ranges_ascend(self) -> "Views":
         if not self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError("crop_scale must be [least, most] with most not above 1")
+            raise ValueError(f"crop_scale must be [least, most], ascending and at most 1, not {list(self.crop_scale)}")
         if self.crop_ratio[0] > self.crop_ratio[1]:
-            raise ValueError("crop_ratio must be [least, most]")
+            raise ValueError(f"crop_ratio must be [least, most], ascending, not {list(self.crop_ratio)}")
         return self
 
 

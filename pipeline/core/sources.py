@@ -19,6 +19,11 @@ from pipeline.core.archives import Entry, Tree
 
 TORCHVISION = "torchvision:"
 ONE_ROOT = "name a root that holds all of it"
+IN_ITS_PLACE = {  # what the setting null means
+    "val": "; prepare.val: null takes a share of train",
+    "test": "; prepare.test: null takes a share of train",
+    "unlabelled": "; prepare.unlabelled: null is for none",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +83,18 @@ def open_source(role: str, root: str, inner: str, opened: dict[Path, Tree]) -> S
             raise ValueError(f"prepare.{role}: {inner} leads out of {base}, which is all that DVC watches: {ONE_ROOT}")
         path, inside = _locate(base, inner)
         place = f"{path}: {inside}" if inside else str(path)
-        files, classes = _files(path, inside, base, f"prepare.{role}: {place}", opened)
+        try:
+            files, classes = _files(path, inside, base, f"prepare.{role}: {place}", opened)
+        except FileNotFoundError as error:
+            raise ValueError(f"{error}{IN_ITS_PLACE.get(role, '')}") from None
     if role == "unlabelled":
         files, classes = [replace(file, class_name=None) for file in files], set()
     return Source(role, place, files, classes)
+
+
+def is_there(root: Path, inner: str) -> bool:
+    """Whether there is such a folder, archive or list below a root; what an archive holds is not looked at."""
+    return inner.startswith(TORCHVISION) or _locate(root, inner)[0].exists()
 
 
 def class_names(sources: list[Source]) -> list[str]:
@@ -126,7 +139,7 @@ def _files(
     if path.is_dir():
         return _by_folder(archives.open_folder(path), "", _below(path, base))
     if not path.is_file():
-        raise ValueError(f"{where}: no such folder, archive or list{_beside(path)}")
+        raise FileNotFoundError(f"{where}: no such folder, archive or list{_beside(path)}")
     if archives.is_archive(path):
         if path not in opened:
             opened[path] = archives.open_archive(path)
@@ -137,7 +150,7 @@ def _files(
             return _by_list(rows, partial(_in_archive, entries, posixpath.dirname(inside)), above)
         if inside and inside not in tree.folders:
             top = {name.split("/")[0] for name in (*tree.folders, *(entry.name for entry in tree.entries))}
-            raise ValueError(f"{where}: no such folder or list in the archive{_some(top)}")
+            raise FileNotFoundError(f"{where}: no such folder or list in the archive{_some(top)}")
         return _by_folder(tree, inside, above)
     if path.suffix.lower() == ".csv":
         return _by_list(_rows(path.read_bytes(), where), partial(_on_disk, path.parent, base, where), "")

@@ -212,6 +212,8 @@ def _run(
         processes.world,
         task.recipe.accumulate,
     )
+    if order.batch_size < task.recipe.batch_size and processes.first():
+        print(f"{task.name}: its batch_size, {task.recipe.batch_size:,}, is more than its {order.batch_size:,} images")
     run = engine.Run(
         what=task.name,
         classifier=task.classifier,
