@@ -97,6 +97,9 @@ def test_every_pool_image_is_mined_or_refused_for_a_reason(scored, capsys):
     assert 0 < len(short) == counts["classes_short"]
     said = capsys.readouterr().out
     assert all(f"{row['class']} ({row['mined']})" in said for row in short)
+    assert "too unsure" not in said
+    mine.run(tiny(**{"mine.per_class": 3, "mine.min_score": 0.99}))
+    assert "teacher is too unsure of most pool images" in capsys.readouterr().out
 
 
 def test_images_that_serve_several_classes_are_counted_in_each_and_mined_once(scored):

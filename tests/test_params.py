@@ -130,6 +130,18 @@ def test_a_wrong_loss_is_named(data, value, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_key_that_stands_twice_is_named_with_its_lines(tmp_path):
+    file = tmp_path / "p.yaml"
+    for content, words in (
+        ("seed: 0\nmine: {}\nseed: 1\n", "seed: stands twice, in lines 1 and 3; remove one"),
+        ("mine:\n  per_class: 1\n  per_class: 2\n", "per_class: stands twice, in lines 2 and 3; remove one"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError) as error:
+            params.load(file)
+        assert str(error.value) == f"{file}: {words}"
+
+
 @pytest.mark.parametrize("content", ["[1, 2", "just words", "", "- a\n- b"])
 def test_a_file_that_is_no_mapping_is_one_line(tmp_path, content):
     file = tmp_path / "p.yaml"

@@ -287,6 +287,15 @@ def test_the_stage_stops_in_one_line_and_leaves_the_list(tmp_path):
     assert not (tmp_path / ".scratch/prepare/refused.csv").exists()
 
 
+def test_a_class_without_test_images_is_named(tmp_path):
+    files = good(4) | {"test/b/0.png": png(900)}
+    write(tmp_path / "in", files)
+    done = stage(tmp_path, labelled_root="in", test="test")
+    assert done.returncode == 0, done.stderr
+    assert "prepare: warning: no test image of class 'a': nothing will be known of it there\n" in done.stdout
+    assert "no val image" not in done.stdout
+
+
 @pytest.mark.skipif(not (DATA / "cifar10.zip").exists(), reason="SSLD_TEST_DATA has no cifar10.zip")
 def test_cifar_by_parameters_alone(tmp_path):
     done = stage(
