@@ -251,6 +251,7 @@ def test_the_pages_show_the_registry_of_the_settings(tmp_path):
     try:
         assert pages.stdout.readline() == f"The student's versions: http://127.0.0.1:{port}/#/models/photos\n"
         server = f"http://127.0.0.1:{port}"
+        assert pages.stdout.readline() == f"The training runs: {server}/#/experiments/1/runs\n"
         for _ in range(600):
             with contextlib.suppress(OSError):
                 assert "MLflow" in urllib.request.urlopen(server, timeout=5).read().decode()
@@ -260,7 +261,10 @@ def test_the_pages_show_the_registry_of_the_settings(tmp_path):
         told = subprocess.run(
             command, cwd=tmp_path, env={**variables, "MLFLOW_TRACKING_URI": server}, capture_output=True, text=True
         )
-        assert told.stdout == f"The student's versions: {server}/#/models/photos\n"
+        assert told.stdout.splitlines() == [
+            f"The student's versions: {server}/#/models/photos",
+            f"The training runs: {server}/#/experiments/1/runs",
+        ]
         assert told.returncode == 0
     finally:
         pages.terminate()

@@ -23,11 +23,13 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=5000, help="default: 5000")
     port = parser.parse_args().port
     try:
-        name, uri = params.load().register_.name, store.connect().tracking_uri
+        name, client = params.load().register_.name, store.connect()
+        uri, experiment = client.tracking_uri, store.experiment(client)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     address = store.shown(uri).rstrip("/") if store.is_server(uri) else f"http://127.0.0.1:{port}"
-    print(f"The student's versions: {address}/#/models/{name}", flush=True)
+    print(f"The student's versions: {address}/#/models/{name}")
+    print(f"The training runs: {address}/#/experiments/{experiment}/runs", flush=True)
     if store.is_server(uri):
         return
     print("Ctrl-C stops it.", flush=True)
