@@ -89,6 +89,8 @@ def make(folder: Path) -> Path:
     for new in (photos, toy):
         new.mkdir(parents=True)
     (photos / "one.txt").write_text("one\n")
+    for split in ("train", "val", "test", "unlabelled"):  # which a flow looks for before it starts
+        (photos / split).mkdir()
     (toy / "toy.py").write_text(TOY)
     (toy / "dvc.yaml").write_text(DVC_YAML)
     (toy / ".gitignore").write_text("/.scratch/\n/mlflow.db*\n/data/ignored/\n/data/kept/weights\n")
