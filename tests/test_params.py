@@ -142,7 +142,7 @@ def test_a_key_that_stands_twice_is_named_with_its_lines(tmp_path):
         assert str(error.value) == f"{file}: {words}"
 
 
-@pytest.mark.parametrize("content", ["[1, 2", "just words", "", "- a\n- b"])
+@pytest.mark.parametrize("content", ["[1, 2", "just words", "", "- a\n- b", "{[a]: 1}", "{[a]: 1, [a]: 1}"])
 def test_a_file_that_is_no_mapping_is_one_line(tmp_path, content):
     file = tmp_path / "p.yaml"
     file.write_text(content)

@@ -45,6 +45,8 @@ class _EachKeyOnce(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # which is none of ours, as will be said
             line = key.start_mark.line + 1
             if key.value in lines:
                 raise ValueError(f"{key.value}: stands twice, in lines {lines[key.value]} and {line}; remove one")
