@@ -25,6 +25,9 @@ from pathlib import Path
 for key, value in {
     "PREFECT_HOME": str(Path.cwd() / ".scratch/prefect"),  # a project's own: two do not disturb each other
     "PREFECT_RUNNER_POLL_FREQUENCY": "2",  # seconds until a triggered run is noticed
+    # Several runs may be served at once, and a task's line is to say whose it is.
+    "PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT": "%(asctime)s.%(msecs)03d | %(levelname)-7s | "
+    "%(flow_run_name)s: %(task_run_name)s - %(message)s",
 }.items():
     os.environ.setdefault(key, value)
 Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)  # Prefect itself would not make .scratch
@@ -146,7 +149,7 @@ def program(
         logger, lines = get_run_logger(), []
 
         def log(line: str) -> None:
-            if line.strip():
+            if line.strip() and not line.startswith(dvc.ADVICE):
                 lines.append(line)
                 logger.info(line)
 

@@ -121,11 +121,11 @@ def _register(client: "MlflowClient", params: Params, student: "Student", record
 
 def _publish(client: "MlflowClient", params: Params, student: "Student", record: dict[str, Any]) -> "ModelVersion":
     from pipeline.core import card, networks
-    from pipeline.core.finished import lineage
+    from pipeline.core.finished import lineage, mined
 
     name, network, figures = record["name"], student.card, student.figures
     settings = params.model_dump(mode="json", by_alias=True)
-    origin = lineage(record, params, DATA)
+    origin, taken = lineage(record, params, DATA), mined(student, params, DATA)
     classifier, _ = networks.load(DATA / "fixres")
 
     def write(folder: Path, **link: str) -> None:
@@ -138,7 +138,7 @@ def _publish(client: "MlflowClient", params: Params, student: "Student", record:
             if file.exists() or file.name != "dvc.lock":
                 atomic.write_bytes(folder / file.name, file.read_bytes())
         atomic.write_text(folder / "params.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-        text = card.model_card(name, network, figures, settings, student.counts, origin)
+        text = card.model_card(name, network, figures, settings, student.counts, taken, origin)
         atomic.write_text(folder / "README.md", text)
 
     with tracking.run("register", settings, {"data": record["data"], "weights": record["weights"]}) as tracked:

@@ -112,6 +112,8 @@ def test_a_run_is_dvcs_graph(run, client, tmp_path, monkeypatch):
     assert log.count("teacher begins") == 2
     for line in ("teacher ends", "evaluate ends"):
         assert log.count(line) == 1
+    assert "Updating lock file 'dvc.lock'" in log
+    assert not any("git add" in line for line in log)  # DVC's advice
 
     artifacts = {artifact.key: artifact for artifact in client.read_artifacts() if artifact.flow_run_id == run_id}
     assert json.loads(artifacts["metrics"].data)[1] == {
@@ -238,6 +240,7 @@ def test_two_runs_at_once_do_not_disturb_each_other(served, client, reproduced):
         assert {name for name, task in tasks.items() if task.state.name == "Completed"} == {"distill", "evaluate"}
         kept = reproduced / ".scratch/runs" / run.name
         assert f"distill {epochs} " in (kept / "dvc.lock").read_text()
+        assert f"{run.name}: distill - distill begins" in (reproduced / ".scratch/serve.log").read_text()
     assert toy_project.execute(reproduced, "git", "status", "--short") == before
     assert not [path for path in (reproduced / ".scratch/workspaces").iterdir() if path.is_dir()]
 

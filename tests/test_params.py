@@ -59,6 +59,23 @@ def test_a_misspelt_key_in_the_file_is_one_line(data, tmp_path):
     assert str(error.value) == f"{file}: teacher.epoch: unknown key; did you mean teacher.epochs?"
 
 
+def test_all_that_is_wrong_is_told_in_one_line(data):
+    data["teacher"]["epoch"] = data["teacher"].pop("epochs")
+    data["views"]["crop_scale"] = [0.5]
+    data["mine"]["per_class"] = "all"
+    del data["seed"], data["finetune"]["lr"], data["finetune"]["precision"]
+    with pytest.raises(ValueError) as error:
+        params.check(data)
+    assert sorted(str(error.value).removeprefix("params.yaml: ").split("; also ")) == [
+        "finetune.lr: missing; every key must be there",
+        "finetune.precision: missing; every key must be there",
+        "mine.per_class: should be a whole number, not 'all'",
+        "seed: missing; every key must be there",
+        "teacher.epoch: unknown key; did you mean teacher.epochs?",
+        "views.crop_scale: should be 2 numbers, not 1",
+    ]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
@@ -162,7 +179,7 @@ def test_images_that_are_not_there_are_named_before_anything_runs(data, tmp_path
     data["prepare"] |= {"labelled_root": "photos", "unlabelled_root": str(tmp_path / "photos"), "test": None}
     preflight.check_files(params.check(data), tmp_path)
     data["prepare"]["test"] = "test"
-    with pytest.raises(ValueError, match=r"^prepare.test: photos/test: no such .*; prepare.test: null takes a share"):
+    with pytest.raises(ValueError, match=r"^prepare.test: .*photos/test: no such .*; prepare.test: null takes a share"):
         preflight.check_files(params.check(data), tmp_path)
     data["prepare"]["test"] = None
     data["prepare"]["unlabelled_root"] = "heap"

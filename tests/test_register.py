@@ -21,6 +21,8 @@ from pipeline.core import card, networks, registry, store
 from pipeline.core import params as settings
 from pipeline.core.batches import Views, in_order
 
+REPLICAS = settings.load(ROOT / "params.yaml").cache.replicas
+
 
 @pytest.fixture(scope="module")
 def made_project(tmp_path_factory):
@@ -38,7 +40,7 @@ def made_project(tmp_path_factory):
     images = write_images(data / "prepare", numbers.__getitem__)
     for folder, file, content in (
         ("teacher", "network.json", {"digest": "t" * 64}),
-        ("cache", "cache.json", {"fingerprint": "c" * 64}),
+        ("cache", "cache.json", {"fingerprint": "c" * 64, "wanted_views": (24 + 5) * REPLICAS}),
     ):
         (data / folder).mkdir()
         (data / folder / file).write_text(json.dumps(content))
@@ -164,7 +166,9 @@ def test_a_version_leads_back_and_has_everything_beside_it(project, capfd):
     assert '"shape": [-1, 3]' in model["signature"]["outputs"]
     assert model["saved_input_example_info"]["artifact_path"] == "input_example.json"
     assert model["flavors"]["python_function"]["config"]["device"] == "cpu"
-    assert digest in (folder / "README.md").read_text()
+    text = (folder / "README.md").read_text()
+    assert digest in text
+    assert "0 images in the pool, of which mining took 5" in text  # by what the cache of the fixture says
 
     said = capfd.readouterr()
     assert "is the champion now" in said.out
@@ -336,7 +340,7 @@ def test_the_card_fits_the_registry(project):
     network |= {"classes": [f"class {i}" for i in range(1000)], "num_classes": 1000}
     figures = json.loads((project.data / "evaluate" / "metrics.json").read_text())
     params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
-    text = card.model_card(NAME, network, figures, params, {"test": 24}, {"digest.data": "d"})
+    text = card.model_card(NAME, network, figures, params, {"test": 24}, 0, {"digest.data": "d"})
     assert f"models:/{NAME}@champion" in text
     assert "and 980 more" in text
     assert len(card.description(NAME, "7", network, figures, "ResNet152_vd")) < 2000

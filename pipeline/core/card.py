@@ -14,7 +14,7 @@ COLUMNS = {"top1": "top-1", "top5": "top-5", "nll": "NLL", "ece": "ECE"}
 RECIPE = ("seed", "views", "teacher", "mine", "cache", "student", "distill", "finetune", "fixres")
 SPLITS = {
     "labelled": "with labels",
-    "unlabelled": "in the pool that mining chose from",
+    "unlabelled": "in the pool, of which mining took {mined:,}",
     "val": "for validation, not learned from",
     "test": "for the numbers above, not learned from",
 }
@@ -150,6 +150,7 @@ def model_card(
     figures: dict[str, Any],
     params: dict[str, Any],
     images: dict[str, int],
+    mined: int,
     lineage: dict[str, str],
 ) -> str:
     """Write the card.
@@ -160,6 +161,7 @@ def model_card(
         figures: the evaluation's metrics.json.
         params: all settings.
         images: how many there are in each split.
+        mined: how many the student learned from of those without labels.
         lineage: what leads back to data, teacher, labels, settings and commit: the version's tags.
     """
     teacher = params["teacher"]
@@ -175,7 +177,7 @@ def model_card(
         crop=params["views"]["test_crop"],
         count=network["num_classes"],
         classes=", ".join(known) + (f" and {rest:,} more (`network.json`)" if rest else ""),
-        data="\n".join(f"- {count:,} images {SPLITS[split]}" for split, count in images.items()),
+        data="\n".join(f"- {count:,} images {SPLITS[split].format(mined=mined)}" for split, count in images.items()),
         teacher=TEACHERS[teacher["source"]].format(on=FITTED_ON[teacher["fit_on"]], checkpoint=teacher["checkpoint"]),
         recipe=yaml.safe_dump({key: params[key] for key in RECIPE}, sort_keys=False, allow_unicode=True),
         lineage="\n".join(f"- {key}: `{value}`" for key, value in lineage.items()),

@@ -56,8 +56,10 @@ def join(machine: Machine) -> Processes:
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
     if not dist.is_initialized():
+        # What lies in the host's memory, a checkpoint, is sent from there: a GPU need not hold it once more.
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         # Shards are dealt out in advance, so one process may wait hours for another.
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=7))
+        dist.init_process_group(backend, timeout=timedelta(days=7))
     return Processes(torch.device(device), rank, world)
 
 

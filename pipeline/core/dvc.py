@@ -15,6 +15,13 @@ from dvc.repo import Repo
 if TYPE_CHECKING:
     from dvc.stage import Stage
 
+ADVICE = (  # how lines begin that DVC prints after each stage, for who works with git then
+    "To track the changes with git",
+    "\tgit add ",
+    "To enable auto staging",
+    "\tdvc config core.autostage",
+    "Use `dvc push`",
+)
 RAN = "Completed"  # the outcome of a stage that was run, and by Prefect's words its task's state
 Graph = dict[str, list[str]]  # stage: the stages whose outputs it reads; each stage stands after those
 

@@ -86,6 +86,12 @@ def describe(student: Student, name: str, test_crop: float) -> dict[str, Any]:
     }
 
 
+def mined(student: Student, params: Params, data: Path) -> int:
+    """Count the images without labels whose soft labels the student learned from."""
+    views = read_json(data / "cache" / "cache.json")["wanted_views"]
+    return views // params.cache.replicas - student.counts["labelled"]
+
+
 def lineage(record: dict[str, Any], params: Params, data: Path, root: Path = Path(".")) -> dict[str, str]:
     """Collect the tags that lead from a version back to data, teacher, labels, settings and commit.
 

@@ -1,5 +1,7 @@
 """The settings: `params.yaml`, read and checked. A wrong key or value is one line that names it."""
 
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ def check(data: Any, where: str = "params.yaml") -> Params:
     """Turn the content of a params file into typed sections.
 
     Raises:
-        ValueError: one line with the first wrong key or value, and the nearest right key.
+        ValueError: one line with every wrong key or value, and the nearest right key.
     """
     if not isinstance(data, dict):
         found = "nothing" if data is None else f"a {type(data).__name__}"
@@ -66,11 +68,7 @@ def check(data: Any, where: str = "params.yaml") -> Params:
     try:
         return Params.model_validate(data)
     except ValidationError as error:
-        # A misspelt key is reported twice, as unknown and as missing: the unknown one says what to mend.
-        errors = error.errors()
-        first = min(errors, key=lambda e: e["type"] != "extra_forbidden")
-        beside = sum(other["type"] == "missing" and other["loc"][:-1] == first["loc"][:-1] for other in errors)
-        raise ValueError(f"{where}: {_explain(first, beside)}") from None
+        raise ValueError(f"{where}: {'; also '.join(_explanations(error))}") from None
 
 
 def with_changes(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -104,6 +102,15 @@ def with_changes(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
 def _known_keys(data: dict[str, Any]) -> list[str]:
     inner = [f"{section}.{name}" for section, value in data.items() if isinstance(value, dict) for name in value]
     return inner + list(data)
+
+
+def _explanations(error: ValidationError) -> Iterator[str]:
+    """Put each error of pydantic's in words; of a misspelt key, which is unknown and missing, the former alone."""
+    errors = error.errors()
+    unknown = {one["loc"][:-1] for one in errors if one["type"] == "extra_forbidden"}
+    missing = Counter(one["loc"][:-1] for one in errors if one["type"] == "missing")
+    told = [one for one in errors if not (one["type"] == "missing" and one["loc"][:-1] in unknown)]
+    yield from dict.fromkeys(_explain(one, missing[one["loc"][:-1]]) for one in told)  # a list lacks each number
 
 
 def _explain(error: dict[str, Any], missing: int) -> str:

@@ -50,9 +50,8 @@ def check_files(settings: Params, root: Path) -> None:
     for role in ("train", "val", "test", "unlabelled"):
         path = settings.prepare.unlabelled_root if role == "unlabelled" else settings.prepare.labelled_root
         inner = getattr(settings.prepare, role)
-        if path != EXAMPLE and inner is not None and not sources.is_there(root / path, inner):
-            place = f"{path}/{inner}: no such folder, archive or list"
-            raise ValueError(f"prepare.{role}: {place}{sources.IN_ITS_PLACE.get(role, '')}")
+        if path != EXAMPLE and inner is not None:
+            sources.check_there(role, root / path, inner)
     checkpoint = settings.teacher.checkpoint if settings.teacher.source == "checkpoint" else None
     for key, file in (("teacher.checkpoint", checkpoint), ("student.init", settings.student.init)):
         if not file:

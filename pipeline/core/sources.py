@@ -81,6 +81,7 @@ def open_source(role: str, root: str, inner: str, opened: dict[Path, Tree]) -> S
     else:
         if not _inside(base / inner, base):
             raise ValueError(f"prepare.{role}: {inner} leads out of {base}, which is all that DVC watches: {ONE_ROOT}")
+        check_there(role, base, inner)
         path, inside = _locate(base, inner)
         place = f"{path}: {inside}" if inside else str(path)
         try:
@@ -92,9 +93,19 @@ def open_source(role: str, root: str, inner: str, opened: dict[Path, Tree]) -> S
     return Source(role, place, files, classes)
 
 
-def is_there(root: Path, inner: str) -> bool:
-    """Whether there is such a folder, archive or list below a root; what an archive holds is not looked at."""
-    return inner.startswith(TORCHVISION) or _locate(root, inner)[0].exists()
+def check_there(role: str, root: Path, inner: str) -> None:
+    """Make sure that what a setting names is below a root; what an archive holds is not looked at.
+
+    Args:
+        role, root, inner: see `open_source`.
+
+    Raises:
+        ValueError: there is no such folder, archive or list.
+    """
+    path = _locate(root, inner)[0]
+    if not inner.startswith(TORCHVISION) and not path.exists():
+        hint = f"{_beside(path)}{IN_ITS_PLACE.get(role, '')}"
+        raise ValueError(f"prepare.{role}: {path}: no such folder, archive or list{hint}")
 
 
 def class_names(sources: list[Source]) -> list[str]:
@@ -108,7 +119,7 @@ def class_names(sources: list[Source]) -> list[str]:
     classes = sorted(train.classes)
     if len(classes) < 2:
         raise ValueError(
-            f"{where}: found {len(classes)} classes ({', '.join(classes) or 'none'}), at least 2 are needed: a folder "
+            f"{where}: found {f'one class, {classes[0]},' if classes else 'no class'} and at least 2 are needed: a folder "
             "each, or a label each in a list; if the classes lie one folder further down, name that folder"
         )
     if empty := sorted(train.classes - {file.class_name for file in train.files}):
@@ -138,8 +149,6 @@ def _files(
 ) -> tuple[list[SourceFile], set[str]]:
     if path.is_dir():
         return _by_folder(archives.open_folder(path), "", _below(path, base))
-    if not path.is_file():
-        raise FileNotFoundError(f"{where}: no such folder, archive or list{_beside(path)}")
     if archives.is_archive(path):
         if path not in opened:
             opened[path] = archives.open_archive(path)

@@ -38,11 +38,12 @@ def describe(folder: Path, summary: dict[str, Any]) -> str:
     stored, wanted = summary["stored_views"], summary["wanted_views"]
     others = f", and {stored - wanted:,} others" if stored > wanted else ""
     coding = f"at most {summary['top_k']} classes from {summary['min_probability']:g} on, {summary['bits']} bits each"
+    shards = f"{summary['shards']:,} shard{'' if summary['shards'] == 1 else 's'}"
     lines = {
         "folder": f"{folder}, format {summary['format']}, fingerprint {summary['fingerprint'][:16]}",
         "teacher": f"{teacher['model']}, {summary['num_classes']:,} classes, weights {teacher['digest'][:16]}",
         "views": ", ".join(f"{key} {value}" for key, value in views.items()),
-        "stored": f"{stored:,} views in {summary['shards']:,} shards",
+        "stored": f"{stored:,} views in {shards}",
         "coverage": f"all {wanted:,} that the last run asked for{others}",
         "coding": coding,
         "bytes": f"{summary['bytes']:,}, {summary['bytes_per_view']} a view with its key and its place in the index",
