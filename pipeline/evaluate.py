@@ -129,7 +129,7 @@ def examine(
         answers=metrics.Answers(*map(np.concatenate, zip(*answers, strict=True))),
         logits=np.concatenate(logits) if keep_logits else None,
         parameters=sum(p.numel() for p in classifier.parameters()),
-        macs=models.macs(classifier.network, card["resolution"]),
+        macs=models.macs(classifier, card["resolution"]),
         images_per_second=speed(classifier, first, seconds),
     )
 

@@ -51,8 +51,8 @@ class Counts(Section):
     classes: Annotated[int, Field(ge=2)]
     image_kb: Positive
     view_bytes: Positive
-    teacher_rate: Positive | None = None  # images/s that the teacher answers, at views.resolution
-    fit_rate: Positive | None = None  # images/s that the teacher is fitted to, at views.resolution
+    teacher_rate: Positive | None = None  # images/s that the teacher answers, at its resolution
+    fit_rate: Positive | None = None  # images/s that the teacher is fitted to, at the same
     student_rate: Positive | None = None  # images/s that the student trains on, at views.resolution
     measured_on: str = ""  # what these rates are of
 
@@ -89,9 +89,8 @@ def work(settings: Params, counts: Counts) -> list[Work]:
     validation and test images, which `benchmarks/mining.py --time` measures.
     """
     teacher, student = (network(part.model, counts.classes) for part in (settings.teacher, settings.student))
-    resolution, larger = settings.views.resolution, settings.fixres.resolution
-    asks, answers = (2 * models.macs(it, resolution) for it in (teacher, student))
-    used = taught(settings, counts)
+    asks, answers = 2 * models.macs(teacher, shown(settings)), 2 * models.macs(student, settings.views.resolution)
+    larger, used = settings.fixres.resolution, taught(settings, counts)
 
     def train(stage: str, images: int, each: float, by: str = "student", what: str = "training") -> Work:
         recipe = getattr(settings, stage)
@@ -116,6 +115,11 @@ def work(settings: Params, counts: Counts) -> list[Work]:
     ]
 
 
+def shown(settings: Params) -> int:
+    """The pixels a side of the images that the teacher's network sees."""
+    return settings.teacher.resolution or settings.views.resolution
+
+
 def mined(settings: Params, counts: Counts) -> int:
     """The most images that can be mined."""
     return min(counts.unlabelled, settings.mine.per_class * counts.classes)
@@ -136,11 +140,11 @@ def speeds(settings: Params, counts: Counts, arguments: argparse.Namespace) -> d
 
     A teacher whose fitting has no rate of its own is fitted with as many operations/s as it is asked.
     """
-    found, resolution = {}, settings.views.resolution
-    for role, model, passes, verb in (
-        ("teacher", settings.teacher.model, 1, "answers"),
-        ("fit", settings.teacher.model, 3, "is fitted to"),
-        ("student", settings.student.model, 3, "trains on"),
+    found, teacher = {}, (settings.teacher.model, shown(settings))
+    for role, (model, resolution), passes, verb in (
+        ("teacher", teacher, 1, "answers"),
+        ("fit", teacher, 3, "is fitted to"),
+        ("student", (settings.student.model, settings.views.resolution), 3, "trains on"),
     ):
         named = getattr(counts, f"{role}_rate")
         if role == "fit" and (arguments.teacher_rate or arguments.tflops or not named):

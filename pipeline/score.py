@@ -68,7 +68,7 @@ def bring_up_to_date(params: Params, processes: Processes) -> None:
     """Score the images that the last run did not; the first of several processes writes data/score, with the others."""
     images = ImageSet.open(Path("data/prepare"))
     classifier, card = networks.load(Path("data/teacher"), processes.device)
-    teacher = [card["digest"], card["mean"], card["std"], params.teacher.precision]
+    teacher = [card["digest"], card["mean"], card["std"], card.get("resized_to"), params.teacher.precision]
     libraries = [version(name) for name in ("torch", "timm", "pillow", "simplejpeg")]
     asked = [*teacher, params.views.resolution, params.views.test_crop, *libraries, stage.code_digest()]
     answers = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]

@@ -36,7 +36,8 @@ def fit(params: Params, images: ImageSet, processes: Processes) -> None:
     """Train the teacher on the labelled images, and on those whose labels are withheld from the student if allowed."""
     labels = images.known_labels if params.teacher.fit_on == "withheld" else images.labels
     rows = images.rows("labelled", "unlabelled")
-    classifier = networks.build(params.teacher.model, len(images.classes), params.seed)
+    wanted = params.teacher
+    classifier = networks.build_on(wanted.model, wanted.init, len(images.classes), params.seed, wanted.resolution)
     spec = ViewSpec.of(params.seed, params.views)
     task = training.Task(
         name="teacher",
@@ -48,7 +49,7 @@ def fit(params: Params, images: ImageSet, processes: Processes) -> None:
         loss=training.labelled_loss(images, labels, params.teacher.label_smoothing),
         resolution=params.views.resolution,
         card={"model": params.teacher.model, "source": "fit"},
-        identities={"data": images.digest, "views": spec.digest},
+        identities={"data": images.digest, "views": spec.digest, "start": networks.digest(classifier)},
     )
     training.train(task, params, images, processes)
 
@@ -72,7 +73,7 @@ def take(params: Params, images: ImageSet, device: torch.device) -> None:
         network = models.build(wanted.model, num_classes=classes)
         networks.load_weights(network, Path(wanted.checkpoint))
     listed = network.pretrained_cfg
-    classifier = Classifier(network, wanted.mean or listed["mean"], wanted.std or listed["std"])
+    classifier = Classifier(network, wanted.mean or listed["mean"], wanted.std or listed["std"], wanted.resolution)
     networks.check_takes(classifier, wanted.model, params.views.resolution)
     tried = try_out(classifier.to(device), params, images)
     card = {"model": wanted.model, "source": wanted.source, "classes": list(images.classes)}

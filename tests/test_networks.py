@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from images import tiny
 from runs import MODEL
 
 import models
 from pipeline import teacher
-from pipeline.core import networks
+from pipeline.core import networks, teaching
 
 
 def test_weights_come_from_the_seed_alone():
@@ -36,28 +38,56 @@ def test_a_students_first_weights_may_be_of_other_classes(tmp_path, capsys):
     source = networks.build("ResNet18_vd", 4, seed=3)
     networks.save(tmp_path, source, {"model": "ResNet18_vd", "classes": list("abcd"), "resolution": 16})
     file = str(tmp_path / "weights.safetensors")
-    same, other = (networks.build_student("ResNet18_vd", file, classes, seed=7) for classes in (4, 6))
+    same, other = (networks.build_on("ResNet18_vd", file, classes, seed=7) for classes in (4, 6))
     assert networks.digest(same) == networks.digest(source)
     fresh, given, now = (it.network.state_dict() for it in (networks.build("ResNet18_vd", 6, 7), source, other))
     for key, value in now.items():
         assert torch.equal(value, (fresh if key.startswith("fc.") else given)[key]), key
     assert capsys.readouterr().out.count("made for 4 classes, not 6: fc.") == 2
     with pytest.raises(ValueError, match="of another network"):
-        networks.build_student("ResNet34_vd", file, 6, seed=7)
+        networks.build_on("ResNet34_vd", file, 6, seed=7)
 
 
 def test_a_classifier_that_is_a_convolution_starts_anew_too(tmp_path, capsys):
     source = networks.build("resnetv2_50", 7, seed=3)
     torch.save(source.network.state_dict(), tmp_path / "weights.pth")
-    networks.build_student("resnetv2_50", str(tmp_path / "weights.pth"), 5, seed=7)
+    networks.build_on("resnetv2_50", str(tmp_path / "weights.pth"), 5, seed=7)
     assert capsys.readouterr().out.count("made for 7 classes, not 5: head.fc.") == 2
 
 
 def test_first_weights_see_what_they_were_trained_on(tmp_path):
     source = networks.build("test_resnet", 4, seed=3)
     networks.save(tmp_path, source, {"model": "test_resnet", "classes": list("abcd"), "resolution": 16})
-    student = networks.build_student("test_resnet", str(tmp_path / "weights.safetensors"), 4, seed=0)
+    student = networks.build_on("test_resnet", str(tmp_path / "weights.safetensors"), 4, seed=0)
     assert (student.mean / 255).flatten().tolist() == pytest.approx(models.build("test_resnet").pretrained_cfg["mean"])
+
+
+def test_first_weights_may_be_timms(tmp_path, monkeypatch):
+    source = networks.build("test_resnet", 7, seed=3).network
+    torch.save(source.state_dict(), tmp_path / "timms.pth")
+    create = timm.create_model
+    here = {"file": str(tmp_path / "timms.pth"), "num_classes": 7, "hf_hub_id": None, "url": ""}  # not the net's
+    monkeypatch.setattr(timm, "create_model", lambda *args, **more: create(*args, **more, pretrained_cfg_overlay=here))
+    begun, again, other = (networks.build_on("test_resnet", "timm", 4, seed).network.state_dict() for seed in (7, 7, 8))
+    for key, value in source.state_dict().items():
+        if key.startswith("fc."):  # for 4 classes, not 7: it starts anew
+            assert len(begun[key]) == 4
+            assert torch.equal(begun[key], again[key])
+            assert key == "fc.bias" or not torch.equal(begun[key], other[key])
+        else:
+            assert torch.equal(begun[key], value), key
+
+
+def test_a_network_may_see_images_larger_than_it_is_given(tmp_path):
+    made = networks.build_on(MODEL, None, 4, seed=0, resized_to=48).eval()
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    larger = F.interpolate(pixels.float(), (48, 48), mode="bicubic", antialias=True).clamp(0, 255)
+    assert torch.equal(made(pixels), networks.build(MODEL, 4, seed=0).eval()(larger))
+    assert torch.equal(made(pixels), made.embed(pixels)[0])
+    networks.save(tmp_path, made, {"model": MODEL, "classes": list("abcd"), "resolution": 16})
+    read, card = networks.load(tmp_path)
+    assert (card["resized_to"], read.resized_to) == (48, 48)
+    assert torch.allclose(read(pixels), made(pixels), atol=1e-6)  # its weights are channels-last
 
 
 def test_a_network_with_two_classifiers_is_refused():
@@ -162,6 +192,12 @@ def test_a_teacher_that_does_not_take_the_resolution_is_refused(images, tmp_path
     with pytest.raises(ValueError, match="vit_tiny_patch16_224 does not take images of 16 pixels"):
         teacher.take(tiny(**{f"teacher.{key}": value for key, value in wanted.items()}), images, torch.device("cpu"))
     assert not (tmp_path / "data/teacher").exists()
+    settings = tiny(**{f"teacher.{key}": value for key, value in {**wanted, "resolution": 224}.items()})
+    teacher.take(settings, images, torch.device("cpu"))
+    card = networks.read_card(tmp_path / "data/teacher")
+    plain = {key: value for key, value in card.items() if key != "resized_to"}
+    asked, without = (teaching.description(settings, it) for it in (card, plain))
+    assert asked.difference(without) == "teacher.resized_to"  # so that answers to other pixels are refused
 
 
 class Evil:

@@ -99,6 +99,7 @@ def test_all_that_is_wrong_is_told_in_one_line(data):
         ("views.crop_scale", [0.1, 0.5, 1.0], "views.crop_scale: should be 2 numbers, not 3"),
         ("distill.online", 2, "distill.online: "),
         ("teacher.checkpoint", "mine.safetensors", "set source to checkpoint, or checkpoint to null"),
+        ("teacher", {"source": "timm", "init": "timm"}, "set source to fit to train it further, or init to null"),
         ("prepare", {"val": None, "test": None, "val_share": 0.5, "test_share": 0.5}, "must be below 1"),
         ("prepare", {"val": None, "test": "test", "val_share": 1.0}, "val_share take all of train"),
         ("register.margin", 5, "register.margin: should be less than or equal to 1, not 5"),
@@ -200,7 +201,18 @@ def test_images_that_are_not_there_are_named_before_anything_runs(data, tmp_path
             "vit_tiny_patch16_224",
             "^student.model: vit_tiny_patch16_224 does not take images of 32 pixels",
         ),
+        (
+            "teacher.model",
+            "vit_tiny_patch16_384",
+            "^teacher.model: .* of 32 pixels: .*; it was made for 384; teacher.resolution resizes them$",
+        ),
         ("student.init", "nowhere.safetensors", "^student.init: nowhere.safetensors: no such file$"),
+        ("teacher.init", "nowhere.safetensors", "^teacher.init: nowhere.safetensors: no such file$"),
+        (
+            "teacher",
+            {"model": "ResNet18_vd", "init": "timm"},
+            "^teacher.init: timm has no pretrained weights of ResNet",
+        ),
         pytest.param(
             *("machine.device", "cuda", "^machine.device is cuda, but torch sees no CUDA device"),
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
@@ -209,14 +221,24 @@ def test_images_that_are_not_there_are_named_before_anything_runs(data, tmp_path
 )
 def test_networks_and_weights_are_looked_at_before_anything_runs(data, tmp_path, key, value, words):
     section, _, name = key.partition(".")
-    data[section][name] = value
+    data[section] |= {name: value} if name else value
     for _ in range(2):  # what is wrong is not noted as right
         with pytest.raises(ValueError, match=words):
             preflight.check(params.check(data), tmp_path)
 
 
+def test_a_teacher_may_see_larger_images_and_start_from_timms_weights(data, tmp_path):
+    data["teacher"] |= {"model": "vit_tiny_patch16_384", "resolution": 384, "init": "timm"}
+    data["student"]["init"] = "timm"
+    preflight.check(params.check(data), tmp_path)
+    data["teacher"]["resolution"] = 224
+    with pytest.raises(ValueError, match="does not take images of 224 pixels"):
+        preflight.check(params.check(data), tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("section", "key", "more"), [("student", "init", {}), ("teacher", "checkpoint", {"source": "checkpoint"})]
+    ("section", "key", "more"),
+    [("student", "init", {}), ("teacher", "init", {}), ("teacher", "checkpoint", {"source": "checkpoint"})],
 )
 def test_weights_that_dvc_does_not_watch_are_refused(data, tmp_path, section, key, more):
     inside, outside = f"data/weights/{section}/w.safetensors", "w.safetensors"

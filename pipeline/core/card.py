@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 import models
+from pipeline.core.sections import TIMM
 
 NETWORKS = {"teacher": "teacher", "baseline": "student on labels alone", "student": "**this network**"}
 COLUMNS = {"top1": "top-1", "top5": "top-5", "nll": "NLL", "ece": "ECE"}
@@ -19,7 +20,7 @@ SPLITS = {
     "test": "for the numbers above, not learned from",
 }
 TEACHERS = {
-    "fit": "The teacher was fitted here, {on}.",
+    "fit": "The teacher was fitted here{start}, {on}.",
     "timm": "The teacher has timm's pretrained weights.",
     "checkpoint": "The teacher's weights came from a checkpoint, `{checkpoint}`.",
 }
@@ -178,12 +179,20 @@ def model_card(
         count=network["num_classes"],
         classes=", ".join(known) + (f" and {rest:,} more (`network.json`)" if rest else ""),
         data="\n".join(f"- {count:,} images {SPLITS[split].format(mined=mined)}" for split, count in images.items()),
-        teacher=TEACHERS[teacher["source"]].format(on=FITTED_ON[teacher["fit_on"]], checkpoint=teacher["checkpoint"]),
+        teacher=_teacher(teacher),
         recipe=yaml.safe_dump({key: params[key] for key in RECIPE}, sort_keys=False, allow_unicode=True),
         lineage="\n".join(f"- {key}: `{value}`" for key, value in lineage.items()),
         elsewhere=_elsewhere(network),
         agreement="an unknown share" if agreement is None else f"{agreement:.1%}",
     )
+
+
+def _teacher(settings: dict[str, Any]) -> str:
+    """Say where the teacher comes from."""
+    init = settings["init"]
+    start = "" if init is None else " from timm's pretrained weights" if init == TIMM else f" from `{init}`"
+    words = {"start": start, "on": FITTED_ON[settings["fit_on"]], "checkpoint": settings["checkpoint"]}
+    return TEACHERS[settings["source"]].format(**words)
 
 
 def _elsewhere(network: dict[str, Any]) -> str:

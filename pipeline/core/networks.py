@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import models
 from pipeline.core import atomic, small_maps
+from pipeline.core.sections import TIMM
 
 WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every key
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,17 +30,28 @@ class Classifier(nn.Module):
     Args:
         network: a timm classifier.
         mean, std: of each colour channel, for pixels scaled to 0..1.
+        resized_to: pixels a side that images are resized to, where the network is to see others than it is given.
     """
 
-    def __init__(self, network: nn.Module, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD):
+    def __init__(
+        self,
+        network: nn.Module,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        resized_to: int | None = None,
+    ):
         super().__init__()
-        self.network = network
+        self.network, self.resized_to = network, resized_to
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Scale pixels (B, 3, H, W), 0 to 255 of any type, to what the network was trained on."""
-        return (pixels.to(self.mean.dtype) - self.mean) / self.std
+        """Bring pixels (B, 3, H, W), 0 to 255 of any type, to the size and scale that the network was trained on."""
+        pixels = pixels.to(self.mean.dtype)
+        if self.resized_to:
+            size = (self.resized_to, self.resized_to)
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 255)  # as images are resized
+        return (pixels - self.mean) / self.std
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Give logits (B, C) for pixels (B, 3, H, W), 0 to 255."""
@@ -51,15 +64,15 @@ class Classifier(nn.Module):
         return self.network.forward_head(maps), features.flatten(1)
 
 
-def build(name: str, num_classes: int, seed: int) -> Classifier:
-    """Build a network with random weights that depend on the seed alone.
+def build(name: str, num_classes: int, seed: int, pretrained: bool = False) -> Classifier:
+    """Build a network with random weights that depend on the seed alone, or with timm's pretrained ones.
 
     Raises:
-        ValueError: the name is not known; the nearest ones are named.
+        ValueError: the name is not known; the nearest ones are named. Or its weights cannot be had.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = models.build(name, num_classes=num_classes)
+        network = models.build(name, num_classes=num_classes, pretrained=pretrained)
     small_maps.use_products(network)
     return Classifier(network)
 
@@ -77,9 +90,16 @@ def check_takes(classifier: Classifier, name: str, resolution: int) -> None:
         logits, _ = models.on_meta(_Embed(classifier), resolution)
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{name} does not take images of {resolution} pixels: {reason}") from None
+        own = _own_size(classifier)
+        raise ValueError(f"{name} does not take images of {resolution} pixels: {reason}{own}") from None
     if logits.ndim != 2:
         raise ValueError(f"{name} gives {tuple(logits.shape)} for an image, not a number a class; take another network")
+
+
+def _own_size(classifier: Classifier) -> str:
+    """Say what images a network was made for, where timm knows."""
+    size = (getattr(classifier.network, "pretrained_cfg", None) or {}).get("input_size")
+    return f"; it was made for {size[-1]}" if size else ""
 
 
 class _Embed(nn.Module):
@@ -94,20 +114,24 @@ class _Embed(nn.Module):
         return self.classifier.embed(pixels)
 
 
-def build_student(name: str, init: str | None, num_classes: int, seed: int) -> Classifier:
-    """Build a student with random weights, or with those of a file, whose classifier may be for other classes.
+def build_on(name: str, init: str | None, num_classes: int, seed: int, resized_to: int | None = None) -> Classifier:
+    """Build a network to go on from weights made elsewhere, whose classifier may be for other classes, or from none.
 
-    With a file, pixels are normalised as for the network's published weights.
+    With such weights, pixels are normalised as for the network's published ones.
+
+    Args:
+        init: "timm" for timm's pretrained weights; else a file of weights; None: random ones, as `build` gives them.
+        resized_to: see `Classifier`.
 
     Raises:
-        ValueError: the name is not known, or the file does not fit.
+        ValueError: the name is not known, the file does not fit, or timm has no such weights or they cannot be had.
     """
-    classifier = build(name, num_classes, seed)
-    if not init:
-        return classifier
-    load_weights(classifier.network, Path(init), new_classifier=True)
-    known = classifier.network.pretrained_cfg
-    return Classifier(classifier.network, known["mean"], known["std"])
+    network = build(name, num_classes, seed, pretrained=init == TIMM).network
+    if init is None:
+        return Classifier(network, resized_to=resized_to)
+    if init != TIMM:
+        load_weights(network, Path(init), new_classifier=True)
+    return Classifier(network, network.pretrained_cfg["mean"], network.pretrained_cfg["std"], resized_to)
 
 
 def digest(classifier: Classifier) -> str:
@@ -137,6 +161,7 @@ def save(folder: Path, classifier: Classifier, card: dict[str, Any]) -> None:
             "num_classes": len(card["classes"]),
             "mean": [round(value / 255, 6) for value in classifier.mean.flatten().tolist()],
             "std": [round(value / 255, 6) for value in classifier.std.flatten().tolist()],
+            **({"resized_to": classifier.resized_to} if classifier.resized_to else {}),
             "parameters": sum(p.numel() for p in classifier.parameters()),
             "digest": file_digest(folder / "weights.safetensors"),
             **card,
@@ -156,9 +181,10 @@ def load(folder: Path, device: str | torch.device = "cpu") -> tuple[Classifier, 
     weights = folder / "weights.safetensors"
     if file_digest(weights) != card["digest"]:
         raise ValueError(f"{weights}: not the weights that network.json speaks of; run `dvc checkout {folder}`")
-    classifier = Classifier(models.build(card["model"], num_classes=card["num_classes"]), card["mean"], card["std"])
-    load_weights(classifier.network, weights)
-    small_maps.use_products(classifier.network)
+    network = models.build(card["model"], num_classes=card["num_classes"])
+    classifier = Classifier(network, card["mean"], card["std"], card.get("resized_to"))
+    load_weights(network, weights)
+    small_maps.use_products(network)
     return classifier.eval().to(device, memory_format=torch.channels_last), card
 
 

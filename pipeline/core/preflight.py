@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pipeline.core import atomic, params, sources
-from pipeline.core.sections import Params
+from pipeline.core.sections import TIMM, Params
 
 EXAMPLE = "data/digits"  # what stage digits makes
 NOTED = Path(".scratch/preflight.json")  # the networks that were looked at last, and found good
@@ -53,7 +53,8 @@ def check_files(settings: Params, root: Path) -> None:
         if path != EXAMPLE and inner is not None:
             sources.check_there(role, root / path, inner)
     checkpoint = settings.teacher.checkpoint if settings.teacher.source == "checkpoint" else None
-    for key, file in (("teacher.checkpoint", checkpoint), ("student.init", settings.student.init)):
+    starts = {key: init for key, init in _starts(settings).items() if init != TIMM}
+    for key, file in {"teacher.checkpoint": checkpoint, **starts}.items():
         if not file:
             continue
         if not (root / file).is_file():
@@ -70,11 +71,15 @@ def check_networks(settings: Params, root: Path) -> None:
         ValueError: see `check`.
     """
     views, fixres = settings.views.resolution, settings.fixres.resolution
-    wanted = {"teacher": [settings.teacher.model, views], "student": [settings.student.model, views, fixres]}
+    seen = settings.teacher.resolution or views
+    wanted = {"teacher": [settings.teacher.model, seen], "student": [settings.student.model, views, fixres]}
+    weights = {"teacher.source": settings.teacher.source, **_starts(settings)}
+    from_timm = [key for key, value in weights.items() if value == TIMM]
     multipliers = {name: getattr(settings, name).lr_multipliers for name in ("baseline", "distill", "finetune")}
     code = [file.read_text() for file in sorted((Path(__file__).parents[2] / "models").glob("*.py"))]
     made_by = [version("timm"), hashlib.sha256("".join(code).encode()).hexdigest()]
-    asked = json.loads(json.dumps({**wanted, "lr_multipliers": multipliers, "made by": made_by}))
+    asked = {**wanted, "from timm": from_timm, "lr_multipliers": multipliers, "made by": made_by}
+    asked = json.loads(json.dumps(asked))
     with contextlib.suppress(OSError, ValueError):  # no note, or none that can be read
         if json.loads((root / NOTED).read_text()) == asked:
             return
@@ -87,8 +92,13 @@ def check_networks(settings: Params, root: Path) -> None:
         with _named(f"{who}.model"), torch.device("meta"):  # no weight is drawn
             built[who] = networks.build(name, CLASSES, seed=0)
         for resolution in resolutions:
-            with _named(f"{who}.model"):
+            with _named(f"{who}.model", "; teacher.resolution resizes them" if who == "teacher" else ""):
                 networks.check_takes(built[who], name, resolution)
+    for key in from_timm:
+        who = key.partition(".")[0]
+        known = built[who].network.pretrained_cfg
+        if not (known.get("hf_hub_id") or known.get("url")):
+            raise ValueError(f"{key}: timm has no pretrained weights of {wanted[who][0]}")
     for name, numbers in multipliers.items():
         if numbers is not None:
             with _named(name):
@@ -97,13 +107,18 @@ def check_networks(settings: Params, root: Path) -> None:
         atomic.write_json(root / NOTED, asked)
 
 
+def _starts(settings: Params) -> dict[str, str | None]:
+    """The weights that teacher and student are to go on from."""
+    return {"teacher.init": settings.teacher.init, "student.init": settings.student.init}
+
+
 @contextlib.contextmanager
-def _named(key: str) -> Iterator[None]:
-    """Say of what key an error speaks."""
+def _named(key: str, hint: str = "") -> Iterator[None]:
+    """Say of what key an error speaks, and what may help."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
+        raise ValueError(f"{key}: {error}{hint}") from None
 
 
 def main() -> None:

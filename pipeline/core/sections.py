@@ -22,6 +22,7 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Range = tuple[Positive, Positive]
 Spread = Annotated[float, Field(gt=0, le=1)]
+TIMM = "timm"  # in the place of a file of weights: timm's pretrained ones
 HARD = "hard"  # hard labels, as a loss that is weighed beside those against the teacher
 LOSSES = (
     "ssld", "js", "kl", "cross_entropy", "dkd", "tckd", "nckd", "dist", "dist_inter", "dist_intra", HARD
@@ -184,6 +185,8 @@ class Teacher(TrainingRecipe):
     model: str
     source: Literal["fit", "timm", "checkpoint"]
     checkpoint: str | None
+    init: str | None
+    resolution: Count | None
     mean: tuple[Share, Share, Share] | None
     std: tuple[Spread, Spread, Spread] | None
     fit_on: Literal["withheld", "labelled"]
@@ -197,6 +200,10 @@ class Teacher(TrainingRecipe):
             raise ValueError(
                 f"source {self.source} does not read the file that checkpoint names: set source to checkpoint, or "
                 "checkpoint to null"
+            )
+        if self.source != "fit" and self.init:
+            raise ValueError(
+                f"source {self.source} takes a teacher as it is: set source to fit to train it further, or init to null"
             )
         if self.source == "fit" and (self.mean or self.std):
             raise ValueError("mean and std are of a teacher trained elsewhere: set them to null to fit one here")

@@ -119,8 +119,8 @@ def class_names(sources: list[Source]) -> list[str]:
     classes = sorted(train.classes)
     if len(classes) < 2:
         raise ValueError(
-            f"{where}: found {f'one class, {classes[0]},' if classes else 'no class'} and at least 2 are needed: a folder "
-            "each, or a label each in a list; if the classes lie one folder further down, name that folder"
+            f"{where}: found {f'one class, {classes[0]},' if classes else 'no class'} and at least 2 are needed: a "
+            "folder each, or a label each in a list; if the classes lie one folder further down, name that folder"
         )
     if empty := sorted(train.classes - {file.class_name for file in train.files}):
         raise ValueError(f"{where}: class {names(empty)} has no file; add images or remove the folder")

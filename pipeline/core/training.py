@@ -170,7 +170,6 @@ def validator(
     views = Views(images, None, resolution, params.views.test_crop)
     batches = in_order(rows, IMAGES_A_PASS)[processes.rank :: processes.world]
     rendered = load(views, batches, params.machine.workers, device, again=True)
-    at_once = batches_a_pass(device, resolution)
 
     @torch.inference_mode()
     def validate(classifier: Classifier) -> dict[str, float]:
@@ -178,7 +177,7 @@ def validator(
             return {}
         classifier.eval()
         total = torch.zeros(2, dtype=torch.float64, device=device)  # right answers, and NLL
-        coming = iter(rendered)
+        coming, at_once = iter(rendered), batches_a_pass(device, classifier.resized_to or resolution)
         while some := list(itertools.islice(coming, at_once)):
             pixels = torch.cat([batch.pixels.to(device, non_blocking=True) for batch in some])
             logits = classifier(pixels).float()
