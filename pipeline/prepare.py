@@ -29,7 +29,7 @@ from pipeline.core.reencoding import ENCODED, Reencoded
 from pipeline.core.refusals import FURTHER_FRAMES, Refusal, as_csv, check_share, in_words, reasons
 from pipeline.core.sections import Params
 from pipeline.core.shards import Sample
-from pipeline.core.sources import Source, SourceFile, class_names, names, open_source
+from pipeline.core.sources import Source, SourceFile, class_names, links_out, names, open_source
 
 OUT = Path("data/prepare")
 
@@ -43,6 +43,7 @@ def run(params: Params) -> None:
         listed.unlink(missing_ok=True)
         try:
             sources = open_sources(settings.model_dump())
+            warn_of_links({settings.labelled_root, settings.unlabelled_root})
             with atomic.replacing_folder(OUT) as folder:
                 summary = prepare(
                     sources,
@@ -91,6 +92,17 @@ def open_sources(settings: dict[str, Any]) -> list[Source]:
             print(f"prepare: {role}: {len(source.files):,} files in {source.place}", file=sys.stderr, flush=True)
             found.append(source)
     return found
+
+
+def warn_of_links(roots: set[str]) -> None:
+    """Say which folders of images DVC does not look into; they are read all the same."""
+    for link in (link for root in sorted(roots) for link in links_out(Path(root))):
+        print(
+            f"prepare: warning: {link} leads to a folder outside of its root, and DVC does not notice what changes there: "
+            "run `dvc repro --force --single-item prepare` then, or copy the folder",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def prepare(

@@ -4,6 +4,7 @@ import hashlib
 import io
 import random
 import tarfile
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 from made_images import encode, picture, png, with_flipped_bit
 from prepare_kit import ODD, SPLITS, content_of, good, prepared, with_splits, write
+
+from pipeline import prepare as stage_prepare
+from pipeline.core import sources
 
 # --- the same images, whatever holds them ----------------------------------------------------------------------------
 
@@ -230,6 +234,31 @@ def test_links_in_a_tar_archive_are_followed_inside_it(tmp_path):
     assert content_of(images) == content_of(prepared(tmp_path / "2", write(tmp_path / "in", files))[0])
 
 
+def test_folders_whose_names_are_not_utf8_stay_apart(tmp_path):
+    """As a tar archive from a machine with another encoding has them."""
+    files = {name.replace("/a/", "/д/").replace("/b/", "/ж/"): content for name, content in good().items()}
+    path = tmp_path / "in.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="cp1251") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    images, refused = prepared(tmp_path / "out", path)
+    assert images.classes == ("\\xe4", "\\xe6")
+    assert (len(images), refused) == (24, [])
+
+
+def test_a_list_in_an_archive_finds_files_however_their_letters_are_spelt(tmp_path):
+    """macOS takes accents from their letters, and most editors do not."""
+    files = {unicodedata.normalize("NFD", f"é{name}"): content for name, content in good().items()}
+    rows = [f"é{name},{name.split('/')[1]}" for name in good()]
+    listed = {"list.csv": "\n".join(["file,label", *rows]).encode()}
+    images, refused = prepared(tmp_path / "out", as_zip(tmp_path / "in.zip", files | listed), train="list.csv")
+    assert (len(images), refused) == (24, [])
+    images, refused = prepared(tmp_path / "2", tmp_path / "in.zip", train="étrain")
+    assert (len(images), refused) == (24, [])
+
+
 def test_linked_folders_are_followed_and_loops_are_not(tmp_path):
     root = write(tmp_path / "in", {name.replace("train", "else"): content for name, content in good().items()})
     (root / "train").mkdir()
@@ -239,6 +268,21 @@ def test_linked_folders_are_followed_and_loops_are_not(tmp_path):
     images, refused = prepared(tmp_path / "out", root)
     assert len(images) == 24
     assert refused == []
+    assert sources.links_out(root) == []  # they stay below the root, where DVC sees the folders themselves
+
+
+def test_a_folder_that_dvc_does_not_look_into_is_named(tmp_path, capsys):
+    root = write(tmp_path / "in", {name: content for name, content in good().items() if "/a/" in name})
+    write(tmp_path / "else", {name: content for name, content in good().items() if "/b/" in name})
+    (root / "train/b").symlink_to(tmp_path / "else/train/b")
+    whole = tmp_path / "whole"
+    whole.symlink_to(root)
+    images, _ = prepared(tmp_path / "out", whole)
+    assert len(images) == 24
+    stage_prepare.warn_of_links({str(whole)})
+    warned = capsys.readouterr().err
+    assert f"warning: {whole}/train/b leads to a folder outside of its root, and DVC does not notice" in warned
+    assert warned.count("warning") == 1
 
 
 # --- torchvision -----------------------------------------------------------------------------------------------------

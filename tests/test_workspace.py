@@ -209,6 +209,32 @@ def test_a_failed_run_goes_on_in_the_same_workspace_and_a_good_one_leaves_none(r
     assert [line.split(" the ")[0] for line in said] == ["setting up", "going on in"]
 
 
+def test_going_on_leaves_the_folders_alone_that_were_linked(tmp_path):
+    """What was ignored, and so linked into the workspace, may be tracked when the run goes on."""
+    toy = toy_project.make(tmp_path)
+    ignored, file = toy / "data/ignored", toy / ".gitignore"
+    file.write_text(file.read_text().replace("/data/ignored/", "/data/ignored"))
+    (ignored / "train").mkdir(parents=True)
+    (ignored / "train/a.txt").write_text("a")
+    (toy / "becomes").mkdir()
+    (toy / "becomes/folder").write_text("")
+    changes = {"prepare.labelled_root": "data/ignored"}
+    with failing(opened(toy, changes)) as folder:
+        assert (folder / "data/ignored").is_symlink()
+    toy_project.execute(toy, "git", "add", "--force", "data/ignored")
+    (ignored / "train/b.txt").write_text("not tracked")
+    (ignored / "train/a.txt").write_text("edited")
+    shutil.rmtree(toy / "becomes")
+    (toy / "becomes").write_text("a file")
+    with failing(opened(toy, changes)) as folder:
+        assert (folder / "data/ignored/train/a.txt").read_text() == "edited"
+        assert (folder / "becomes").read_text() == "a file"
+    assert {one.name: one.read_text() for one in (ignored / "train").iterdir()} == {
+        "a.txt": "edited",
+        "b.txt": "not tracked",
+    }
+
+
 def test_a_half_made_workspace_is_made_anew(reproduced):
     home = reproduced / ".scratch/workspaces" / workspace.name(CHANGES)
     half = home.joinpath(*reproduced.parts[1:])

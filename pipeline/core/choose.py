@@ -166,8 +166,9 @@ def at_most(
         most: how many of a class; None: all.
         seed: of the order.
         pictures: what is known of contents.
-        decode: adds what it finds to `pictures`.
+        decode: adds what it finds to `pictures`; asked in the order of `train`, as archives are fastest to read.
     """
+    place = {each.sha256: number for number, each in enumerate(train)}
     waiting: dict[str, list[Found]] = by_class(train)
     for queue in waiting.values():
         queue.sort(key=lambda each: rank(seed, "images", each.id), reverse=True)
@@ -180,7 +181,8 @@ def at_most(
             turn += [queue.pop() for _ in range(count)]
         if not turn:
             return [each for of_class in taken.values() for each in of_class], refusals
-        decode([each for each in turn if each.sha256 not in pictures])
+        new = [each for each in turn if each.sha256 not in pictures]
+        decode(sorted(new, key=lambda each: place[each.sha256]))
         for each in turn:
             picture = pictures[each.sha256]
             if isinstance(picture, Unreadable):

@@ -45,12 +45,12 @@ def check_files(settings: Params, root: Path) -> None:
     """
     for key in ("labelled_root", "unlabelled_root"):
         path = getattr(settings.prepare, key)
-        if path != EXAMPLE and not (root / path).exists():
+        if not _is_example(path) and not (root / path).exists():
             raise ValueError(f"prepare.{key}: {path}: no such folder or archive")
     for role in ("train", "val", "test", "unlabelled"):
         path = settings.prepare.unlabelled_root if role == "unlabelled" else settings.prepare.labelled_root
         inner = getattr(settings.prepare, role)
-        if path != EXAMPLE and inner is not None:
+        if not _is_example(path) and inner is not None:
             sources.check_there(role, root / path, inner)
     checkpoint = settings.teacher.checkpoint if settings.teacher.source == "checkpoint" else None
     starts = {key: init for key, init in _starts(settings).items() if init != TIMM}
@@ -105,6 +105,10 @@ def check_networks(settings: Params, root: Path) -> None:
                 optimizers.multipliers_and_weights(built["student"].network, getattr(settings, name))
     with contextlib.suppress(OSError):  # another run writes its own: no matter
         atomic.write_json(root / NOTED, asked)
+
+
+def _is_example(path: str) -> bool:
+    return os.path.normpath(path) == EXAMPLE
 
 
 def _starts(settings: Params) -> dict[str, str | None]:

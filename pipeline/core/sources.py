@@ -8,6 +8,7 @@ import csv
 import io
 import os
 import posixpath
+import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from pipeline.core import archives
 from pipeline.core.archives import Entry, Tree
 
 TORCHVISION = "torchvision:"
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # of which some end a line
 ONE_ROOT = "name a root that holds all of it"
 IN_ITS_PLACE = {  # what the setting null means
     "val": "; prepare.val: null takes a share of train",
@@ -108,6 +110,16 @@ def check_there(role: str, root: Path, inner: str) -> None:
         raise ValueError(f"prepare.{role}: {path}: no such folder, archive or list{hint}")
 
 
+def links_out(root: Path) -> list[str]:
+    """Name the links below a folder that lead to folders outside of it: DVC does not look into those."""
+    whole, found = os.path.realpath(root), []
+    for folder, folders, _ in os.walk(root):
+        for path in (os.path.join(folder, name) for name in folders):
+            if os.path.islink(path) and not _inside(Path(os.path.realpath(path)), Path(whole)):
+                found.append(path)
+    return sorted(found)
+
+
 def class_names(sources: list[Source]) -> list[str]:
     """Give the classes of train in the order of their labels.
 
@@ -153,10 +165,11 @@ def _files(
         if path not in opened:
             opened[path] = archives.open_archive(path)
         tree, above = opened[path], _below(path, base)
-        entries = {entry.name: entry for entry in tree.entries} if inside.lower().endswith(".csv") else {}
-        if inside in entries:
-            rows = _rows(entries[inside].read(), where)
+        entries = {_nfc(entry.name): entry for entry in tree.entries} if inside.lower().endswith(".csv") else {}
+        if _nfc(inside) in entries:
+            rows = _rows(entries[_nfc(inside)].read(), where)
             return _by_list(rows, partial(_in_archive, entries, posixpath.dirname(inside)), above)
+        inside = next((name for name in tree.folders if _nfc(name) == _nfc(inside)), inside)
         if inside and inside not in tree.folders:
             top = {name.split("/")[0] for name in (*tree.folders, *(entry.name for entry in tree.entries))}
             raise FileNotFoundError(f"{where}: no such folder or list in the archive{_some(top)}")
@@ -200,16 +213,16 @@ def _by_list(
 def _rows(content: bytes, where: str) -> list[tuple[str, str]]:
     """Read a list: (file, label) of each row; the label may be empty."""
     try:
-        rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig")), skipinitialspace=True)
+        rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig")), skipinitialspace=True, strict=True)
         columns = rows.fieldnames or []
         if "file" not in columns:
             raise ValueError(f"its first line must name the columns file and label, not {', '.join(columns) or 'none'}")
         found = [((row["file"] or "").strip(), (row.get("label") or "").strip()) for row in rows]
     except (UnicodeDecodeError, csv.Error, ValueError) as error:
         raise ValueError(f"{where}: not a list of images: {error}") from None
-    if not all(name for name, _ in found):
-        number = [name for name, _ in found].index("") + 1
-        raise ValueError(f"{where}: row {number} below the heading names no file")
+    for number, (name, _) in enumerate(found, start=1):
+        if not name or "\0" in name:
+            raise ValueError(f"{where}: row {number} below the heading names no file")
     return found
 
 
@@ -223,7 +236,7 @@ def _on_disk(folder: Path, base: Path, where: str, name: str) -> Entry:
 
 def _in_archive(entries: dict[str, Entry], folder: str, name: str) -> Entry:
     name = archives.plain(posixpath.join(folder, name))
-    return entries.get(name) or Entry(name, 0, partial(archives.refuse, "unreadable", "not in the archive"))
+    return entries.get(_nfc(name)) or Entry(name, 0, partial(archives.refuse, "unreadable", "not in the archive"))
 
 
 def _inside(path: Path, base: Path) -> bool:
@@ -238,13 +251,19 @@ def _below(path: Path, base: Path) -> str:
 
 
 def _text(name: str) -> str:
-    """Make a name that is not valid UTF-8 printable and storable."""
-    return name.encode(errors="surrogateescape").decode(errors="replace")
+    """Make any name printable and storable, and keep names apart: "a\\n" for a line break, "\\xe9" for no UTF-8."""
+    valid = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), valid)
 
 
 def class_name(name: str) -> str:
-    """Write a class's name in one way: macOS and Linux spell accented letters differently."""
-    return unicodedata.normalize("NFC", _text(name))
+    """Write a class's name in one way."""
+    return _nfc(_text(name))
+
+
+def _nfc(name: str) -> str:
+    """Spell accented letters in one way: macOS and Linux do it differently."""
+    return unicodedata.normalize("NFC", name)
 
 
 def names(found: list[str]) -> str:

@@ -33,7 +33,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from pipeline.core import atomic, dvc, params
+from pipeline.core import atomic, dvc, params, sources
 from pipeline.core.sections import Params
 from pipeline.core.stage import SCRATCH
 
@@ -78,6 +78,7 @@ def opened(root: Path, changes: dict[str, Any], say: Callable[[str], None]) -> I
             (home / "complete").touch()
         else:
             say(f"going on in the workspace {folder}")
+            unlink_inputs(folder)  # else what follows would write through the links, into the user's own folders
             copy_tree(root, folder, keep=("dvc.lock",))  # it says which stages this workspace has done
             if added := sorted(str(file) for file in _files(folder) if str(file).endswith(".dvc")):
                 _command([sys.executable, "-m", "dvc", "checkout", "--quiet", "--force", *added], folder)
@@ -173,6 +174,8 @@ def copy_tree(root: Path, folder: Path, keep: tuple[str, ...] = ()) -> None:
         (folder / file).unlink(missing_ok=True)
     for file in wanted - {file for file in keep if (folder / file).exists()}:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        if (folder / file).is_dir() and not (folder / file).is_symlink():
+            shutil.rmtree(folder / file)  # it has become a file
         (folder / file).unlink(missing_ok=True)
         shutil.copy2(root / file, folder / file, follow_symlinks=False)
 
@@ -209,6 +212,12 @@ def link_inputs(root: Path, folder: Path) -> None:
 
     for path in sorted(Path(os.path.normpath(path)) for path in read):  # a folder before what is in it
         link(path, Path(os.path.normpath(root / os.path.relpath(path, folder))))
+
+
+def unlink_inputs(folder: Path) -> None:
+    """Remove the links to folders outside of a workspace; those that are tracked come back with the tree."""
+    for path in sources.links_out(folder):
+        Path(path).unlink()
 
 
 @contextmanager
@@ -275,7 +284,8 @@ def _files(folder: Path) -> set[str]:
 
 
 def _command(command: list[str], folder: Path, may_fail: bool = False) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    # Names of files may be no UTF-8.
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="surrogateescape", check=False)
     if done.returncode and not may_fail:
         raise ValueError(f"{' '.join(command)}: {' '.join(done.stderr.split()) or f'exit code {done.returncode}'}")
     return done.stdout
