@@ -88,12 +88,16 @@ def macs(network: nn.Module, resolution: int) -> int:
 
 def on_meta(network: nn.Module, resolution: int) -> Any:
     """Give what a network in eval mode would answer to one square image: shapes and types; nothing is computed."""
-    state = {key: value.detach().to("meta") for key, value in (*network.named_parameters(), *network.named_buffers())}
+    state = {}
+    for name, module in network.named_modules():  # each once: one that stands in two places has its tensors back once
+        for key, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            state[f"{name}.{key}" if name else key] = value.detach().to("meta")
     training = network.training
     network.eval()
     try:
         with torch.no_grad():
-            return functional_call(network, state, (torch.empty(1, 3, resolution, resolution, device="meta"),))
+            pixels = torch.empty(1, 3, resolution, resolution, device="meta")
+            return functional_call(network, state, (pixels,), tie_weights=False)
     finally:
         network.train(training)
 

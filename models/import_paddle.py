@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -177,7 +178,10 @@ def import_file(file: Path, model: str, output: Path) -> str:
     with file.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     with atomic.replacing(output) as beside:  # one entry of metadata: the order of several is not always the same
-        save_file(state, beside, metadata={"imported": f"{model} from {file.name}, SHA-256 {digest}"})
+        try:
+            save_file(state, beside, metadata={"imported": f"{model} from {file.name}, SHA-256 {digest}"})
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"the weights cannot be written: {error}") from None
     parameters = sum(p.numel() for p in network.parameters())
     return f"{output}: {model}, {len(arrays)} tensors, {parameters:,} parameters, {classes:,} classes"
 

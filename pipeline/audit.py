@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.core import devices, mined, networks, teaching
+from pipeline.core import devices, mined, networks, stage, teaching
 from pipeline.core import params as settings
 from pipeline.core.batches import Views
 from pipeline.core.dataset import ImageSet
@@ -39,6 +39,10 @@ def main() -> None:
         findings = audit(settings.load(arguments.params), arguments.share, arguments.seed)
     except (ValueError, OSError) as error:
         sys.exit(f"audit: error: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if not stage.out_of_memory(error):
+            raise
+        sys.exit("audit: error: out of memory: halve cache.batch_size, or set machine.device to cpu")
     except KeyboardInterrupt:
         sys.exit(130)
     print(report(findings))
@@ -57,9 +61,10 @@ def audit(params: Params, share: float, seed: int) -> Findings:
     labels = teaching.open_labels(params, card)
     rows = teaching.training_rows(images, mined.read(Path("data/mine")))
     total = len(rows) * params.cache.replicas
-    chosen = np.random.default_rng(seed).choice(
-        total, min(total, max(LEAST_VIEWS, round(share * total))), replace=False
-    )
+    # One of each of equal parts: to draw from all at once takes 8 bytes for each of maybe billions.
+    bounds = np.arange(1 + min(total, max(LEAST_VIEWS, round(share * total))))
+    bounds = bounds * total // bounds[-1]
+    chosen = np.random.default_rng(seed).integers(bounds[:-1], bounds[1:])
     rows, replicas = rows[chosen // params.cache.replicas], chosen % params.cache.replicas
     views = Views(images, ViewSpec.of(params.seed, params.views))
     return recheck(classifier, views, labels, rows, replicas, params, "audit")

@@ -183,7 +183,7 @@ def every_view(views: Views, rows: np.ndarray, replicas: int, file: Path, quiet:
     count = len(rows) * replicas
     if not file.exists():
         with atomic.replacing(file) as beside, Progress(count, "views", "cache: keys", quiet=quiet) as progress:
-            keys = np.lib.format.open_memmap(beside, "w+", np.uint64, (count,))
+            keys = atomic.new_array(beside, np.uint64, (count,))
             wanted = Wanted(rows, replicas, keys)
             for start in range(0, count, 10_000):
                 numbers = np.arange(start, min(count, start + 10_000))

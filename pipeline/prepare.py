@@ -98,8 +98,8 @@ def warn_of_links(roots: set[str]) -> None:
     """Say which folders of images DVC does not look into; they are read all the same."""
     for link in (link for root in sorted(roots) for link in links_out(Path(root))):
         print(
-            f"prepare: warning: {link} leads to a folder outside of its root, and DVC does not notice what changes there: "
-            "run `dvc repro --force --single-item prepare` then, or copy the folder",
+            f"prepare: warning: {link} leads to a folder outside of its root, and DVC does not notice what changes "
+            "there: run `dvc repro --force --single-item prepare` then, or copy the folder",
             file=sys.stderr,
             flush=True,
         )

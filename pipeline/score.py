@@ -177,7 +177,7 @@ def join_parts(parts: Path, known: Known, ids: np.ndarray, folder: Path) -> None
             values = columns[column][wanted]
             if whole is None:
                 shape = (len(ids), *values.shape[1:])
-                whole = np.lib.format.open_memmap(folder / f"{column}.npy", "w+", values.dtype, shape)
+                whole = atomic.new_array(folder / f"{column}.npy", values.dtype, shape)
             whole[places[wanted]] = values
             written += len(values)
         assert written == len(ids)

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import sys
 
+import numpy as np
 import pytest
 
 from pipeline.core import atomic
@@ -77,3 +79,14 @@ def test_others_may_read_what_a_library_kept_to_itself(tmp_path):
     with atomic.replacing(file) as beside:
         beside.touch(0o600)
     assert file.stat().st_mode & 0o777 == 0o666 & ~atomic.UMASK
+
+
+def test_a_new_array_has_its_space_on_the_disk(tmp_path):
+    """Else a full disk would end the process in the middle of writing, without a word."""
+    array = atomic.new_array(tmp_path / "a.npy", np.uint64, (100_000, 2))
+    taken = os.stat(tmp_path / "a.npy").st_blocks * 512
+    assert taken >= array.nbytes or sys.platform == "darwin"
+    array[:] = 7
+    array.flush()
+    assert (np.load(tmp_path / "a.npy") == 7).all()
+    assert atomic.new_array(tmp_path / "none.npy", np.uint8, (0, 3)).shape == (0, 3)

@@ -229,6 +229,8 @@ def test_an_audit_finds_the_teachers_answers_and_notices_others(cached_project):
     assert len(findings.same) == stored_views()
     assert findings.same.mean() > 0.99
     assert not findings.wrong.any()
+    pairs = zip(findings.samples.tolist(), findings.replicas.tolist(), strict=True)
+    assert len(set(pairs)) == stored_views()  # each once
     # Labels that hold together, but are not this teacher's answers to these views: another's are written.
     description = teaching.description(params, networks.read_card(Path("data/teacher")))
     labels = SoftLabels(Path("data/cache"), description)

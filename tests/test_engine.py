@@ -219,16 +219,24 @@ def test_two_processes_have_the_losses_of_one(images, tmp_path):
         assert np.abs(np.load(tmp_path / f"{dtype}.npy") - one).max() <= 1e-5, dtype
 
 
-@pytest.mark.parametrize("kind", [nn.BatchNorm2d, BatchNormAct2d])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (nn.BatchNorm2d, (6, 5, 4, 3)),
+        (BatchNormAct2d, (6, 5, 4, 3)),
+        (nn.BatchNorm1d, (72, 5)),
+        (nn.BatchNorm1d, (6, 5, 12)),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_shared_norm_is_torchs(alone, kind, dtype):
+def test_the_shared_norm_is_torchs(alone, kind, shape, dtype):
     weights = torch.float64 if dtype == torch.float64 else torch.float32
     torch.manual_seed(0)
     plain, shared = kind(5).to(weights), norms.synchronise(kind(5).to(weights), CPU)
-    x = (torch.randn(6, 5, 4, 3) * 2 + 3).to(dtype)
+    x = (torch.randn(shape) * 2 + 3).to(dtype)
     there = x.clone().requires_grad_()
     x.requires_grad_()
-    towards = torch.randn(6, 5, 4, 3).to(dtype)
+    towards = torch.randn(shape).to(dtype)
     close = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02}
     for mode in (True, False):
         plain.train(mode)
@@ -242,6 +250,11 @@ def test_the_shared_norm_is_torchs(alone, kind, dtype):
     assert type(shared) is not kind
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(value, shared.state_dict()[name], **close)
+
+
+def test_a_norm_that_cannot_be_shared_is_refused():
+    with pytest.raises(ValueError, match=r"BatchNorm3d cannot be shared on a CPU: set machine.processes to 1"):
+        norms.synchronise(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm3d(2)), CPU)
 
 
 def test_what_an_epoch_costs_is_told_and_is_not_history(images, tmp_path):

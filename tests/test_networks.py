@@ -78,6 +78,35 @@ def test_first_weights_may_be_timms(tmp_path, monkeypatch):
             assert torch.equal(begun[key], value), key
 
 
+def test_a_network_with_a_module_in_two_places_is_looked_at_saved_and_read(tmp_path):
+    made = networks.build("coat_lite_tiny", 4, seed=0).eval()
+    networks.check_takes(made, "coat_lite_tiny", 224)
+    assert not any(value.is_meta for value in made.network.state_dict().values())
+    networks.save(tmp_path, made, {"model": "coat_lite_tiny", "classes": list("abcd"), "resolution": 64})
+    assert networks.digest(networks.load(tmp_path)[0]) == networks.digest(made)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lambda_resnet26t", "has weights of five dimensions"),
+        ("qwen3_vit_88m_enc", "has not one classifier, but none"),
+        ("deit_tiny_distilled_patch16_224", "has not one classifier, but several"),
+    ],
+)
+def test_a_network_that_the_stages_cannot_use_is_refused(name, words):
+    with torch.device("meta"):
+        made = networks.build(name, 4, seed=0)
+    with pytest.raises(ValueError, match=f"^{name} {words}.*; take another network$"):
+        networks.check_takes(made, name, 224)
+
+
+def test_a_damaged_card_is_named(tmp_path):
+    (tmp_path / "network.json").write_text("{")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/network.json: damaged; run `dvc checkout"):
+        networks.read_card(tmp_path)
+
+
 def test_a_network_may_see_images_larger_than_it_is_given(tmp_path):
     made = networks.build_on(MODEL, None, 4, seed=0, resized_to=48).eval()
     pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
@@ -88,13 +117,6 @@ def test_a_network_may_see_images_larger_than_it_is_given(tmp_path):
     read, card = networks.load(tmp_path)
     assert (card["resized_to"], read.resized_to) == (48, 48)
     assert torch.allclose(read(pixels), made(pixels), atol=1e-6)  # its weights are channels-last
-
-
-def test_a_network_with_two_classifiers_is_refused():
-    with pytest.raises(ValueError, match="deit_tiny_distilled_patch16_224 has more than one classifier"):
-        networks.check_takes(
-            networks.build("deit_tiny_distilled_patch16_224", 4, 0), "deit_tiny_distilled_patch16_224", 224
-        )
 
 
 def test_weights_that_do_not_fit_say_what_to_do(tmp_path):

@@ -104,6 +104,19 @@ def test_out_of_memory_names_what_to_halve(fill, said):
     )
 
 
+@pytest.mark.parametrize("how", ["(pid(s) 7) exited unexpectedly", "(pid 7) is killed by signal: Killed. "])
+def test_a_lost_worker_process_is_not_the_stages_own_error(said, how):
+    """So the flow, and torchrun, start the stage again, which goes on."""
+
+    def lose():
+        raise RuntimeError(f"DataLoader worker {how}")
+
+    assert said(lose) == (
+        "distill: cut short: a worker process was killed, for want of memory perhaps: set machine.workers to fewer "
+        "(now auto), 0 for none\n"
+    )
+
+
 def test_what_cannot_be_computed_the_same_way_every_time_is_named(said):
     torch.use_deterministic_algorithms(True)
     try:
@@ -130,6 +143,14 @@ def test_what_worker_processes_say_is_one_line():
         wrapped.reraise()
     assert stage.in_a_line(error.value) == "images-00000.tar: the image at byte 512: is damaged"
     assert stage.in_a_line(ValueError("two\nlines")) == "two lines"
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"],
+)
+def test_cudas_libraries_are_out_of_memory_in_their_own_words(words):
+    assert stage.out_of_memory(RuntimeError(words))
 
 
 def test_another_error_is_not_called_out_of_memory():

@@ -19,7 +19,16 @@ from typing import IO
 from pipeline.core.images import SUFFIXES, Unreadable
 
 # What libraries raise on a damaged archive. RuntimeError: an encrypted member; NotImplementedError: its compression.
-DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, LZMAError, RuntimeError, OSError, UnicodeDecodeError)
+DAMAGE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    EOFError,
+    zlib.error,
+    LZMAError,
+    RuntimeError,
+    OSError,
+    UnicodeDecodeError,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 UMASK = os.umask(0o22)
 os.umask(UMASK)  # which can be read in no other way
 
@@ -79,6 +81,19 @@ def write_text(path: Path, content: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that a person can read and that is the same bytes for the same content."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def new_array(file: Path, dtype: np.dtype | type, shape: tuple[int, ...]) -> np.memmap:
+    """Make a .npy file of nought and map it for writing, its space on the disk taken.
+
+    Raises:
+        OSError: the disk is full. (A map without its space ends the process where the disk is: SIGBUS.)
+    """
+    array = np.lib.format.open_memmap(file, "w+", dtype, shape)
+    with file.open("r+b") as handle:
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            os.posix_fallocate(handle.fileno(), 0, os.path.getsize(file))
+    return array
 
 
 def _flush_all(folder: Path) -> None:

@@ -155,8 +155,8 @@ class Run:
         network: nn.Module = self.classifier
         if self.processes.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            # BatchNorm's buffers need no broadcast: every process computes the same ones.
-            network = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+            # BatchNorm's buffers need no exchange: every process computes the same ones.
+            network = DistributedDataParallel(network, device_ids=ids, forward_sync_buffers=False)
         if self.machine.compile:
             return torch.compile(network)
         if not self._captures():

@@ -81,14 +81,17 @@ def check_takes(classifier: Classifier, name: str, resolution: int) -> None:
     """Make sure that a network takes square images of so many pixels a side; nothing is computed.
 
     Raises:
-        ValueError: it does not, as transformers at another resolution than their own; or it has several classifiers, or
-            gives more than a number a class.
+        ValueError: it does not, as transformers at another resolution than their own; or it has no classifier, or
+            several, or weights that have no channels-last order, or gives more than a number a class.
     """
-    if not isinstance(classifier.network.get_classifier(), nn.Module):
-        raise ValueError(f"{name} has more than one classifier, and the stages need one; take another network")
+    head = getattr(classifier.network, "get_classifier", lambda: None)()
+    if not isinstance(head, nn.Module):
+        raise ValueError(f"{name} has not one classifier, but {'several' if head else 'none'}; take another network")
+    if any(parameter.ndim == 5 for parameter in classifier.parameters()):
+        raise ValueError(f"{name} has weights of five dimensions, which the stages do not take; take another network")
     try:
         logits, _ = models.on_meta(_Embed(classifier), resolution)
-    except (AssertionError, RuntimeError) as error:
+    except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         own = _own_size(classifier)
         raise ValueError(f"{name} does not take images of {resolution} pixels: {reason}{own}") from None
@@ -151,9 +154,13 @@ def save(folder: Path, classifier: Classifier, card: dict[str, Any]) -> None:
         card: at least `model` (the name for `models.build`), `classes` (names) and `resolution` (pixels a side).
     """
     folder = Path(folder)
-    state = {key: value.detach().cpu().contiguous() for key, value in classifier.network.state_dict().items()}
+    # Copies: modules that a network has in several places share their weights, and the format refuses those.
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in classifier.network.state_dict().items()}
     with atomic.replacing(folder / "weights.safetensors") as beside:
-        save_file(state, beside)
+        try:
+            save_file(state, beside)
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"{folder}: the weights cannot be written: {error}") from None
     atomic.write_json(
         folder / "network.json",
         {
@@ -198,6 +205,8 @@ def read_card(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "network.json").read_text())
     except FileNotFoundError:
         raise ValueError(f"{folder}: no network here; run `dvc repro {folder.name}`, or `dvc pull`") from None
+    except ValueError:  # no JSON, or no text
+        raise ValueError(f"{folder / 'network.json'}: damaged; run `dvc checkout {folder}`") from None
 
 
 def load_weights(network: nn.Module, file: Path, new_classifier: bool = False) -> None:

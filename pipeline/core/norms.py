@@ -10,18 +10,33 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
     """Make every BatchNorm of a network see the batch of all processes; parameters and their names stay.
 
     Ioffe & Szegedy, arXiv:1502.03167, with the mean and variance of the whole batch. In eval mode nothing changes.
+
+    Raises:
+        ValueError: off CUDA, it has one of a kind that is not known here.
     """
     if device.type == "cuda":
         return convert_sync_batchnorm(network)
     for module in network.modules():
-        module.__class__ = SHARED.get(type(module), type(module))
+        if isinstance(module, _BatchNorm):
+            if type(module) not in SHARED:
+                raise ValueError(f"{type(module).__name__} cannot be shared on a CPU: set machine.processes to 1")
+            module.__class__ = SHARED[type(module)]
     return network
+
+
+class SharedBatchNorm1d(nn.BatchNorm1d):
+    """torch's BatchNorm1d over the batch of all processes, each of which holds as much of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise features (B, C) or (B, C, L)."""
+        return _normalise(self, x)
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
@@ -40,7 +55,11 @@ class SharedBatchNormAct2d(BatchNormAct2d):
         return self.act(self.drop(_normalise(self, x)))
 
 
-SHARED = {nn.BatchNorm2d: SharedBatchNorm2d, BatchNormAct2d: SharedBatchNormAct2d}
+SHARED = {
+    nn.BatchNorm1d: SharedBatchNorm1d,
+    nn.BatchNorm2d: SharedBatchNorm2d,
+    BatchNormAct2d: SharedBatchNormAct2d,
+}
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -57,11 +76,12 @@ class _SumOverProcesses(torch.autograd.Function):
         return _SumOverProcesses.apply(gradient)
 
 
-def _normalise(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+def _normalise(norm: _BatchNorm, x: Tensor) -> Tensor:
     if not norm.training:
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
     wide = x.to(norm.weight.dtype)  # under autocast x is bfloat16, in which no sum is exact enough
-    variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)  # (C,) each, of this process
+    others = (0, *range(2, x.ndim))  # all dimensions but the channels'
+    variance, mean = torch.var_mean(wide, others, correction=0)  # (C,) each, of this process
     # Processes hold as many images each, so moments can be averaged; in float64 their difference loses nothing.
     moments = torch.stack([mean.double(), variance.double() + mean.double().square()])
     first, second = _SumOverProcesses.apply(moments) / dist.get_world_size()
@@ -71,5 +91,5 @@ def _normalise(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(mean, norm.momentum)
         norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
-    scale = norm.weight * torch.rsqrt(variance + norm.eps)
-    return ((wide - mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]).to(x.dtype)
+    scale, channels = norm.weight * torch.rsqrt(variance + norm.eps), (-1, *[1] * (x.ndim - 2))
+    return ((wide - mean.view(channels)) * scale.view(channels) + norm.bias.view(channels)).to(x.dtype)

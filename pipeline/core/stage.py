@@ -25,6 +25,7 @@ from pipeline.core.sections import Params, TrainingRecipe
 SCRATCH = Path(".scratch")  # checkpoints and locks: what a stage needs to go on after it was killed
 ENDED = "ended"  # a file in the folder of a run that has its results
 
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "alloc_failed", "allocation_failed")  # the latter two of CUDA
 PROFILE_STEPS = 10  # that --profile traces
 
 
@@ -75,7 +76,7 @@ def main(
         print(f"{name}: stopped; the same command {then}", file=sys.stderr, flush=True)
         _exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        left_alone = _left_alone(error)
+        left_alone, lost = _left_alone(error), _worker_lost(error)
         if out_of_shared_memory(error):
             error = ValueError(
                 "worker processes are out of shared memory: set machine.workers to fewer (now "
@@ -87,13 +88,19 @@ def main(
             error = ValueError(f"{str(error).partition(',')[0]}: set machine.deterministic to false")
         elif left_alone:
             error = ValueError(f"another process of this run has ended ({error})")
+        elif lost:
+            error = ValueError(
+                "a worker process was killed, for want of memory perhaps: set machine.workers to fewer (now "
+                f"{params.machine.workers}), 0 for none"
+            )
         elif not isinstance(error, ValueError | OSError):
             raise
         if os.environ.get("SSLD_TRACEBACK"):
             raise
-        mark = "left alone" if left_alone else "error"  # the flow does not start a stage again that names an error
+        # The flow, as torchrun, does not start a stage again that names an error.
+        mark = "left alone" if left_alone else "cut short" if lost else "error"
         print(f"{name}: {mark}: {in_a_line(error)}", file=sys.stderr, flush=True)
-        if not left_alone:
+        if mark == "error":
             _end_torchrun()
         _exit(1)
 
@@ -194,7 +201,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory has run out, on a GPU (torch.OutOfMemoryError) or on the CPU."""
     words = str(error).lower()
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in words or "allocate memory" in words)
+        isinstance(error, RuntimeError) and any(one in words for one in OUT_OF_MEMORY)
     )
 
 
@@ -218,6 +225,13 @@ def _left_alone(error: BaseException) -> bool:
         and isinstance(error, RuntimeError)
         and ("gloo/" in str(error) or type(error).__name__.startswith("Dist"))  # DistBackendError and its like
     )
+
+
+def _worker_lost(error: BaseException) -> bool:
+    """Whether an error of torch's DataLoader says that a worker process was killed, by no fault of the settings."""
+    words = str(error)
+    killed = "exited unexpectedly" in words or ("killed by signal" in words and not out_of_shared_memory(error))
+    return isinstance(error, RuntimeError) and "DataLoader worker" in words and killed
 
 
 def _whats_there_to_halve(params: Params, name: str) -> str:

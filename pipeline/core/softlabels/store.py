@@ -19,6 +19,7 @@ from pipeline.core.softlabels.records import Coding, Records, SparseLabels
 
 FORMAT_VERSION = 2
 SPARE_FILES = 100  # file handles that are left to others
+MOST_MAPS = 60_000  # files mapped at once: Linux allows a process 65,530
 MEND = "`dvc repro --force --single-item cache` computes what is damaged or missing, and no more"
 
 
@@ -295,7 +296,7 @@ def _allow_open_files(count: int) -> int:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return count if soft == resource.RLIM_INFINITY else max(1, soft - SPARE_FILES)
+    return min(MOST_MAPS, count if soft == resource.RLIM_INFINITY else max(1, soft - SPARE_FILES))
 
 
 def _flat(content: dict[str, Any], before: str = "") -> dict[str, Any]:
