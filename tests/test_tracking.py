@@ -58,6 +58,15 @@ def test_the_address_is_a_file_in_the_root_unless_the_environment_names_one(tmp_
     assert store.default_uri(tmp_path) == "http://mlflow.example:5000"
 
 
+@pytest.mark.parametrize("folder", ["what?", "100%25"])
+def test_a_path_that_cannot_stand_in_an_address_is_named(tmp_path, monkeypatch, folder):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ValueError, match=r"mlflow.db: MLflow takes a \? and a % with two digits .* move the project"):
+        store.connect(tmp_path / folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///elsewhere.db")
+    assert store.default_uri(tmp_path / folder) == "sqlite:///elsewhere.db"
+
+
 def test_importing_it_does_not_import_mlflow():
     code = "import sys, pipeline.core.tracking; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

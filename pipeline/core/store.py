@@ -31,8 +31,20 @@ DEFAULTS = {
 
 
 def default_uri(root: Path) -> str:
-    """Say where runs go: MLFLOW_TRACKING_URI where it is set, else an SQLite file in the project's root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{Path(root).resolve() / 'mlflow.db'}"
+    """Say where runs go: MLFLOW_TRACKING_URI where it is set, else an SQLite file in the project's root.
+
+    Raises:
+        ValueError: the path of that file cannot stand in an address.
+    """
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    file = Path(root).resolve() / "mlflow.db"
+    if re.search(r"\?|%[0-9a-fA-F]{2}", str(file)):
+        raise ValueError(
+            f"{file}: MLflow takes a ? and a % with two digits in a path for something else; move the project, or set "
+            "MLFLOW_TRACKING_URI"
+        )
+    return f"{SQLITE}{file}"
 
 
 def shown(uri: str) -> str:
