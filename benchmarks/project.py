@@ -55,6 +55,7 @@ class Project:
         mixed = self.params.distill.precision == "bfloat16"
         student = networks.build(self.params.student.model, len(self.images.classes), 0).to(self.device).train()
         student.to(memory_format=torch.channels_last)
+        assert self.classifier.resized_to is None, "timm's task shows both networks the same pixels"
         teacher = copy.deepcopy(self.classifier.network)
         for network in (student, teacher):
             small_maps.use_convolutions(network)

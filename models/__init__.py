@@ -21,7 +21,7 @@ from models.networks import BY_NAME, TABLE, Network
 
 VB = ("ResNet18", "ResNet34", "ResNet50", "ResNet101", "ResNet152")
 
-__all__ = ["BY_NAME", "TABLE", "Network", "build", "canonical", "macs", "names", "on_meta"]
+__all__ = ["BY_NAME", "TABLE", "Network", "build", "canonical", "has_pretrained", "macs", "names", "on_meta"]
 
 
 def names() -> tuple[str, ...]:
@@ -79,6 +79,15 @@ def build(name: str, num_classes: int = 1000, pretrained: bool = False, **kwargs
         raise ValueError(f"{name}: its pretrained weights cannot be had (no network?): {reason}") from None
 
 
+def has_pretrained(name: str) -> bool:
+    """Whether `build` can be asked for a network's pretrained weights."""
+    network = BY_NAME.get(_spelt(name).partition(".")[0])
+    if network is not None and (network.only_paddle or network.timm_name is None):
+        return False
+    known = get_pretrained_cfg(canonical(name))
+    return known is not None and known.has_weights
+
+
 def macs(network: nn.Module, resolution: int) -> int:
     """Count the multiply-adds of convolutions and linear layers for one square image; nothing is computed."""
     with FlopCounterMode(display=False) as counter:
@@ -88,8 +97,10 @@ def macs(network: nn.Module, resolution: int) -> int:
 
 def on_meta(network: nn.Module, resolution: int) -> Any:
     """Give what a network in eval mode would answer to one square image: shapes and types; nothing is computed."""
+    # A module that stands in two places under one of its names alone: under both, functional_call would swap its
+    # tensors twice and leave it with these.
     state = {}
-    for name, module in network.named_modules():  # each once: one that stands in two places has its tensors back once
+    for name, module in network.named_modules():
         for key, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             state[f"{name}.{key}" if name else key] = value.detach().to("meta")
     training = network.training

@@ -19,13 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import models
 from models.paddle_pickle import read_arrays
-from pipeline.core import atomic
+from pipeline.core.networks import save_weights
 
 UNIT = r"\.(?:_?conv\.(?P<conv>weight)|(?:_?bn|_batch_norm)\.(?P<norm>weight|bias|_mean|_variance))"
 STEM = re.compile(r"(?:stem\.(?P<from0>\d)|conv1_(?P<from1>\d)|conv1|conv|_conv_stem)" + UNIT)
@@ -177,11 +175,8 @@ def import_file(file: Path, model: str, output: Path) -> str:
         raise ValueError(f"{file}: {broken[0]} has values that are not finite{others}")
     with file.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    with atomic.replacing(output) as beside:  # one entry of metadata: the order of several is not always the same
-        try:
-            save_file(state, beside, metadata={"imported": f"{model} from {file.name}, SHA-256 {digest}"})
-        except SafetensorError as error:  # a full disk
-            raise OSError(f"the weights cannot be written: {error}") from None
+    # One entry of metadata: the order of several is not always the same.
+    save_weights(output, state, {"imported": f"{model} from {file.name}, SHA-256 {digest}"})
     parameters = sum(p.numel() for p in network.parameters())
     return f"{output}: {model}, {len(arrays)} tensors, {parameters:,} parameters, {classes:,} classes"
 

@@ -61,13 +61,19 @@ def audit(params: Params, share: float, seed: int) -> Findings:
     labels = teaching.open_labels(params, card)
     rows = teaching.training_rows(images, mined.read(Path("data/mine")))
     total = len(rows) * params.cache.replicas
-    # One of each of equal parts: to draw from all at once takes 8 bytes for each of maybe billions.
-    bounds = np.arange(1 + min(total, max(LEAST_VIEWS, round(share * total))))
-    bounds = bounds * total // bounds[-1]
-    chosen = np.random.default_rng(seed).integers(bounds[:-1], bounds[1:])
+    chosen = spread(total, min(total, max(LEAST_VIEWS, round(share * total))), seed)
     rows, replicas = rows[chosen // params.cache.replicas], chosen % params.cache.replicas
     views = Views(images, ViewSpec.of(params.seed, params.views))
     return recheck(classifier, views, labels, rows, replicas, params, "audit")
+
+
+def spread(total: int, count: int, seed: int) -> np.ndarray:
+    """Draw (count,) int64 numbers below `total`, ascending, one of each of as many equal parts.
+
+    To draw from all at once would take 8 bytes for each of them, and they may be billions.
+    """
+    bounds = np.linspace(0, total, count + 1).astype(np.int64)
+    return np.random.default_rng(seed).integers(bounds[:-1], bounds[1:])
 
 
 def report(findings: Findings) -> str:

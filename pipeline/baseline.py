@@ -16,7 +16,7 @@ from pipeline.core.views import ViewSpec
 def run(params: Params) -> None:
     images = ImageSet.open(Path("data/prepare"))
     spec = ViewSpec.of(params.seed, params.views)
-    classifier = networks.build_on(params.student.model, params.student.init, len(images.classes), params.seed)
+    classifier = networks.build_from(params.student.model, params.student.init, len(images.classes), params.seed)
     task = training.Task(
         name="baseline",
         recipe=params.baseline,

@@ -13,7 +13,7 @@ from pipeline.core.sections import Params
 
 def run(params: Params) -> None:
     images = ImageSet.open(Path("data/prepare"))
-    classifier = networks.build_on(params.student.model, params.student.init, len(images.classes), params.seed)
+    classifier = networks.build_from(params.student.model, params.student.init, len(images.classes), params.seed)
     rows = teaching.training_rows(images, mined.read(Path("data/mine")))
     processes = devices.join(params.machine)
     distillation.train("distill", params.distill, params.student.model, classifier, rows, params, images, processes)

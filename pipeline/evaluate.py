@@ -205,7 +205,7 @@ def numbers(results: dict[str, Evaluated], bins: int) -> dict[str, dict[str, flo
         figures[name] = {key: round(value, DIGITS) for key, value in found.items()} | {
             "parameters": result.parameters,
             "macs": result.macs,
-            "resolution": result.card["resolution"],
+            "resolution": result.card.get("resized_to") or result.card["resolution"],
         }
     return {**figures, "student": figures[STUDENT]}
 

@@ -57,6 +57,8 @@ from pipeline.core.programs import Programs
 RETRY_DELAY = 2  # seconds; a cancelled run waits them out at worst
 STAGES_OWN_ERROR = re.compile(r"[a-z]+: error: ")  # begins the line with which a stage refuses: it would do so again
 
+STAGES_OWN_WORDS = re.compile(r"[a-z]+: (cut short|left alone): ")  # ... with which it ends by no fault of the settings
+
 
 @flow(name="ssld", task_runner=ThreadPoolTaskRunner(), persist_result=False)
 def ssld(changes: dict[str, Any] = {}, stages: list[str] | None = None, retries: int = 2) -> State:  # noqa: B006
@@ -168,9 +170,11 @@ def program(
 
 
 def error_in(lines: list[str]) -> str | None:
-    """Find the line that says best why a program failed: the stage's own last one, else DVC's."""
-    last = list(reversed(lines))
-    return next(filter(STAGES_OWN_ERROR.match, last), next((line for line in last if line.startswith("ERROR: ")), None))
+    """Find the line that says best why a program failed: the stage's own last one, else DVC's last."""
+    for mark in (STAGES_OWN_ERROR, STAGES_OWN_WORDS, re.compile("ERROR: ")):
+        if found := next(filter(mark.match, reversed(lines)), None):
+            return found
+    return None
 
 
 def show_results(results: Path) -> None:

@@ -89,7 +89,7 @@ def work(settings: Params, counts: Counts) -> list[Work]:
     validation and test images, which `benchmarks/mining.py --time` measures.
     """
     teacher, student = (network(part.model, counts.classes) for part in (settings.teacher, settings.student))
-    asks, answers = 2 * models.macs(teacher, shown(settings)), 2 * models.macs(student, settings.views.resolution)
+    asks, answers = 2 * models.macs(teacher, settings.teacher_sees), 2 * models.macs(student, settings.views.resolution)
     larger, used = settings.fixres.resolution, taught(settings, counts)
 
     def train(stage: str, images: int, each: float, by: str = "student", what: str = "training") -> Work:
@@ -115,11 +115,6 @@ def work(settings: Params, counts: Counts) -> list[Work]:
     ]
 
 
-def shown(settings: Params) -> int:
-    """The pixels a side of the images that the teacher's network sees."""
-    return settings.teacher.resolution or settings.views.resolution
-
-
 def mined(settings: Params, counts: Counts) -> int:
     """The most images that can be mined."""
     return min(counts.unlabelled, settings.mine.per_class * counts.classes)
@@ -140,7 +135,7 @@ def speeds(settings: Params, counts: Counts, arguments: argparse.Namespace) -> d
 
     A teacher whose fitting has no rate of its own is fitted with as many operations/s as it is asked.
     """
-    found, teacher = {}, (settings.teacher.model, shown(settings))
+    found, teacher = {}, (settings.teacher.model, settings.teacher_sees)
     for role, (model, resolution), passes, verb in (
         ("teacher", teacher, 1, "answers"),
         ("fit", teacher, 3, "is fitted to"),

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import atomic, choose, dataset, journal, shards, stage
+from pipeline.core import archives, atomic, choose, dataset, journal, shards, stage
 from pipeline.core.archives import Tree
 from pipeline.core.choose import Found, Parts, Picture, Pictures, Stored
 from pipeline.core.examined import Examined
@@ -29,7 +29,7 @@ from pipeline.core.reencoding import ENCODED, Reencoded
 from pipeline.core.refusals import FURTHER_FRAMES, Refusal, as_csv, check_share, in_words, reasons
 from pipeline.core.sections import Params
 from pipeline.core.shards import Sample
-from pipeline.core.sources import Source, SourceFile, class_names, links_out, names, open_source
+from pipeline.core.sources import Source, SourceFile, class_names, names, open_source
 
 OUT = Path("data/prepare")
 
@@ -95,14 +95,16 @@ def open_sources(settings: dict[str, Any]) -> list[Source]:
 
 
 def warn_of_links(roots: set[str]) -> None:
-    """Say which folders of images DVC does not look into; they are read all the same."""
-    for link in (link for root in sorted(roots) for link in links_out(Path(root))):
-        print(
-            f"prepare: warning: {link} leads to a folder outside of its root, and DVC does not notice what changes "
-            "there: run `dvc repro --force --single-item prepare` then, or copy the folder",
-            file=sys.stderr,
-            flush=True,
-        )
+    """Say which folders of images DVC does not look into."""
+    for root in sorted(roots):
+        links = [link.relative_to(root).as_posix() for link in archives.links_out(Path(root))]
+        if links := [link for link in links if not archives.hidden(link)]:
+            print(
+                f"prepare: warning: DVC does not look into linked folders outside of {root}: {names(links)}; when "
+                "images change there, run `dvc repro --force --single-item prepare`, or copy the folders",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def prepare(

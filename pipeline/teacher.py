@@ -37,7 +37,7 @@ def fit(params: Params, images: ImageSet, processes: Processes) -> None:
     labels = images.known_labels if params.teacher.fit_on == "withheld" else images.labels
     rows = images.rows("labelled", "unlabelled")
     wanted = params.teacher
-    classifier = networks.build_on(wanted.model, wanted.init, len(images.classes), params.seed, wanted.resolution)
+    classifier = networks.build_from(wanted.model, wanted.init, len(images.classes), params.seed, wanted.resolution)
     spec = ViewSpec.of(params.seed, params.views)
     task = training.Task(
         name="teacher",
@@ -74,7 +74,7 @@ def take(params: Params, images: ImageSet, device: torch.device) -> None:
         networks.load_weights(network, Path(wanted.checkpoint))
     listed = network.pretrained_cfg
     classifier = Classifier(network, wanted.mean or listed["mean"], wanted.std or listed["std"], wanted.resolution)
-    networks.check_takes(classifier, wanted.model, params.views.resolution)
+    networks.check_takes(classifier, wanted.model, params.views.resolution, networks.RESIZE_TEACHER)
     tried = try_out(classifier.to(device), params, images)
     card = {"model": wanted.model, "source": wanted.source, "classes": list(images.classes)}
     with stage.only_writer("teacher"), atomic.replacing_folder(Path("data/teacher")) as folder:

@@ -223,14 +223,23 @@ def test_the_command_says_what_a_cache_holds(cached_project, capsys, monkeypatch
         softlabels_command.main()
 
 
+@pytest.mark.parametrize(("total", "count"), [(1, 1), (10, 10), (10, 7), (1000, 3), (4_000_000_000, 256)])
+def test_an_audit_spreads_its_views(total, count):
+    chosen = audit.spread(total, count, seed=0)
+    assert len(chosen) == count
+    assert np.array_equal(chosen * count // total, np.arange(count)) or count * 2 > total  # one of each part
+    assert (np.diff(chosen) > 0).all()
+    assert chosen[0] >= 0
+    assert max(audit.spread(total, count, seed)[-1] for seed in range(200)) >= min(total - 1, total * (1 - 0.1 / count))
+    assert total == count or not np.array_equal(chosen, audit.spread(total, count, seed=1))
+
+
 def test_an_audit_finds_the_teachers_answers_and_notices_others(cached_project):
     params = settings()
     findings = audit.audit(params, share=1.0, seed=0)
     assert len(findings.same) == stored_views()
     assert findings.same.mean() > 0.99
     assert not findings.wrong.any()
-    pairs = zip(findings.samples.tolist(), findings.replicas.tolist(), strict=True)
-    assert len(set(pairs)) == stored_views()  # each once
     # Labels that hold together, but are not this teacher's answers to these views: another's are written.
     description = teaching.description(params, networks.read_card(Path("data/teacher")))
     labels = SoftLabels(Path("data/cache"), description)

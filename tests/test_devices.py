@@ -94,6 +94,19 @@ def test_algorithms_are_chosen_for_a_gpu_alone(monkeypatch):
     assert chosen == [(False, True)]
 
 
+@pytest.mark.parametrize(("device", "backend"), [("cuda", "cpu:gloo,cuda:nccl"), ("cpu", "gloo")])
+def test_what_lies_in_the_hosts_memory_is_sent_from_there(monkeypatch, device, backend):
+    asked = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: asked.append(backend))
+    for name, value in {"is_available": True, "device_count": 2, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments, value=value: value)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    joined = devices.join(tiny(**{"machine.device": device}).machine)
+    assert (joined.rank, joined.world, joined.device.type) == (1, 2, device)
+    assert asked == [backend]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
 @pytest.mark.parametrize("head_alone", [False, True])
 def test_captured_steps_end_in_the_same_bytes(images, tmp_path, head_alone, monkeypatch):

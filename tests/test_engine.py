@@ -199,7 +199,17 @@ def share_of_steps(rank, world, prepared_folder, folder):
         losses = fifty_steps(ImageSet.open(prepared_folder), folder / "run", Processes(CPU, rank, world), dtype)
         if rank == 0:
             np.save(folder / f"{dtype}.npy", losses)
+    rows = sequences()[rank::world].requires_grad_()
+    shared = norms.synchronise(nn.BatchNorm1d(3).double(), CPU)
+    normalised = shared(rows)
+    (normalised**3).sum().backward()
+    torch.save([normalised.detach(), rows.grad, shared.running_var], folder / f"norm{rank}.pt")
     dist.destroy_process_group()
+
+
+def sequences():
+    """A batch of features (B, C, L), as transformers' BatchNorm1d sees them."""
+    return torch.randn((6, 3, 5), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def fifty_steps(images, scratch, processes, dtype):
@@ -217,6 +227,13 @@ def test_two_processes_have_the_losses_of_one(images, tmp_path):
         assert one.std() > 0.01
         assert one.dtype == dtype
         assert np.abs(np.load(tmp_path / f"{dtype}.npy") - one).max() <= 1e-5, dtype
+
+    rows, plain = sequences().requires_grad_(), nn.BatchNorm1d(3).double()
+    normalised = plain(rows)
+    (normalised**3).sum().backward()
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"norm{rank}.pt")
+        torch.testing.assert_close(found, [normalised[rank::2].detach(), rows.grad[rank::2], plain.running_var])
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from images import tiny
+from PIL import Image
 from runs import MODEL
 
 import models
@@ -38,27 +40,27 @@ def test_a_students_first_weights_may_be_of_other_classes(tmp_path, capsys):
     source = networks.build("ResNet18_vd", 4, seed=3)
     networks.save(tmp_path, source, {"model": "ResNet18_vd", "classes": list("abcd"), "resolution": 16})
     file = str(tmp_path / "weights.safetensors")
-    same, other = (networks.build_on("ResNet18_vd", file, classes, seed=7) for classes in (4, 6))
+    same, other = (networks.build_from("ResNet18_vd", file, classes, seed=7) for classes in (4, 6))
     assert networks.digest(same) == networks.digest(source)
     fresh, given, now = (it.network.state_dict() for it in (networks.build("ResNet18_vd", 6, 7), source, other))
     for key, value in now.items():
         assert torch.equal(value, (fresh if key.startswith("fc.") else given)[key]), key
     assert capsys.readouterr().out.count("made for 4 classes, not 6: fc.") == 2
     with pytest.raises(ValueError, match="of another network"):
-        networks.build_on("ResNet34_vd", file, 6, seed=7)
+        networks.build_from("ResNet34_vd", file, 6, seed=7)
 
 
 def test_a_classifier_that_is_a_convolution_starts_anew_too(tmp_path, capsys):
     source = networks.build("resnetv2_50", 7, seed=3)
     torch.save(source.network.state_dict(), tmp_path / "weights.pth")
-    networks.build_on("resnetv2_50", str(tmp_path / "weights.pth"), 5, seed=7)
+    networks.build_from("resnetv2_50", str(tmp_path / "weights.pth"), 5, seed=7)
     assert capsys.readouterr().out.count("made for 7 classes, not 5: head.fc.") == 2
 
 
 def test_first_weights_see_what_they_were_trained_on(tmp_path):
     source = networks.build("test_resnet", 4, seed=3)
     networks.save(tmp_path, source, {"model": "test_resnet", "classes": list("abcd"), "resolution": 16})
-    student = networks.build_on("test_resnet", str(tmp_path / "weights.safetensors"), 4, seed=0)
+    student = networks.build_from("test_resnet", str(tmp_path / "weights.safetensors"), 4, seed=0)
     assert (student.mean / 255).flatten().tolist() == pytest.approx(models.build("test_resnet").pretrained_cfg["mean"])
 
 
@@ -68,7 +70,9 @@ def test_first_weights_may_be_timms(tmp_path, monkeypatch):
     create = timm.create_model
     here = {"file": str(tmp_path / "timms.pth"), "num_classes": 7, "hf_hub_id": None, "url": ""}  # not the net's
     monkeypatch.setattr(timm, "create_model", lambda *args, **more: create(*args, **more, pretrained_cfg_overlay=here))
-    begun, again, other = (networks.build_on("test_resnet", "timm", 4, seed).network.state_dict() for seed in (7, 7, 8))
+    begun, again, other = (
+        networks.build_from("test_resnet", "timm", 4, seed).network.state_dict() for seed in (7, 7, 8)
+    )
     for key, value in source.state_dict().items():
         if key.startswith("fc."):  # for 4 classes, not 7: it starts anew
             assert len(begun[key]) == 4
@@ -108,7 +112,7 @@ def test_a_damaged_card_is_named(tmp_path):
 
 
 def test_a_network_may_see_images_larger_than_it_is_given(tmp_path):
-    made = networks.build_on(MODEL, None, 4, seed=0, resized_to=48).eval()
+    made = networks.build_from(MODEL, None, 4, seed=0, resized_to=48).eval()
     pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     larger = F.interpolate(pixels.float(), (48, 48), mode="bicubic", antialias=True).clamp(0, 255)
     assert torch.equal(made(pixels), networks.build(MODEL, 4, seed=0).eval()(larger))
@@ -117,6 +121,16 @@ def test_a_network_may_see_images_larger_than_it_is_given(tmp_path):
     read, card = networks.load(tmp_path)
     assert (card["resized_to"], read.resized_to) == (48, 48)
     assert torch.allclose(read(pixels), made(pixels), atol=1e-6)  # its weights are channels-last
+
+
+@pytest.mark.parametrize("size", [48, 96])
+def test_a_teachers_view_is_resized_as_an_image_is(size):
+    wave = np.sin(np.arange(64)[:, None] / 9 + np.arange(64) / 7)  # smooth: Pillow rounds in between
+    image = np.stack([127 + 100 * wave, 127 - 100 * wave, np.full((64, 64), 255.0)], axis=2).astype(np.uint8)
+    made = networks.build_from(MODEL, None, 4, seed=0, resized_to=size)
+    resized = made.resize(torch.from_numpy(image).permute(2, 0, 1)[None])[0]
+    pillows = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert np.abs(resized.numpy() - pillows).max() < 1.2
 
 
 def test_weights_that_do_not_fit_say_what_to_do(tmp_path):
@@ -211,7 +225,7 @@ def test_a_teacher_that_does_not_take_the_resolution_is_refused(images, tmp_path
         "model": "vit_tiny_patch16_224",
         "checkpoint": str(tmp_path / "weights.safetensors"),
     }
-    with pytest.raises(ValueError, match="vit_tiny_patch16_224 does not take images of 16 pixels"):
+    with pytest.raises(ValueError, match=r"does not take images of 16 pixels.*for 224: set teacher.resolution"):
         teacher.take(tiny(**{f"teacher.{key}": value for key, value in wanted.items()}), images, torch.device("cpu"))
     assert not (tmp_path / "data/teacher").exists()
     settings = tiny(**{f"teacher.{key}": value for key, value in {**wanted, "resolution": 224}.items()})

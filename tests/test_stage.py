@@ -1,8 +1,11 @@
 """What a stage has around it: what a run can go on from stays until the next one; errors are told in a line."""
 
 import os
+import re
+import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,7 +89,7 @@ def said(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["distill"])
     monkeypatch.setattr(stage.settings, "load", lambda path: tiny())
     monkeypatch.setattr(stage, "_exit", sys.exit)
-    monkeypatch.setattr(stage.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(stage, "signal", SimpleNamespace(SIGTERM=signal.SIGTERM, signal=lambda *arguments: None))
 
     def say(work):
         with pytest.raises(SystemExit):
@@ -104,17 +107,36 @@ def test_out_of_memory_names_what_to_halve(fill, said):
     )
 
 
-@pytest.mark.parametrize("how", ["(pid(s) 7) exited unexpectedly", "(pid 7) is killed by signal: Killed. "])
-def test_a_lost_worker_process_is_not_the_stages_own_error(said, how):
-    """So the flow, and torchrun, start the stage again, which goes on."""
+class Fatal(torch.utils.data.Dataset):
+    """Kills the worker process that is asked for a sample."""
 
-    def lose():
-        raise RuntimeError(f"DataLoader worker {how}")
+    def __init__(self, signum):
+        self.signum = signum
 
-    assert said(lose) == (
-        "distill: cut short: a worker process was killed, for want of memory perhaps: set machine.workers to fewer "
-        "(now auto), 0 for none\n"
-    )
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), self.signum)
+
+
+@pytest.mark.parametrize(
+    ("signum", "words"),
+    [
+        (
+            signal.SIGKILL,
+            r"distill: cut short: DataLoader worker \(pid \d+\) is killed by signal: Killed\. Where mem",
+        ),
+        (
+            signal.SIGSEGV,
+            r"distill: cut short: DataLoader worker \(pid \d+\) is killed by signal: Segmentation",
+        ),
+        (signal.SIGBUS, r"distill: error: worker processes are out of shared memory: set machine.workers to fewer"),
+    ],
+)
+def test_a_worker_process_that_is_killed_is_a_line(said, signum, words):
+    """But for one without shared memory it is not the stage's own error: the flow, and torchrun, start it again."""
+    assert re.match(words, said(lambda: list(torch.utils.data.DataLoader(Fatal(signum), num_workers=1))))
 
 
 def test_what_cannot_be_computed_the_same_way_every_time_is_named(said):
@@ -134,7 +156,6 @@ def test_what_worker_processes_say_is_one_line():
         "shared memory. Please try to raise your shared memory limit."
     )
     assert stage.out_of_shared_memory(lost)
-    assert not stage.out_of_shared_memory(RuntimeError("DataLoader worker (pid 7) exited unexpectedly"))
     try:
         raise ValueError("images-00000.tar: the image\nat byte 512: is damaged")
     except ValueError:

@@ -61,7 +61,7 @@ def test_the_address_is_a_file_in_the_root_unless_the_environment_names_one(tmp_
 @pytest.mark.parametrize("folder", ["what?", "100%25"])
 def test_a_path_that_cannot_stand_in_an_address_is_named(tmp_path, monkeypatch, folder):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(ValueError, match=r"mlflow.db: MLflow takes a \? and a % with two digits .* move the project"):
+    with pytest.raises(ValueError, match=r"mlflow.db: MLflow takes a \? and a % with two hex.* move the project"):
         store.connect(tmp_path / folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///elsewhere.db")
     assert store.default_uri(tmp_path / folder) == "sqlite:///elsewhere.db"

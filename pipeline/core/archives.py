@@ -97,6 +97,13 @@ def open_folder(path: Path) -> Tree:
     return tree
 
 
+def links_out(root: Path) -> list[Path]:
+    """List the links below a folder that lead to folders outside of it."""
+    whole = os.path.realpath(root)
+    links = (Path(folder, name) for folder, folders, _ in os.walk(root) for name in folders)
+    return sorted(one for one in links if one.is_symlink() and not Path(os.path.realpath(one)).is_relative_to(whole))
+
+
 def read_file(path: Path | str) -> bytes:
     """Read a file.
 

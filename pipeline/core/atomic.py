@@ -84,10 +84,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def new_array(file: Path, dtype: np.dtype | type, shape: tuple[int, ...]) -> np.memmap:
-    """Make a .npy file of nought and map it for writing, its space on the disk taken.
+    """Make a .npy file of zeros and map it, to be filled within `replacing`; its space on the disk is allocated first.
 
     Raises:
-        OSError: the disk is full. (A map without its space ends the process where the disk is: SIGBUS.)
+        OSError: the disk is full. (Who writes to a map without its space is killed then: SIGBUS.)
     """
     array = np.lib.format.open_memmap(file, "w+", dtype, shape)
     with file.open("r+b") as handle:

@@ -15,7 +15,7 @@ from dvc.repo import Repo
 if TYPE_CHECKING:
     from dvc.stage import Stage
 
-ADVICE = (  # how lines begin that DVC prints after each stage, for who works with git then
+ADVICE = (  # how lines begin that DVC prints after each stage: a flow's log would repeat them for each
     "To track the changes with git",
     "\tgit add ",
     "To enable auto staging",

@@ -1,7 +1,8 @@
 """Networks as files: weights as safetensors, and a card that says what they are.
 
 A folder holds `weights.safetensors` (the timm network's state dict) and `network.json` (model, classes, resolution,
-normalisation, parameters, the weights' digest, and whatever else the stage that made it has to say).
+normalisation, to how many pixels a side it has images resized, if at all, parameters, the weights' digest, and whatever
+else the stage that made it has to say).
 """
 
 import hashlib
@@ -21,11 +22,12 @@ from pipeline.core import atomic, small_maps
 from pipeline.core.sections import TIMM
 
 WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every key
+RESIZE_TEACHER = ": set teacher.resolution to that"  # what to do where a teacher does not take the views' size
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Classifier(nn.Module):
-    """A timm network that takes pixels as they are, and normalises them itself.
+    """A timm network that takes pixels as they are, and resizes, where it must, and normalises them itself.
 
     Args:
         network: a timm classifier.
@@ -45,21 +47,24 @@ class Classifier(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
+    def resize(self, pixels: Tensor) -> Tensor:
+        """Resize pixels (B, 3, H, W), 0 to 255 of any type, as Pillow does: bicubic, and clipped."""
+        if not self.resized_to:
+            return pixels
+        size = (self.resized_to, self.resized_to)
+        return F.interpolate(pixels.to(self.mean.dtype), size, mode="bicubic", antialias=True).clamp(0, 255)
+
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Bring pixels (B, 3, H, W), 0 to 255 of any type, to the size and scale that the network was trained on."""
-        pixels = pixels.to(self.mean.dtype)
-        if self.resized_to:
-            size = (self.resized_to, self.resized_to)
-            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 255)  # as images are resized
-        return (pixels - self.mean) / self.std
+        """Scale pixels (B, 3, H, W), 0 to 255 of any type, to what the network was trained on."""
+        return (pixels.to(self.mean.dtype) - self.mean) / self.std
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Give logits (B, C) for pixels (B, 3, H, W), 0 to 255."""
-        return self.network(self.normalise(pixels))
+        return self.network(self.normalise(self.resize(pixels)))
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Give logits (B, C) and the features (B, D) that the classifier sees."""
-        maps = self.network.forward_features(self.normalise(pixels))
+        maps = self.network.forward_features(self.normalise(self.resize(pixels)))
         features = self.network.forward_head(maps, pre_logits=True)
         return self.network.forward_head(maps), features.flatten(1)
 
@@ -77,8 +82,11 @@ def build(name: str, num_classes: int, seed: int, pretrained: bool = False) -> C
     return Classifier(network)
 
 
-def check_takes(classifier: Classifier, name: str, resolution: int) -> None:
+def check_takes(classifier: Classifier, name: str, resolution: int, remedy: str = "") -> None:
     """Make sure that a network takes square images of so many pixels a side; nothing is computed.
+
+    Args:
+        remedy: what to do where it takes another size alone.
 
     Raises:
         ValueError: it does not, as transformers at another resolution than their own; or it has no classifier, or
@@ -91,18 +99,21 @@ def check_takes(classifier: Classifier, name: str, resolution: int) -> None:
         raise ValueError(f"{name} has weights of five dimensions, which the stages do not take; take another network")
     try:
         logits, _ = models.on_meta(_Embed(classifier), resolution)
-    except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{name} does not answer as timm's classifiers do ({error}); take another network") from None
+    except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        own = _own_size(classifier)
-        raise ValueError(f"{name} does not take images of {resolution} pixels: {reason}{own}") from None
+        seen, own = classifier.resized_to or resolution, _own_size(classifier)
+        hint = f"; it was made for {own}{remedy}" if own else ""
+        raise ValueError(f"{name} does not take images of {seen} pixels: {reason.rstrip('.')}{hint}") from None
     if logits.ndim != 2:
         raise ValueError(f"{name} gives {tuple(logits.shape)} for an image, not a number a class; take another network")
 
 
-def _own_size(classifier: Classifier) -> str:
-    """Say what images a network was made for, where timm knows."""
+def _own_size(classifier: Classifier) -> int | None:
+    """The pixels a side of the images that a network was made for, where timm knows."""
     size = (getattr(classifier.network, "pretrained_cfg", None) or {}).get("input_size")
-    return f"; it was made for {size[-1]}" if size else ""
+    return size[-1] if size else None
 
 
 class _Embed(nn.Module):
@@ -117,10 +128,11 @@ class _Embed(nn.Module):
         return self.classifier.embed(pixels)
 
 
-def build_on(name: str, init: str | None, num_classes: int, seed: int, resized_to: int | None = None) -> Classifier:
-    """Build a network to go on from weights made elsewhere, whose classifier may be for other classes, or from none.
+def build_from(name: str, init: str | None, num_classes: int, seed: int, resized_to: int | None = None) -> Classifier:
+    """Build a network that starts from weights made elsewhere, or from random ones.
 
-    With such weights, pixels are normalised as for the network's published ones.
+    Where the weights are for another number of classes, the classifier is random. Pixels are normalised as for the
+    network's published weights.
 
     Args:
         init: "timm" for timm's pretrained weights; else a file of weights; None: random ones, as `build` gives them.
@@ -156,11 +168,7 @@ def save(folder: Path, classifier: Classifier, card: dict[str, Any]) -> None:
     folder = Path(folder)
     # Copies: modules that a network has in several places share their weights, and the format refuses those.
     state = {key: value.detach().cpu().clone().contiguous() for key, value in classifier.network.state_dict().items()}
-    with atomic.replacing(folder / "weights.safetensors") as beside:
-        try:
-            save_file(state, beside)
-        except SafetensorError as error:  # a full disk
-            raise OSError(f"{folder}: the weights cannot be written: {error}") from None
+    save_weights(folder / "weights.safetensors", state)
     atomic.write_json(
         folder / "network.json",
         {
@@ -174,6 +182,19 @@ def save(folder: Path, classifier: Classifier, card: dict[str, Any]) -> None:
             **card,
         },
     )
+
+
+def save_weights(file: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a state dict of contiguous tensors as a .safetensors file.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the file is then as it was.
+    """
+    with atomic.replacing(file) as beside:
+        try:
+            save_file(state, beside, metadata)
+        except SafetensorError as error:  # of a full disk, too
+            raise OSError(f"{file}: cannot be written: {error}") from None
 
 
 def load(folder: Path, device: str | torch.device = "cpu") -> tuple[Classifier, dict[str, Any]]:
@@ -199,7 +220,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     """Read what `network.json` says of the network in a folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is damaged.
     """
     try:
         return json.loads((folder / "network.json").read_text())

@@ -24,7 +24,7 @@ def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         return convert_sync_batchnorm(network)
     for module in network.modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) and type(module) not in SHARED.values():
             if type(module) not in SHARED:
                 raise ValueError(f"{type(module).__name__} cannot be shared on a CPU: set machine.processes to 1")
             module.__class__ = SHARED[type(module)]
@@ -32,7 +32,7 @@ def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 class SharedBatchNorm1d(nn.BatchNorm1d):
-    """torch's BatchNorm1d over the batch of all processes, each of which holds as much of it."""
+    """torch's BatchNorm1d over the batch of all processes, each of which holds as many rows."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise features (B, C) or (B, C, L)."""

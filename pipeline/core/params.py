@@ -60,7 +60,7 @@ def check(data: Any, where: str = "params.yaml") -> Params:
     """Turn the content of a params file into typed sections.
 
     Raises:
-        ValueError: one line with every wrong key or value, and the nearest right key.
+        ValueError: one line that says what is wrong, and names the nearest right key.
     """
     if not isinstance(data, dict):
         found = "nothing" if data is None else f"a {type(data).__name__}"
@@ -108,24 +108,25 @@ def _explanations(error: ValidationError) -> Iterator[str]:
     """Put each error of pydantic's in words; of a misspelt key, which is unknown and missing, the former alone."""
     errors = error.errors()
     unknown = {one["loc"][:-1] for one in errors if one["type"] == "extra_forbidden"}
-    missing = Counter(one["loc"][:-1] for one in errors if one["type"] == "missing")
-    told = [one for one in errors if not (one["type"] == "missing" and one["loc"][:-1] in unknown)]
-    yield from dict.fromkeys(_explain(one, missing[one["loc"][:-1]]) for one in told)  # a list lacks each number
+    missing = [one["loc"] for one in errors if one["type"] == "missing" and one["loc"][:-1] not in unknown]
+    keys = [".".join(place) for place in missing if isinstance(place[-1], str)]
+    yield from [f"{', '.join(keys)}: missing; every key must be there"] if keys else []
+    lacking = Counter(place[:-1] for place in missing)
+    told = [one for one in errors if one["type"] != "missing" or isinstance(one["loc"][-1], int)]
+    yield from dict.fromkeys(_explain(one, lacking[one["loc"][:-1]]) for one in told)  # one for each missing number
 
 
 def _explain(error: dict[str, Any], missing: int) -> str:
-    """Put an error of pydantic's in words; missing: how many keys, or numbers of a list, are missing where it is."""
+    """Put an error of pydantic's in words; missing: how many numbers of a list are missing where it is."""
     place = [str(part) for part in error["loc"]]
     key = ".".join(place)
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key{nearest(key, _keys_beside(place))}"
-    if error["type"] == "missing" and place[-1].isdigit():
+    if error["type"] == "missing":
         given = len(error["input"])
         return f"{'.'.join(place[:-1])}: should be {given + missing} numbers, not {given}"
     if error["type"] == "too_long":
         return f"{key}: should be {error['ctx']['max_length']} numbers, not {error['ctx']['actual_length']}"
-    if error["type"] == "missing":
-        return f"{key}: missing; every key must be there"
     said = error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     message = IN_PLAIN_WORDS.get(error["type"], said)
     value = error["input"]

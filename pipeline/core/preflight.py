@@ -71,20 +71,23 @@ def check_networks(settings: Params, root: Path) -> None:
         ValueError: see `check`.
     """
     views, fixres = settings.views.resolution, settings.fixres.resolution
-    seen = settings.teacher.resolution or views
-    wanted = {"teacher": [settings.teacher.model, seen], "student": [settings.student.model, views, fixres]}
+    wanted = {
+        "teacher": [settings.teacher.model, settings.teacher_sees],
+        "student": [settings.student.model, views, fixres],
+    }
     weights = {"teacher.source": settings.teacher.source, **_starts(settings)}
     from_timm = [key for key, value in weights.items() if value == TIMM]
     multipliers = {name: getattr(settings, name).lr_multipliers for name in ("baseline", "distill", "finetune")}
     code = [file.read_text() for file in sorted((Path(__file__).parents[2] / "models").glob("*.py"))]
     made_by = [version("timm"), hashlib.sha256("".join(code).encode()).hexdigest()]
     asked = {**wanted, "from timm": from_timm, "lr_multipliers": multipliers, "made by": made_by}
-    asked = json.loads(json.dumps(asked))
+    asked = json.loads(json.dumps(asked))  # as the note gives it back: with lists for tuples
     with contextlib.suppress(OSError, ValueError):  # no note, or none that can be read
         if json.loads((root / NOTED).read_text()) == asked:
             return
     import torch  # with timm, it takes seconds to load
 
+    import models
     from pipeline.core import networks, optimizers
 
     built = {}
@@ -92,13 +95,12 @@ def check_networks(settings: Params, root: Path) -> None:
         with _named(f"{who}.model"), torch.device("meta"):  # no weight is drawn
             built[who] = networks.build(name, CLASSES, seed=0)
         for resolution in resolutions:
-            with _named(f"{who}.model", "; teacher.resolution resizes them" if who == "teacher" else ""):
-                networks.check_takes(built[who], name, resolution)
+            with _named(f"{who}.model"):
+                networks.check_takes(built[who], name, resolution, networks.RESIZE_TEACHER if who == "teacher" else "")
     for key in from_timm:
-        who = key.partition(".")[0]
-        known = built[who].network.pretrained_cfg
-        if not (known.get("hf_hub_id") or known.get("url")):
-            raise ValueError(f"{key}: timm has no pretrained weights of {wanted[who][0]}")
+        model = wanted[key.partition(".")[0]][0]
+        if not models.has_pretrained(model):
+            raise ValueError(f"{key}: timm has no pretrained weights of {model}")
     for name, numbers in multipliers.items():
         if numbers is not None:
             with _named(name):
@@ -117,12 +119,12 @@ def _starts(settings: Params) -> dict[str, str | None]:
 
 
 @contextlib.contextmanager
-def _named(key: str, hint: str = "") -> Iterator[None]:
-    """Say of what key an error speaks, and what may help."""
+def _named(key: str) -> Iterator[None]:
+    """Say of what key an error speaks."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{key}: {error}{hint}") from None
+        raise ValueError(f"{key}: {error}") from None
 
 
 def main() -> None:

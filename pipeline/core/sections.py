@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+Text = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -184,8 +185,8 @@ class StudentRecipe(TrainingRecipe):
 class Teacher(TrainingRecipe):
     model: str
     source: Literal["fit", "timm", "checkpoint"]
-    checkpoint: str | None
-    init: str | None
+    checkpoint: Text | None
+    init: Text | None
     resolution: Count | None
     mean: tuple[Share, Share, Share] | None
     std: tuple[Spread, Spread, Spread] | None
@@ -233,7 +234,7 @@ class Cache(Section):
 
 class Student(Section):
     model: str
-    init: str | None
+    init: Text | None
 
 
 class Baseline(StudentRecipe):
@@ -301,6 +302,11 @@ class Params(Section):
     fixres: Fixres
     evaluate: Evaluate
     register_: Register = Field(alias="register")
+
+    @property
+    def teacher_sees(self) -> int:
+        """The pixels a side of the images that the teacher's network sees."""
+        return self.teacher.resolution or self.views.resolution
 
     @model_validator(mode="after")
     def _fixres_is_larger(self) -> "Params":

@@ -110,16 +110,6 @@ def check_there(role: str, root: Path, inner: str) -> None:
         raise ValueError(f"prepare.{role}: {path}: no such folder, archive or list{hint}")
 
 
-def links_out(root: Path) -> list[str]:
-    """Name the links below a folder that lead to folders outside of it: DVC does not look into those."""
-    whole, found = os.path.realpath(root), []
-    for folder, folders, _ in os.walk(root):
-        for path in (os.path.join(folder, name) for name in folders):
-            if os.path.islink(path) and not _inside(Path(os.path.realpath(path)), Path(whole)):
-                found.append(path)
-    return sorted(found)
-
-
 def class_names(sources: list[Source]) -> list[str]:
     """Give the classes of train in the order of their labels.
 
@@ -169,7 +159,8 @@ def _files(
         if _nfc(inside) in entries:
             rows = _rows(entries[_nfc(inside)].read(), where)
             return _by_list(rows, partial(_in_archive, entries, posixpath.dirname(inside)), above)
-        inside = next((name for name in tree.folders if _nfc(name) == _nfc(inside)), inside)
+        if inside not in tree.folders:  # but it may be there in another spelling
+            inside = next((name for name in sorted(tree.folders) if _nfc(name) == _nfc(inside)), inside)
         if inside and inside not in tree.folders:
             top = {name.split("/")[0] for name in (*tree.folders, *(entry.name for entry in tree.entries))}
             raise FileNotFoundError(f"{where}: no such folder or list in the archive{_some(top)}")
@@ -221,8 +212,10 @@ def _rows(content: bytes, where: str) -> list[tuple[str, str]]:
     except (UnicodeDecodeError, csv.Error, ValueError) as error:
         raise ValueError(f"{where}: not a list of images: {error}") from None
     for number, (name, _) in enumerate(found, start=1):
-        if not name or "\0" in name:
+        if not name:
             raise ValueError(f"{where}: row {number} below the heading names no file")
+        if "\0" in name:
+            raise ValueError(f"{where}: row {number} below the heading: no file's name holds a zero byte")
     return found
 
 
@@ -251,7 +244,7 @@ def _below(path: Path, base: Path) -> str:
 
 
 def _text(name: str) -> str:
-    """Make any name printable and storable, and keep names apart: "a\\n" for a line break, "\\xe9" for no UTF-8."""
+    """Make any name printable and storable, and tell them apart: "a\\n" for a line break, "\\xe9" for no UTF-8."""
     valid = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), valid)
 

@@ -76,7 +76,7 @@ def main(
         print(f"{name}: stopped; the same command {then}", file=sys.stderr, flush=True)
         _exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        left_alone, lost = _left_alone(error), _worker_lost(error)
+        mark = "error"  # the flow, as torchrun, does not start a stage again that names one
         if out_of_shared_memory(error):
             error = ValueError(
                 "worker processes are out of shared memory: set machine.workers to fewer (now "
@@ -86,19 +86,18 @@ def main(
             error = ValueError(f"out of memory{_whats_there_to_halve(params, name)}")
         elif "does not have a deterministic implementation" in str(error):
             error = ValueError(f"{str(error).partition(',')[0]}: set machine.deterministic to false")
-        elif left_alone:
-            error = ValueError(f"another process of this run has ended ({error})")
-        elif lost:
+        elif _left_alone(error):
+            mark, error = "left alone", ValueError(f"another process of this run has ended ({error})")
+        elif _worker_lost(error):
+            mark = "cut short"
             error = ValueError(
-                "a worker process was killed, for want of memory perhaps: set machine.workers to fewer (now "
+                f"{_workers_words(error)} Where memory is short, set machine.workers to fewer (now "
                 f"{params.machine.workers}), 0 for none"
             )
         elif not isinstance(error, ValueError | OSError):
             raise
         if os.environ.get("SSLD_TRACEBACK"):
             raise
-        # The flow, as torchrun, does not start a stage again that names an error.
-        mark = "left alone" if left_alone else "cut short" if lost else "error"
         print(f"{name}: {mark}: {in_a_line(error)}", file=sys.stderr, flush=True)
         if mark == "error":
             _end_torchrun()
@@ -207,7 +206,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def out_of_shared_memory(error: BaseException) -> bool:
     """Whether an error of torch's DataLoader says that a worker process found no room to hand its batch over."""
-    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error) and "shared memory" in str(error)
+    words = _workers_words(error)
+    return isinstance(error, RuntimeError) and "DataLoader worker" in words and "shared memory" in words
 
 
 def in_a_line(error: BaseException) -> str:
@@ -229,9 +229,14 @@ def _left_alone(error: BaseException) -> bool:
 
 def _worker_lost(error: BaseException) -> bool:
     """Whether an error of torch's DataLoader says that a worker process was killed, by no fault of the settings."""
-    words = str(error)
-    killed = "exited unexpectedly" in words or ("killed by signal" in words and not out_of_shared_memory(error))
+    words = _workers_words(error)
+    killed = "exited unexpectedly" in words or "killed by signal" in words
     return isinstance(error, RuntimeError) and "DataLoader worker" in words and killed
+
+
+def _workers_words(error: BaseException) -> str:
+    """What torch's DataLoader says of a worker: that of the signal's own error, which it hides behind another."""
+    return str(error.__cause__ if isinstance(error.__cause__, RuntimeError) else error)
 
 
 def _whats_there_to_halve(params: Params, name: str) -> str:

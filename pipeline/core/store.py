@@ -41,8 +41,8 @@ def default_uri(root: Path) -> str:
     file = Path(root).resolve() / "mlflow.db"
     if re.search(r"\?|%[0-9a-fA-F]{2}", str(file)):
         raise ValueError(
-            f"{file}: MLflow takes a ? and a % with two digits in a path for something else; move the project, or set "
-            "MLFLOW_TRACKING_URI"
+            f"{file}: MLflow takes a ? and a % with two hexadecimal digits in a path for something else; move the "
+            "project, or set MLFLOW_TRACKING_URI"
         )
     return f"{SQLITE}{file}"
 

@@ -17,6 +17,7 @@ from pipeline.core.views import ViewSpec
 def description(params: Params, card: dict) -> Description:
     """Say what soft labels depend on: the teacher (its network's card), the views, and what is stored of an answer."""
     teacher = {key: card[key] for key in ("model", "digest", "mean", "std", "num_classes")}
+    # Absent where it sees views as they are: so caches stay valid that were made before there was such a setting.
     teacher |= {"resized_to": card["resized_to"]} if "resized_to" in card else {}
     return Description(
         teacher={**teacher, "precision": params.teacher.precision},

@@ -33,7 +33,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from pipeline.core import atomic, dvc, params, sources
+from pipeline.core import archives, atomic, dvc, params
 from pipeline.core.sections import Params
 from pipeline.core.stage import SCRATCH
 
@@ -216,8 +216,8 @@ def link_inputs(root: Path, folder: Path) -> None:
 
 def unlink_inputs(folder: Path) -> None:
     """Remove the links to folders outside of a workspace; those that are tracked come back with the tree."""
-    for path in sources.links_out(folder):
-        Path(path).unlink()
+    for link in archives.links_out(folder):
+        link.unlink()
 
 
 @contextmanager

@@ -38,10 +38,11 @@ def describe(folder: Path, summary: dict[str, Any]) -> str:
     stored, wanted = summary["stored_views"], summary["wanted_views"]
     others = f", and {stored - wanted:,} others" if stored > wanted else ""
     coding = f"at most {summary['top_k']} classes from {summary['min_probability']:g} on, {summary['bits']} bits each"
+    sees = f", sees views of {teacher['resized_to']} pixels" if "resized_to" in teacher else ""
     shards = f"{summary['shards']:,} shard{'' if summary['shards'] == 1 else 's'}"
     lines = {
         "folder": f"{folder}, format {summary['format']}, fingerprint {summary['fingerprint'][:16]}",
-        "teacher": f"{teacher['model']}, {summary['num_classes']:,} classes, weights {teacher['digest'][:16]}",
+        "teacher": f"{teacher['model']}, {summary['num_classes']:,} classes, weights {teacher['digest'][:16]}{sees}",
         "views": ", ".join(f"{key} {value}" for key, value in views.items()),
         "stored": f"{stored:,} views in {shards}",
         "coverage": f"all {wanted:,} that the last run asked for{others}",
