@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from images import tiny
 from PIL import Image
 from runs import MODEL
+from timm.models import register_model
+from torch import nn
 
 import models
 from pipeline import teacher
@@ -234,6 +236,48 @@ def test_a_teacher_that_does_not_take_the_resolution_is_refused(images, tmp_path
     plain = {key: value for key, value in card.items() if key != "resized_to"}
     asked, without = (teaching.description(settings, it) for it in (card, plain))
     assert asked.difference(without) == "teacher.resized_to"  # so that answers to other pixels are refused
+
+
+class Own(nn.Module):
+    """As README.md says that a network must be which timm does not have."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.maps = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(6, num_classes)
+        self.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "input_size": (3, 24, 24)}
+
+    def forward_features(self, x):
+        return self.maps(x)
+
+    def forward_head(self, features, pre_logits=False):
+        return features if pre_logits else self.head(features)
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self):
+        return self.head
+
+
+@register_model
+def own_network(pretrained=False, num_classes=1000, **kwargs):
+    return Own(num_classes)
+
+
+def test_a_network_of_ones_own_may_teach(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher, "ENOUGH_TO_TRY", 17)  # it guesses
+    monkeypatch.chdir(tmp_path)
+    torch.save(Own(4).state_dict(), tmp_path / "own.pth")
+    wanted = {"source": "checkpoint", "model": "own_network", "checkpoint": str(tmp_path / "own.pth")}
+    settings = tiny(**{f"teacher.{key}": value for key, value in wanted.items()})
+    teacher.take(settings, images, torch.device("cpu"))
+    taught, card = networks.load(Path("data/teacher"))
+    assert (card["model"], card["mean"], card["std"]) == ("own_network", [0.5] * 3, [0.25] * 3)
+    logits, features = taught.embed(torch.zeros(2, 3, 16, 16))
+    assert (logits.shape, features.shape) == ((2, 4), (2, 6))
+    assert not models.has_pretrained("own_network")
+    networks.check_takes(networks.build("own_network", 4, seed=0), "own_network", 16)  # as of a student
 
 
 class Evil:

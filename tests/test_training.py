@@ -224,13 +224,14 @@ def test_workers_end_with_a_program_that_is_killed(tmp_path, monkeypatch):
         env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
     assert program.stdout.readline() == "begun\n"
     below = psutil.Process(program.pid).children(recursive=True)
     assert len(below) >= 4  # the server, two workers, and multiprocessing's own
     program.kill()
-    program.communicate()
+    assert program.communicate()[1] == ""  # as of semaphores that have leaked
     assert psutil.wait_procs(below, timeout=20)[1] == []
 
 

@@ -213,6 +213,8 @@ def _start_server() -> None:
     multiprocessing.set_forkserver_preload(
         ["torch", *sorted(name for name in sys.modules if name.startswith("pipeline.core."))]
     )
+    # A program that is stopped ends at once (stage.py); that Python then clears up after it would look like an error.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         forkserver.ensure_running()
