@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
+from scipy.sparse import csr_array
 
 import models
 from pipeline.core import atomic, batches, devices, metrics, networks, report, stage
@@ -228,7 +229,7 @@ def speeds(results: dict[str, Evaluated], device: torch.device, batch_size: int)
     }
 
 
-def per_class(classes: tuple[str, ...], matrices: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+def per_class(classes: tuple[str, ...], matrices: dict[str, csr_array]) -> list[dict[str, Any]]:
     """Give per_class.csv's rows: each class' test images and each network's accuracy on them."""
     accuracy = {name: metrics.class_accuracy(matrix) for name, matrix in matrices.items()}
     images = matrices[STUDENT].sum(axis=1)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_array
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
 
 from pipeline.core import metrics
@@ -94,7 +95,7 @@ def test_confusion_and_class_accuracy_are_scikit_learns():
     logits, labels = logits_and_labels(300, 8)
     predicted = metrics.answers(logits, labels).predicted
     matrix = metrics.confusion(labels, predicted, 8)
-    assert (matrix == confusion_matrix(labels, predicted, labels=np.arange(8))).all()
+    assert (matrix.toarray() == confusion_matrix(labels, predicted, labels=np.arange(8))).all()
     expected = confusion_matrix(labels, predicted, labels=np.arange(8), normalize="true").diagonal()
     assert metrics.class_accuracy(matrix) == pytest.approx(expected)
 
@@ -107,9 +108,15 @@ def test_a_class_without_images_has_no_accuracy():
 
 
 def test_most_confused_leaves_out_what_is_right_and_has_one_order():
-    matrix = np.array([[9, 2, 0], [3, 9, 2], [0, 0, 9]])
+    matrix = csr_array([[9, 2, 0], [3, 9, 2], [0, 0, 9]])
     assert metrics.most_confused(matrix, 10) == [(1, 0, 3), (0, 1, 2), (1, 2, 2)]
     assert metrics.most_confused(matrix, 1) == [(1, 0, 3)]
+
+
+def test_a_confusion_matrix_takes_no_memory_for_pairs_that_there_are_not():
+    matrix = metrics.confusion(np.array([7, 7, 99_999]), np.array([7, 8, 8]), 100_000)  # 80 GB of numbers
+    assert metrics.class_accuracy(matrix)[7] == 0.5
+    assert metrics.most_confused(matrix, 3) == [(7, 8, 1), (99_999, 8, 1)]
 
 
 def test_interval_is_wilsons():

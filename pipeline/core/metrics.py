@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array, csr_array
 from scipy.stats import binomtest
 
 Floats = NDArray[np.float64]
@@ -92,23 +93,24 @@ def ece(diagram: Reliability) -> float:
     return float((diagram.count[filled] * gap).sum() / diagram.count.sum())
 
 
-def confusion(labels: NDArray, predicted: NDArray, classes: int) -> Ints:
-    """Count images by label (row) and predicted class (column): (C, C)."""
-    flat = np.asarray(labels, np.int64) * classes + np.asarray(predicted, np.int64)
-    return np.bincount(flat, minlength=classes * classes).reshape(classes, classes)
+def confusion(labels: NDArray, predicted: NDArray, classes: int) -> csr_array:
+    """Count images by label (row) and predicted class (column): (C, C), sparse, since C may be tens of thousands."""
+    once = np.ones(len(labels), np.int64)
+    return coo_array((once, (labels, predicted)), (classes, classes)).tocsr()
 
 
-def class_accuracy(matrix: Ints) -> Floats:
+def class_accuracy(matrix: csr_array) -> Floats:
     """Share of each class' images that are answered right, from a confusion matrix: (C,); NaN where there is none."""
     with np.errstate(invalid="ignore"):
-        return np.diagonal(matrix) / matrix.sum(axis=1)
+        return matrix.diagonal() / matrix.sum(axis=1)
 
 
-def most_confused(matrix: Ints, most: int) -> list[tuple[int, int, int]]:
+def most_confused(matrix: csr_array, most: int) -> list[tuple[int, int, int]]:
     """List the most frequent confusions: (label, predicted class, count), the most frequent first, then by class."""
-    wrong = matrix - np.diag(np.diagonal(matrix))
-    pairs = [(int(row), int(column), int(wrong[row, column])) for row, column in np.argwhere(wrong)]
-    return sorted(pairs, key=lambda pair: (-pair[2], pair))[:most]
+    counts = matrix.tocoo()
+    triples = zip(counts.row.tolist(), counts.col.tolist(), counts.data.tolist(), strict=True)
+    wrong = [(label, answer, count) for label, answer, count in triples if label != answer]
+    return sorted(wrong, key=lambda pair: (-pair[2], pair))[:most]
 
 
 def interval(right: int, total: int) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 import numpy as np
 from PIL import Image
+from scipy.sparse import csr_array
 
 from pipeline.core import charts, metrics
 from pipeline.core.dataset import SPLITS, ImageSet
@@ -190,7 +191,7 @@ def _chance(p: float) -> str:
     return "below 0.0001" if p < 0.0001 else f"{p:.2g}"
 
 
-def class_rows(matrices: dict[str, np.ndarray], classes: tuple[str, ...]) -> dict[str, Any]:
+def class_rows(matrices: dict[str, csr_array], classes: tuple[str, ...]) -> dict[str, Any]:
     """List classes with each network's accuracy, the student's worst class first; of many classes only those."""
     accuracy = {name: metrics.class_accuracy(matrix) for name, matrix in matrices.items()}
     images = matrices[STUDENT].sum(axis=1)
@@ -244,7 +245,7 @@ def render(
     *,
     classes: tuple[str, ...],
     networks: dict[str, dict[str, Any]],
-    matrices: dict[str, np.ndarray],
+    matrices: dict[str, csr_array],
     diagrams: dict[str, metrics.Reliability],
     paired: tuple[int, int, float],
     errors: list[dict[str, Any]],
@@ -288,7 +289,7 @@ def render(
         intervals=intervals(networks, total),
         verdict=verdict(networks, total, paired),
         reliability={name: charts.reliability(diagram, TITLES[name]) for name, diagram in diagrams.items()},
-        heatmap=charts.heatmap(student, classes) if drawable else "",
+        heatmap=charts.heatmap(student.toarray(), classes) if drawable else "",
         pairs=[(classes[a], classes[b], n) for a, b, n in metrics.most_confused(student, MOST_PAIRS[drawable])],
         by_class=class_rows(matrices, classes),
         curves=curves(networks),
