@@ -209,6 +209,14 @@ def test_a_teacher_that_guesses_is_refused(images, tmp_path, monkeypatch, capsys
     assert f"in order: {', '.join(images.classes)}\n" in said
 
 
+def test_few_images_show_a_teacher_that_is_worse_than_guessing(images, tmp_path, monkeypatch):
+    params, device = taken(tmp_path, monkeypatch, [1.0, 0.0, 0.0, 0.0])
+    monkeypatch.setattr(teacher, "ENOUGH_TO_TRY", 17)
+    monkeypatch.setattr(teacher.training, "validator", lambda *asked: lambda classifier: {"val_top1": 1 / 16})
+    with pytest.raises(ValueError, match=r"guesses: validation top-1 0.0625 of 16 images of 4 classes"):
+        teacher.take(params, images, device)
+
+
 def test_a_taken_teacher_sees_pixels_as_it_was_trained_with(images, tmp_path, monkeypatch):
     params, device = taken(tmp_path, monkeypatch, [0.0] * 4, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
     monkeypatch.setattr(teacher, "ENOUGH_TO_TRY", 17)

@@ -97,7 +97,7 @@ def test_all_that_is_wrong_is_told_in_one_line(data):
         ("views.crop_scale", [0.1, 0.5, 1.0], "views.crop_scale: should be 2 numbers, not 3"),
         ("distill.online", 2, "distill.online: "),
         ("teacher.checkpoint", "mine.safetensors", "set source to checkpoint, or checkpoint to null"),
-        ("student.init", "", "student.init: "),
+        ("student.init", "", "student.init: should not be empty"),
         ("teacher", {"source": "timm", "init": "timm"}, "set source to fit to train it further, or init to null"),
         ("prepare", {"val": None, "test": None, "val_share": 0.5, "test_share": 0.5}, "must be below 1"),
         ("prepare", {"val": None, "test": "test", "val_share": 1.0}, "val_share take all of train"),
