@@ -12,7 +12,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,7 +21,18 @@ from models.networks import BY_NAME, TABLE, Network
 
 VB = ("ResNet18", "ResNet34", "ResNet50", "ResNet101", "ResNet152")
 
-__all__ = ["BY_NAME", "TABLE", "Network", "build", "canonical", "has_pretrained", "macs", "names", "on_meta"]
+__all__ = [
+    "BY_NAME",
+    "TABLE",
+    "Network",
+    "build",
+    "canonical",
+    "has_pretrained",
+    "is_timms",
+    "macs",
+    "names",
+    "on_meta",
+]
 
 
 def names() -> tuple[str, ...]:
@@ -86,6 +97,12 @@ def has_pretrained(name: str) -> bool:
         return False
     known = get_pretrained_cfg(canonical(name))
     return known is not None and known.has_weights
+
+
+def is_timms(name: str) -> bool:
+    """Whether timm itself has a network of this name, with no help from here."""
+    name = name.partition(".")[0]
+    return timm.is_model(name) and model_entrypoint(name).__module__.startswith("timm.")
 
 
 def macs(network: nn.Module, resolution: int) -> int:

@@ -18,9 +18,8 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 # Threads that wait for each other by spinning make stages that run side by side, or beside anything else, several
-# times slower; not spinning at all costs a quarter. So they spin for some microseconds, and then sleep. GNU's OpenMP
-# reads this when torch is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+# times slower. So they spin for some ten microseconds, and then sleep. GNU's OpenMP reads this when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _in_a_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -95,10 +95,13 @@ def try_out(classifier: Classifier, params: Params, images: ImageSet) -> str:
     found, classes = validate(classifier), len(images.classes)
     order = ", ".join(images.classes[:10]) + (", ..." if classes > 10 else "")
     tried, top1 = len(images.rows("val")), found.get("val_top1", 0.0)
-    if tried < ENOUGH_TO_TRY:
+    right = round(tried * top1)
+    # Of few images it is seen only where it does worse than one that guesses, and than one that is right half the time.
+    worse = right < tried / classes and binom.cdf(right, tried, 0.5) < CHANCE
+    if tried < ENOUGH_TO_TRY and not worse:
         known = f": validation top-1 {top1:.4f}" if tried else ""
         return f"{known}; {tried} images are too few to see whether its classes are, as they must be, in order: {order}"
-    if round(tried * top1) <= binom.isf(CHANCE, tried, 1 / classes):
+    if worse or right <= binom.isf(CHANCE, tried, 1 / classes):
         raise ValueError(
             f"{params.teacher.model} guesses: validation top-1 {top1:.4f} of {tried:,} images of {classes} "
             f"classes. Its classes must be these, in this order: {order}; and pixels must be normalised as it was "

@@ -46,8 +46,8 @@ On the {test:,} images of the test split:
 
 - In: `float32`, shape (B, 3, {resolution}, {resolution}), RGB, channels first, any batch size. **Values are 0 to 255,
   as in the image**: the network normalises them itself, so neither divide by 255 nor subtract a mean.
-- An image becomes such an input like this: turned upright by its EXIF tag, converted to 8-bit RGB (transparency on
-  white), the centre square that keeps {crop:.4g} of the shorter side cut out, resized with Pillow's bicubic filter.
+- An image becomes such an input as `pixels_of` below says: turned upright by its EXIF tag, converted to 8-bit RGB
+  (transparency on white), {square} cut out, resized with Pillow's bicubic filter.
 - Out: logits, shape (B, {count}). `softmax` makes probabilities of them, `argmax` a class. The classes, in order:
   {classes}.
 
@@ -67,6 +67,20 @@ import mlflow, torch
 network = mlflow.pytorch.load_model("models:/{name}@champion")
 with torch.inference_mode():
     logits = network(torch.zeros(7, 3, {resolution}, {resolution}))  # (7, {count})
+```
+
+```python
+import numpy as np, torch
+from PIL import Image, ImageOps
+
+def pixels_of(file):  # an image of 8 bits a channel; gives (1, 3, {resolution}, {resolution})
+    image = ImageOps.exif_transpose(Image.open(file)).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    side = {crop:.10g} * min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    square = left, top, left + side, top + side
+    image = image.resize(({resolution}, {resolution}), Image.Resampling.BICUBIC, square)
+    return torch.tensor(np.asarray(image), dtype=torch.float32).permute(2, 0, 1)[None]
 ```
 
 Both are an exported program: it runs on the CPU, and cannot be trained further.
@@ -166,6 +180,7 @@ def model_card(
         lineage: what leads back to data, teacher, labels, settings and commit: the version's tags.
     """
     teacher = params["teacher"]
+    crop = params["views"]["test_crop"]
     known = [f"`{one}`" for one in network["classes"][:MOST_CLASSES]]
     rest = network["num_classes"] - len(known)
     agreement = figures["student"].get("agreement")
@@ -175,7 +190,8 @@ def model_card(
         test=images.get("test", 0),
         results=results(figures),
         resolution=network["resolution"],
-        crop=params["views"]["test_crop"],
+        crop=crop,
+        square="the largest centre square" if crop == 1 else f"a centre square of {crop:.4g} of the shorter side",
         count=network["num_classes"],
         classes=", ".join(known) + (f" and {rest:,} more (`network.json`)" if rest else ""),
         data="\n".join(f"- {count:,} images {SPLITS[split].format(mined=mined)}" for split, count in images.items()),
@@ -199,7 +215,7 @@ def _elsewhere(network: dict[str, Any]) -> str:
     """Say what takes the weights where this project's code is not."""
     model = network["model"].partition(".")[0]
     timm_name = models.BY_NAME[model].timm_name if model in models.BY_NAME else model
-    if timm_name is None:
+    if timm_name is None or not models.is_timms(timm_name):
         return f"nothing takes them: timm has no {model}"
     timm_name = timm_name.partition(".")[0]
     return (

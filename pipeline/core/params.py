@@ -13,6 +13,7 @@ from pipeline.core.sections import Params, nearest
 IN_PLAIN_WORDS = {  # what pydantic says in Python's words
     "tuple_type": "should be a list of numbers",
     "string_type": "should be text",
+    "string_too_short": "should not be empty",
     "int_type": "should be a whole number",
     "int_parsing": "should be a whole number",
     "int_from_float": "should be a whole number",

@@ -98,10 +98,11 @@ def _start(port: int, meanwhile: Callable[[], None]) -> str:
         atexit.register(programs.end, server.pid)
         meanwhile()
         deadline = time.monotonic() + PATIENCE
-        while not _answers(url) and server.poll() is None and time.monotonic() < deadline:
+        while not (answers := _answers(url)) and server.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
-    if server.poll() is not None or not _answers(url):
-        raise ValueError(f"the Prefect server did not start; what it said is in {log}")
+    if not answers or server.poll() is not None:
+        said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        raise ValueError(f"the Prefect server did not start ({said[-1].strip()}); what it said is in {log}")
     return url
 
 

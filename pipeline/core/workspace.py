@@ -73,7 +73,7 @@ def opened(root: Path, changes: dict[str, Any], say: Callable[[str], None]) -> I
         folder = home.joinpath(*root.absolute().parts[1:])
         if not (home / "complete").exists():
             shutil.rmtree(home, ignore_errors=True)
-            say(f"setting up the workspace {folder}")
+            say(f"setting up the workspace {folder}; it goes when a run has ended well, or with `make clean`")
             set_up(root, folder, changes, home / "dvc")
             (home / "complete").touch()
         else:
