@@ -5,6 +5,7 @@ Everything here shares one server: it takes some ten seconds to start.
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -88,6 +89,18 @@ def test_no_proxy_is_asked_for_a_server_on_this_machine(server, monkeypatch):
         monkeypatch.setenv(name, "example.org")
     assert prefect_server.ready() == server  # and no other was started
     assert os.environ["no_proxy"] == "example.org,127.0.0.1,localhost"
+
+
+def test_a_server_whose_port_is_taken_starts_on_another(server, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"did not start \(.*{port}.*\); all that it said is in "):
+            prefect_server._start(port, lambda: None)
+        url = prefect_server._start(port, lambda: None, tries=2)
+    assert str(port) not in url
+    assert prefect_server._answers(url)
 
 
 def test_a_run_is_dvcs_graph(run, client, tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def ready(port: int = 0, meanwhile: Callable[[], None] = lambda: None) -> str:
         if place.hostname not in ("127.0.0.1", "localhost"):
             raise ValueError(f"no Prefect server answers at PREFECT_API_URL={url}: start it, or unset the variable")
         return _start(place.port or 4200, meanwhile)
-    return _start(_free_port(port), meanwhile)
+    return _start(_free_port(port), meanwhile, tries=2)
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def _locked(file: IO[str], kind: int) -> bool:
     return True
 
 
-def _start(port: int, meanwhile: Callable[[], None]) -> str:
+def _start(port: int, meanwhile: Callable[[], None], tries: int = 1) -> str:
     url = f"http://127.0.0.1:{port}/api"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     log = _home() / "server.log"
@@ -100,9 +100,11 @@ def _start(port: int, meanwhile: Callable[[], None]) -> str:
         deadline = time.monotonic() + PATIENCE
         while not (answers := _answers(url)) and server.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
+    if server.poll() is not None and tries > 1:  # another program may have taken the port meanwhile
+        return _start(_free_port(port + 1), lambda: None, tries - 1)
     if not answers or server.poll() is not None:
-        said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-        raise ValueError(f"the Prefect server did not start ({said[-1].strip()}); what it said is in {log}")
+        said = " ".join(log.read_text(errors="replace").splitlines()[-3:]).strip() or "it said nothing"
+        raise ValueError(f"the Prefect server did not start ({said}); all that it said is in {log}")
     return url
 
 
