@@ -201,7 +201,7 @@ def plot(tables: dict[str, list[Measured]], path: Path) -> None:
 
 def draw(axes: "Axes", table: list[Measured]) -> None:
     """Draw one panel."""
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
     kinds = {
         "TinyViT": "s",
@@ -220,9 +220,9 @@ def draw(axes: "Axes", table: list[Measured]) -> None:
         axes.axhline(peer.lost, **line, label="TinyViT's k = 100: its loss, and a quarter of its bytes")
         axes.axvline(peer.size / 4, **line)
     axes.set(xscale="log", yscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_formatter(ScalarFormatter())
-    axes.tick_params(axis="x", which="minor", labelsize=7)
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 if __name__ == "__main__":

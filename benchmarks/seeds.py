@@ -9,9 +9,10 @@ again: remove that folder where the code has changed.
 
 import argparse
 import json
+import os
 import statistics
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
 
 from pipeline.core import params
+from pipeline.core.programs import Programs
 from pipeline.core.sections import Params
 
 COLUMNS = ("top1", "nll", "ece", "errors")
@@ -51,7 +53,11 @@ def run(seed: int, changes: dict, *options: str) -> dict:
     found = known(seed, changes)
     if found is None:
         settings = [f"-S{key}={json.dumps(value)}" for key, value in {**changes, "seed": seed}.items()]
-        subprocess.run([sys.executable, "-m", "pipeline.flow", *settings, *options], check=True)
+        command = [sys.executable, "-m", "pipeline.flow", *settings, *options]
+        with Programs(Path.cwd(), os.environ, grace=10) as programs:  # it ends with this program, however this one ends
+            code = programs.run(command, partial(print, flush=True))
+        if code:
+            sys.exit(f"seed {seed}: the flow ended with exit code {code}; its last lines above say why")
         found = known(seed, changes)
     assert found is not None
     return found

@@ -18,7 +18,7 @@ from pipeline.core.dataset import ImageSet
 
 NAMES = recipes.names(ROOT)
 STAGES = (prepare, teacher, score, mine, cache, baseline, distill, finetune, fixres)
-# What a few shapes on a CPU cannot do as a recipe says: its images, networks, sizes and epochs. All else stays, but for
+# What a few shapes on a CPU cannot do as a recipe says: its images, networks, weights, sizes and epochs. All else stays, but for
 # bfloat16: torch's own weight gradient of a 3x3 convolution over a single pixel is not finite on a CPU now and then.
 SHRUNKEN = {
     **small_settings(),
@@ -29,7 +29,9 @@ SHRUNKEN = {
     "teacher.model": "test_resnet",
     "teacher.source": "fit",
     "teacher.checkpoint": None,
+    "teacher.init": None,
     "student.model": "test_resnet",
+    "student.init": None,
     **{f"{stage}.epochs": 1 for stage in ("teacher", "baseline", "distill")},
     **{f"{stage}.warmup_epochs": 0 for stage in ("teacher", "baseline", "distill", "finetune", "fixres")},
     **dict.fromkeys(
@@ -86,7 +88,7 @@ def test_settings_that_were_published_stay(name):
 
 
 def test_the_recipes_are_these():
-    assert sorted(NAMES) == ["cifar10", "cifar10_small", "digits", "imagenet_ssld", "imagenet_v2"]
+    assert sorted(NAMES) == ["cifar10", "cifar10_small", "digits", "imagenet_ssld", "imagenet_v2", "photos"]
     assert NAMES[0] == "digits"
 
 
@@ -227,7 +229,7 @@ ESTIMATES = [name for name in NAMES if "# Costs, an estimate: teacher" in (ROOT 
 
 
 def test_recipes_that_were_not_run_give_estimates():
-    assert ESTIMATES == ["imagenet_ssld", "imagenet_v2"]
+    assert ESTIMATES == ["imagenet_ssld", "imagenet_v2", "photos"]
 
 
 @pytest.mark.parametrize("name", ESTIMATES)

@@ -108,7 +108,9 @@ def test_a_changed_table_takes_the_place_of_the_one_before(tmp_path):
     assert "loss: {kl: 1.0}" in (toy / "params.yaml").read_text()
 
 
-@pytest.mark.parametrize("text", ["yes", "no", "1:30", "7e-5", "a: b", "'", "null", "{", "2024-13-01", "photos"])
+@pytest.mark.parametrize(
+    "text", ["yes", "no", "1:30", "7e-5", "a: b", "'", "null", "{", "2024-13-01", "a\x85b", "photos"]
+)
 def test_a_text_stays_a_text(tmp_path, text):
     toy = toy_project.make(tmp_path / "toy")
     for changes in ({"prepare.train": text}, {"distill.epochs": 3}):  # what stands there already is kept
@@ -233,6 +235,17 @@ def test_going_on_leaves_the_folders_alone_that_were_linked(tmp_path):
         "a.txt": "edited",
         "b.txt": "not tracked",
     }
+
+
+def test_what_stopped_runs_keep_is_told(tmp_path):
+    toy, said = toy_project.make(tmp_path), []
+    with failing(opened(toy)) as folder, (folder / "large").open("wb") as file:
+        file.write(bytes(60_000_000))
+    with failing(opened(toy, {"distill.epochs": 4}, said)):
+        pass
+    assert [line for line in said if "other" in line] == [
+        "other workspaces, of runs that are stopped or at work: 1, 0.1 GB"
+    ]
 
 
 def test_a_half_made_workspace_is_made_anew(reproduced):

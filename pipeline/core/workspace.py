@@ -12,6 +12,7 @@ settings than the tree has, its results are where the new one begins, so that it
 workspace stays when its run fails or is cancelled, and goes when a run has ended well.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -21,7 +22,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import mode
 from typing import Any
@@ -52,7 +52,7 @@ def check(root: Path, changes: dict[str, Any]) -> Params:
     return params.check(_changed(root, changes), "params.yaml with the changes")
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(root: Path, changes: dict[str, Any], say: Callable[[str], None]) -> Iterator[Path]:
     """Give the folder in which a run with these changes works; without changes, the user's tree itself.
 
@@ -74,6 +74,9 @@ def opened(root: Path, changes: dict[str, Any], say: Callable[[str], None]) -> I
         if not (home / "complete").exists():
             shutil.rmtree(home, ignore_errors=True)
             say(f"setting up the workspace {folder}; it goes when a run has ended well, or with `make clean`")
+            if others := [other for other in home.parent.iterdir() if other.is_dir() and other != home]:
+                gigabytes = sum(map(_bytes, others)) / 1e9
+                say(f"other workspaces, of runs that are stopped or at work: {len(others)}, {gigabytes:.1f} GB")
             set_up(root, folder, changes, home / "dvc")
             (home / "complete").touch()
         else:
@@ -220,7 +223,7 @@ def unlink_inputs(folder: Path) -> None:
         link.unlink()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _only_user(file: Path, say: Callable[[str], None]) -> Iterator[None]:
     with file.open("w") as lock:
         try:
@@ -268,7 +271,17 @@ def _text(to: RoundTripRepresenter, value: str) -> ScalarNode:
         read = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError):  # the latter of a month 13
         read = None
-    return to.represent_scalar("tag:yaml.org,2002:str", value, style=None if read == value else "'")
+    return to.represent_scalar("tag:yaml.org,2002:str", value, style=None if read == value else '"')
+
+
+def _bytes(folder: Path) -> int:
+    """What a folder takes on the disk; what is linked to does not count."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # a run is at work there
+                total += os.lstat(os.path.join(place, name)).st_blocks * 512
+    return total
 
 
 def _texts(value: Any) -> list[str]:
