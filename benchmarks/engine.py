@@ -90,7 +90,7 @@ class BareLoop:
         self.device = devices.join(how(arguments)).device
         self.bfloat16 = arguments.precision == "bfloat16"
         network = networks.build(arguments.model, CLASSES, seed=0)
-        small_maps.use_convolutions(network)
+        small_maps.restore_convolutions(network)
         self.network = network.to(self.device, memory_format=torch.channels_last).train()
         self.forward = torch.compile(self.network) if arguments.compile else self.network
         self.optimizer = torch.optim.AdamW(self.network.parameters(), fused=True)

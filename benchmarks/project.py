@@ -58,7 +58,7 @@ class Project:
         assert self.classifier.resized_to is None, "timm's task shows both networks the same pixels"
         teacher = copy.deepcopy(self.classifier.network)
         for network in (student, teacher):
-            small_maps.use_convolutions(network)
+            small_maps.restore_convolutions(network)
         task = LogitDistillationTask(
             student.network, teacher, torch.nn.CrossEntropyLoss(), task_loss_weight=0.0, verbose=False
         ).to(self.device)

@@ -76,7 +76,7 @@ class Work(NamedTuple):
     def student_of_a_peer(self) -> Classifier:
         """The same first weights, with torch's convolutions."""
         student = self.student()
-        small_maps.use_convolutions(student)
+        small_maps.restore_convolutions(student)
         return student
 
     @property
@@ -322,7 +322,7 @@ def main() -> None:
             work = Work(settings, images, rows, Path(folder), teacher, card, test)
             for name, way in ways.items():
                 torch.manual_seed(seed)
-                (small_maps.use_products if way is ours else small_maps.use_convolutions)(teacher)
+                (small_maps.replace_convolutions if way is ours else small_maps.restore_convolutions)(teacher)
                 found[name].append(way(work))
                 last = found[name][-1]
                 print(

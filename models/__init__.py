@@ -4,6 +4,8 @@
     models.names()                                  what this project adds to timm
     models.canonical("ResNet50_vd")                 what timm calls it: "resnet50d"
 
+Networks that neither has go into own.py.
+
 `python -m models` prints the table of networks, `python -m models.import_paddle` reads PaddleClas' weights.
 """
 
@@ -17,6 +19,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from models import own  # noqa: F401  for the names that it registers
 from models.networks import BY_NAME, TABLE, Network
 
 VB = ("ResNet18", "ResNet34", "ResNet50", "ResNet101", "ResNet152")
@@ -27,7 +30,9 @@ __all__ = [
     "Network",
     "build",
     "canonical",
+    "classifier_of",
     "has_pretrained",
+    "is_own",
     "is_timms",
     "macs",
     "names",
@@ -78,11 +83,20 @@ def build(name: str, num_classes: int = 1000, pretrained: bool = False, **kwargs
         kwargs: for timm's network, such as `drop_path_rate` or `layers`.
 
     Raises:
-        ValueError: no such network; or pretrained weights that do not exist or cannot be had.
+        ValueError: no such network; or pretrained weights that do not exist or cannot be had; or a function of one's
+            own that does not build one.
     """
     canonical(name)
     try:
-        return timm.create_model(_spelt(name), pretrained=pretrained, num_classes=num_classes, **kwargs)
+        network = timm.create_model(_spelt(name), pretrained=pretrained, num_classes=num_classes, **kwargs)
+        return network.train()  # a function of one's own may have forgotten to give a network
+    except (AttributeError, TypeError) as error:
+        if not is_own(name):
+            raise
+        raise ValueError(
+            f"{name} cannot be built: {error}; its function takes (pretrained=False, num_classes=1000, **kwargs), as "
+            "timm calls it, and gives a network"
+        ) from None
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
@@ -103,6 +117,22 @@ def is_timms(name: str) -> bool:
     """Whether timm itself has a network of this name, with no help from here."""
     name = name.partition(".")[0]
     return timm.is_model(name) and model_entrypoint(name).__module__.startswith("timm.")
+
+
+def is_own(name: str) -> bool:
+    """Whether a network is neither timm's nor of this project's table, but the user's."""
+    base = _spelt(name).partition(".")[0]
+    return base not in BY_NAME and not is_timms(base)
+
+
+def classifier_of(network: nn.Module) -> Any:
+    """Give the layer that makes logits of features: what timm's `get_classifier` says, else the last nn.Linear.
+
+    Some of timm's networks have several, a tuple; without any it is None.
+    """
+    if callable(ask := getattr(network, "get_classifier", None)):
+        return ask()
+    return next((module for module in reversed([*network.modules()]) if isinstance(module, nn.Linear)), None)
 
 
 def macs(network: nn.Module, resolution: int) -> int:

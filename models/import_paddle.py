@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import models
 from models.paddle_pickle import read_arrays
-from pipeline.core.networks import save_weights
+from pipeline.core import weights
 
 UNIT = r"\.(?:_?conv\.(?P<conv>weight)|(?:_?bn|_batch_norm)\.(?P<norm>weight|bias|_mean|_variance))"
 STEM = re.compile(r"(?:stem\.(?P<from0>\d)|conv1_(?P<from1>\d)|conv1|conv|_conv_stem)" + UNIT)
@@ -176,7 +176,7 @@ def import_file(file: Path, model: str, output: Path) -> str:
     with file.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     # One entry of metadata: the order of several is not always the same.
-    save_weights(output, state, {"imported": f"{model} from {file.name}, SHA-256 {digest}"})
+    weights.save(output, state, {"imported": f"{model} from {file.name}, SHA-256 {digest}"})
     parameters = sum(p.numel() for p in network.parameters())
     return f"{output}: {model}, {len(arrays)} tensors, {parameters:,} parameters, {classes:,} classes"
 

@@ -261,12 +261,12 @@ def set_aside_others(folder: Path, scratch: Path, description: Description) -> N
         (scratch / name).mkdir(exist_ok=True)
         shutil.move(path, scratch / name / path.name)
     if others:
-        print(f"cache: {len(others):,} shards of another teacher or other views are set aside in {scratch}", flush=True)
+        print(f"cache: shards of another teacher or other views, set aside in {scratch}: {len(others):,}", flush=True)
     back = list((scratch / description.fingerprint).glob("*.sl"))
     for path in back:
         shutil.move(path, folder / path.name)
     if back:
-        print(f"cache: {len(back):,} shards of this teacher and these views were there from before", flush=True)
+        print(f"cache: shards of this teacher and these views from before: {len(back):,}", flush=True)
 
 
 if __name__ == "__main__":

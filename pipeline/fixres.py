@@ -8,6 +8,7 @@ data/finetune. Writes data/fixres: weights.safetensors, network.json, history.cs
 import copy
 from pathlib import Path
 
+import models
 from pipeline.core import devices, networks, stage, training
 from pipeline.core.batches import Views
 from pipeline.core.dataset import ImageSet
@@ -23,7 +24,7 @@ def run(params: Params) -> None:
         name="fixres",
         recipe=params.fixres,
         classifier=classifier,
-        part=classifier.network.get_classifier(),
+        part=models.classifier_of(classifier.network),
         rows=images.rows("labelled"),
         views=Views(images, None, resolution, params.views.test_crop),
         loss=training.labelled_loss(images, images.labels, params.fixres.label_smoothing),

@@ -165,7 +165,8 @@ def sizes(settings: Params, counts: Counts) -> dict[str, float]:
     scored = counts.unlabelled + counts.val + counts.test
     views = soft_labels(settings, counts)
     index = KEY.itemsize + (4 if views < 2**32 else 8)  # a view's key and its position
-    each = 4 * counts.classes + 2 * teacher.num_features + THUMBNAIL  # logits float32, embeddings float16
+    features = next(models.classifier_of(teacher).parameters()).shape[1]
+    each = 4 * counts.classes + 2 * features + THUMBNAIL  # logits float32, embeddings float16
     return {
         "data/prepare, the images once more": 1000 * counts.image_kb * (counts.labelled + scored),
         "data/score, logits, embeddings and thumbnails": scored * each,

@@ -35,6 +35,7 @@ from pipeline.core.views import render_test
 FOLDER = Path("data/score")
 SCORED = stage.SCRATCH / "scored"  # what the last run wrote, and answers.json, which says whose answers those are
 PART_IMAGES = 4096  # images scored between two files: what a killed run loses at most
+LARGEST = float(np.finfo(np.float16).max)
 COLUMNS = ("ids", "logits", "embeddings", "thumbnails")
 
 
@@ -68,9 +69,10 @@ def bring_up_to_date(params: Params, processes: Processes) -> None:
     """Score the images that the last run did not; the first of several processes writes data/score, with the others."""
     images = ImageSet.open(Path("data/prepare"))
     classifier, card = networks.load(Path("data/teacher"), processes.device)
-    teacher = [card["digest"], card["mean"], card["std"], card.get("resized_to"), params.teacher.precision]
+    network = [card["model"], card["digest"], card["mean"], card["std"], card.get("resized_to")]
     libraries = [version(name) for name in ("torch", "timm", "pillow", "simplejpeg")]
-    asked = [*teacher, params.views.resolution, params.views.test_crop, *libraries, stage.code_digest()]
+    views = [params.views.resolution, params.views.test_crop]
+    asked = [*network, params.teacher.precision, *views, *libraries, stage.code_digest()]
     answers = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     rows = np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])
     devices.wait_for_all(processes)  # until no other run writes what is read here
@@ -146,7 +148,12 @@ def score_parts(
                 answers.append([*(tensor.float().cpu().numpy() for tensor in answer), small.numpy()])
                 progress.update(len(pixels))
             logits, embeddings, small = (np.concatenate(column) for column in zip(*answers, strict=True))
-            columns = (images.ids[part], logits, embeddings.astype(np.float16), small)
+            if not np.isfinite(logits).all():
+                wrong = images.source(part[~np.isfinite(logits).all(1)][0])
+                raise ValueError(f"the teacher's logits of {wrong} are not finite; teacher.precision: float32 may help")
+            # What is beyond float16 becomes its largest number, which to `mine` is as far out as the number itself.
+            embeddings = embeddings.clip(-LARGEST, LARGEST).astype(np.float16)
+            columns = (images.ids[part], logits, embeddings, small)
             with atomic.replacing(_file(folder, number)) as beside, beside.open("wb") as file:
                 np.savez(file, **dict(zip(COLUMNS, columns, strict=True)))
     devices.wait_for_all(processes)

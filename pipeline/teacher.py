@@ -5,13 +5,14 @@ network.json, and history.csv, a line an epoch where it was fitted. Run: python 
 """
 
 import csv
+import math
 from pathlib import Path
 
 import torch
 from scipy.stats import binom
 
 import models
-from pipeline.core import atomic, devices, networks, stage, training
+from pipeline.core import atomic, devices, networks, stage, training, weights
 from pipeline.core.batches import Views
 from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
@@ -71,10 +72,13 @@ def take(params: Params, images: ImageSet, device: torch.device) -> None:
             )
     else:
         network = models.build(wanted.model, num_classes=classes)
-        networks.load_weights(network, Path(wanted.checkpoint))
-    listed = network.pretrained_cfg
-    classifier = Classifier(network, wanted.mean or listed["mean"], wanted.std or listed["std"], wanted.resolution)
-    networks.check_takes(classifier, wanted.model, params.views.resolution, networks.RESIZE_TEACHER)
+        weights.load(network, Path(wanted.checkpoint))
+    listed = networks.normalisation(network) or (None, None)
+    mean, std = wanted.mean or listed[0], wanted.std or listed[1]
+    if mean is None or std is None:
+        raise ValueError(f"{wanted.model} does not say how its pixels are normalised: set teacher.mean and teacher.std")
+    classifier = Classifier(network, mean, std, wanted.resolution)
+    networks.check_takes(classifier, wanted.model, params.views.resolution, classes, networks.RESIZE_TEACHER)
     tried = try_out(classifier.to(device), params, images)
     card = {"model": wanted.model, "source": wanted.source, "classes": list(images.classes)}
     with stage.only_writer("teacher"), atomic.replacing_folder(Path("data/teacher")) as folder:
@@ -89,12 +93,15 @@ def try_out(classifier: Classifier, params: Params, images: ImageSet) -> str:
     """Say how good a teacher is that was made elsewhere, in validation top-1; with too few images, what must be true.
 
     Raises:
-        ValueError: it guesses, so its classes stand in another order, or its pixels were normalised otherwise.
+        ValueError: it guesses, so its classes stand in another order, or its pixels were normalised otherwise; or what
+            it answers is not finite.
     """
     validate = training.validator(params, images, params.views.resolution, Processes(classifier.mean.device))
     found, classes = validate(classifier), len(images.classes)
     order = ", ".join(images.classes[:10]) + (", ..." if classes > 10 else "")
     tried, top1 = len(images.rows("val")), found.get("val_top1", 0.0)
+    if not math.isfinite(found.get("val_nll", 0.0)):
+        raise ValueError(f"{params.teacher.model}: its answers to validation images are not finite")
     right = round(tried * top1)
     # Of few images it is seen only where it does worse than one that guesses, and than one that is right half the time.
     worse = right < tried / classes and binom.cdf(right, tried, 0.5) < CHANCE

@@ -21,7 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import narrow
-from pipeline.core import atomic, dataset, devices, engine, networks, params, stage, training
+from pipeline.core import atomic, dataset, devices, engine, networks, params, stage, training, weights
 from pipeline.core.batches import EVERY_REPLICA, TrainingOrder, Views, in_order, load
 from pipeline.core.dataset import ImageSet
 from pipeline.core.networks import Classifier
@@ -195,7 +195,7 @@ def network(kind: str, depth: int, seed: int, settings: Settings, data: Data) ->
             networks.save(folder, classifier, card)
             atomic.write_json(folder / "history.json", run.history)
     shutil.rmtree(checkpoints, ignore_errors=True)
-    networks.load_weights(classifier.network, kept / "weights.safetensors")
+    weights.load(classifier.network, kept / "weights.safetensors")
     classifier.to(devices.join(data.params.machine).device)
     return classifier.eval(), json.loads((kept / "history.json").read_text())
 

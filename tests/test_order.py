@@ -38,6 +38,8 @@ def test_processes_share_out_each_batch():
     assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in whole]
     of_order = TrainingOrder(Fourteen, np.arange(14), 4, 0, 0, 1, 2)
     assert [of_order.whole_batch(step)[0].tolist() for step in (5, 0)] == [whole[5], whole[0]]
+    with pytest.raises(ValueError, match=r"evenly to 5 processes; set machine.processes to a smaller number$"):
+        TrainingOrder(Fourteen, np.arange(4), 8, 0, 0, 0, 5)
     with pytest.raises(ValueError, match=r"evenly to 3 processes; set the stage's batch_size to 3, or machine.pro"):
         TrainingOrder(Fourteen, np.arange(14), 4, 0, 0, 0, 3)
     with pytest.raises(

@@ -18,8 +18,7 @@ from pipeline.core.dataset import ImageSet
 
 NAMES = recipes.names(ROOT)
 STAGES = (prepare, teacher, score, mine, cache, baseline, distill, finetune, fixres)
-# What a few shapes on a CPU cannot do as a recipe says: its images, networks, weights, sizes and epochs. All else stays, but for
-# bfloat16: torch's own weight gradient of a 3x3 convolution over a single pixel is not finite on a CPU now and then.
+# What a few shapes on a CPU cannot do as a recipe says: its images, networks, weights, sizes and epochs.
 SHRUNKEN = {
     **small_settings(),
     "prepare.train": "train",
@@ -34,9 +33,6 @@ SHRUNKEN = {
     "student.init": None,
     **{f"{stage}.epochs": 1 for stage in ("teacher", "baseline", "distill")},
     **{f"{stage}.warmup_epochs": 0 for stage in ("teacher", "baseline", "distill", "finetune", "fixres")},
-    **dict.fromkeys(
-        [f"{stage}.precision" for stage in ("teacher", "baseline", "distill", "finetune", "fixres")], "float32"
-    ),
 }
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from student_project import CLASSES, NAME, RESOLUTION, ROOT, Project, make_network, put_student, write_images
 
 from pipeline import register
-from pipeline.core import card, images, networks, registry, store, views
+from pipeline.core import card, images, networks, registry, store, views, weights
 from pipeline.core import params as settings
 from pipeline.core.batches import Views, in_order
 
@@ -134,7 +134,7 @@ def test_a_version_leads_back_and_has_everything_beside_it(project, capfd):
     version = client.get_model_version_by_alias(NAME, "champion")
     assert version.version in ("1", 1)
     assert set(version.aliases) == {"champion", "challenger"}
-    digest = networks.file_digest(project.data / "fixres" / "weights.safetensors")
+    digest = weights.file_digest(project.data / "fixres" / "weights.safetensors")
     assert (
         version.tags.items()
         >= {
@@ -156,7 +156,7 @@ def test_a_version_leads_back_and_has_everything_beside_it(project, capfd):
     import mlflow.artifacts
 
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/{NAME}/1", tracking_uri=client.tracking_uri))
-    assert networks.file_digest(folder / "weights.safetensors") == digest
+    assert weights.file_digest(folder / "weights.safetensors") == digest
     names = {"MLmodel", "README.md", "network.json", "report.html", "metrics.json", "params.yaml", "dvc.lock"}
     assert names <= {file.name for file in folder.iterdir()}
     classifier, _ = networks.load(folder)
@@ -328,7 +328,7 @@ def test_differ():
     [
         ("ResNet50_vd", 'timm.create_model("resnet50d", num_classes=10)` takes them'),
         ("ResNet18_vd", "nothing takes them: timm has no ResNet18_vd"),
-        ("own_network_of_the_register", "nothing takes them: timm has no own_network"),
+        ("own_network_of_the_register", "code of its makers takes them: `own_network_of_the_register`"),
         ("resnet18d.ra2_in1k", 'timm.create_model("resnet18d", num_classes=10)` takes them'),
     ],
 )

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cached_project import go
 from images import write_folder
 
 from pipeline import prepare, score
+from pipeline.core import networks
 from pipeline.core.dataset import ImageSet
+from pipeline.core.networks import Classifier
 
 
 def scores():
@@ -44,13 +47,47 @@ def test_a_grown_pool_is_scored_where_it_has_grown(cached_project, capsys):
     assert before != grown
 
 
+def test_another_network_with_the_same_weights_is_asked_anew(cached_project, monkeypatch, capsys):
+    """Some of timm's networks have the same keys and shapes: mobilenetv3_small_100 and tf_mobilenetv3_small_100."""
+    go(score)
+    load = networks.load
+
+    def of_another_name(*arguments):
+        classifier, card = load(*arguments)
+        return classifier, {**card, "model": f"tf_{card['model']}"}
+
+    monkeypatch.setattr(networks, "load", of_another_name)
+    capsys.readouterr()
+    go(score)
+    assert "scored already" not in capsys.readouterr().out
+
+
+def test_answers_that_are_not_finite_are_refused_and_large_features_kept_in_range(cached_project, monkeypatch):
+    embed = Classifier.embed
+    monkeypatch.setattr(
+        Classifier, "embed", lambda self, pixels: (embed(self, pixels)[0], torch.full((len(pixels), 3), 1e6))
+    )
+    shutil.rmtree(".scratch/scored", ignore_errors=True)
+    go(score)
+    assert (np.load("data/score/embeddings.npy") == 65504).all()
+    shutil.rmtree(".scratch/scored")
+    monkeypatch.setattr(
+        Classifier, "embed", lambda self, pixels: (embed(self, pixels)[0] * torch.nan, pixels.flatten(1))
+    )
+    with pytest.raises(ValueError, match=r"^the teacher's logits of .*\.png are not finite"):
+        go(score)
+    shutil.rmtree(".scratch/score")
+
+
 @pytest.mark.parametrize("damaged", ["logits.npy", "answers.json", "ids.npy"])
 def test_damaged_scores_are_asked_for_again(cached_project, capsys, damaged):
     go(score)
     before = scores()
     capsys.readouterr()
     go(score)
-    assert "0 images to ask" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "0 images to ask" in said.out
+    assert "0/0" not in said.err
     assert scores() == before
     file = Path(".scratch/scored", damaged)
     content = bytearray(file.read_bytes())

@@ -1,10 +1,11 @@
-"""Convolutions of small maps as matrix products: what torch's convolutions give, to rounding."""
+"""Convolutions of small maps: what torch's give, to rounding, and all of the gradient."""
 
 import itertools
 import warnings
 
 import pytest
 import torch
+from timm.layers import Conv2dSame, ScaledStdConv2d
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,7 +37,7 @@ def both_ways(how, bias, size, batch, memory_format):
     one = nn.Conv2d(6, 4, bias=bias, **how).double()
     other = nn.Conv2d(6, 4, bias=bias, **how).double()
     other.load_state_dict(one.state_dict())
-    small_maps.use_products(other)
+    small_maps.replace_convolutions(other)
     assert type(other) is SmallMapConv2d
     x = torch.randn(batch, 6, *size, dtype=torch.float64).to(memory_format=memory_format)
     found = []
@@ -69,7 +70,7 @@ def layers():
     """A 3 x 3 and a 1 x 1 convolution that compute small maps in the other way."""
     found = nn.Conv2d(6, 4, 3, padding=1), nn.Conv2d(6, 4, 1)
     for layer in found:
-        small_maps.use_products(layer)
+        small_maps.replace_convolutions(layer)
     return found
 
 
@@ -104,7 +105,7 @@ def test_a_network_gives_what_timms_does(name):
     pixels = torch.randint(0, 256, (4, 3, 32, 32)).double()
     given = network(pixels)
     assert any(type(module) is SmallMapConv2d for module in network.modules())
-    small_maps.use_convolutions(network)
+    small_maps.restore_convolutions(network)
     assert not any(type(module) is SmallMapConv2d for module in network.modules())
     torch.testing.assert_close(given, network(pixels), rtol=1e-9, atol=1e-12)
 
@@ -124,9 +125,43 @@ def test_under_autocast_both_ways_answer_in_bfloat16_and_add_gradients_up_in_flo
         assert (layer.weight.grad - exact).norm() < 0.01 * exact.norm()
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, Conv2dSame, ScaledStdConv2d])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 2), (7, 2), (3, 4), ((3, 1), (2, 1))])
+def test_all_of_a_gradient_is_written_where_a_step_is_longer_than_the_map(kind, kernel, stride):
+    """torch leaves in bfloat16 what was in the memory, which is NaN here."""
+    torch.manual_seed(0)
+    padding = tuple(side // 2 for side in kernel) if isinstance(kernel, tuple) else kernel // 2
+    for groups, batch, side in itertools.product((1, 4), (1, 8), (1, 2, 3)):
+        layer = nn.Sequential(kind(64, 32, kernel, stride=stride, padding=padding, groups=groups))
+        layer = layer.to(memory_format=torch.channels_last)
+        small_maps.replace_convolutions(layer)
+        pixels, found = torch.randn(batch, 64, side, side).to(memory_format=torch.channels_last), []
+        for low in (True, False):
+            layer.zero_grad()
+            left = [torch.full((layer[0].weight.numel() * n,), torch.nan, dtype=torch.bfloat16) for n in (1, 2, 4)]
+            del left
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                y = layer(pixels)
+            assert (y.dtype == torch.bfloat16) == low
+            (y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+            found.append(layer[0].weight.grad)
+        assert (found[0] - found[1]).norm() <= 0.02 * found[1].norm() + 1e-6, (groups, batch, side)
+
+
+def test_every_kind_of_convolution_is_itself_again():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), Conv2dSame(4, 4, 3), ScaledStdConv2d(4, 4, 3), nn.Conv1d(4, 4, 3))
+    kinds = [type(module) for module in network]
+    for _ in range(2):  # the second time there is nothing to do
+        small_maps.replace_convolutions(network)
+    replaced = [type(module) for module in network]
+    assert [new is old for new, old in zip(replaced, kinds, strict=True)] == [False, False, False, True]
+    small_maps.restore_convolutions(network)
+    assert [type(module) for module in network] == kinds
+
+
 def test_gradients_lie_as_the_weights_do_so_that_several_processes_need_not_copy_them(layers, alone):
     network = nn.Sequential(layers[1], nn.Conv2d(4, 6, 1, bias=False), layers[0]).to(memory_format=torch.channels_last)
-    small_maps.use_products(network)
+    small_maps.replace_convolutions(network)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # DDP's, of strides
         DistributedDataParallel(network)(torch.randn(8, 6, 2, 2)).sum().backward()

@@ -46,7 +46,7 @@ def test_a_run_that_has_not_ended_stays_and_is_named(folder, tmp_path, capsys):
     begin(folder, "checkpoint")
     begin(tmp_path / "other")
     assert (folder / "checkpoint").exists()
-    assert "1 unfinished runs" in capsys.readouterr().out
+    assert f"stay in {tmp_path}: 1; `make clean` removes them" in capsys.readouterr().out
 
 
 def test_a_run_that_begins_again_has_not_ended(folder, tmp_path):
@@ -89,7 +89,7 @@ def said(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["distill"])
     monkeypatch.setattr(stage.settings, "load", lambda path: tiny())
     monkeypatch.setattr(stage, "_exit", sys.exit)
-    monkeypatch.setattr(stage, "signal", SimpleNamespace(SIGTERM=signal.SIGTERM, signal=lambda *arguments: None))
+    monkeypatch.setattr(stage, "signal", SimpleNamespace(SIGTERM=15, SIG_IGN=1, signal=lambda *arguments: None))
 
     def say(work):
         with pytest.raises(SystemExit):

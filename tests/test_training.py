@@ -123,6 +123,21 @@ def test_only_the_part_is_trained(images, tmp_path):
     assert changed == {"network.fc.weight", "network.fc.bias"}
 
 
+def test_weights_that_the_last_step_spoilt_are_not_kept(images, tmp_path):
+    """The loss of a step is that of the weights before it: only a look at the weights finds what the last one did."""
+    training = run(images, tmp_path, machine={"checkpoint_seconds": 0}, epochs=1)
+    for step in training.step_by_step():
+        if step == training.steps - 1:
+            break
+    kept = checkpoints.files(tmp_path)
+    with torch.no_grad():
+        training.classifier.network.fc.bias[0] = torch.nan
+    training._save()
+    assert checkpoints.files(tmp_path) == kept != []
+    with pytest.raises(ValueError, match=r"^weights are not finite after step \d of \d, though its loss was; a sm"):
+        training._end_epoch()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_samples(images, tmp_path):
     real = labelled_loss(images, images.labels, 0.1)
     steps = iter(range(100))

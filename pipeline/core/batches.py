@@ -138,10 +138,12 @@ class TrainingOrder:
             )
         if world > 1 and self.batch_size % (world * parts):
             each, shares = f" in {parts} parts each" if parts > 1 else "", world * parts
+            even = self.batch_size // shares * shares
+            other = f"{'its accumulate or ' if each else ''}machine.processes to"
+            mend = f"the stage's batch_size to {even}, or {other} another" if even else f"{other} a smaller"
             raise ValueError(
-                f"a batch of {self.batch_size} images cannot be shared out evenly to {world} processes{each}; set the "
-                f"stage's batch_size to {self.batch_size // shares * shares or shares}, or "
-                f"{'its accumulate or ' if each else ''}machine.processes to another number"
+                f"a batch of {self.batch_size} images cannot be shared out evenly to {world} processes{each}; "
+                f"set {mend} number"
             )
         self.seed, self.replicas, self.rank, self.world, self.parts = seed, replicas, rank, world, parts
         self.steps_per_epoch = len(rows) // self.batch_size

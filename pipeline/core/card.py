@@ -214,8 +214,10 @@ def _teacher(settings: dict[str, Any]) -> str:
 def _elsewhere(network: dict[str, Any]) -> str:
     """Say what takes the weights where this project's code is not."""
     model = network["model"].partition(".")[0]
+    if models.is_own(model):
+        return f"code of its makers takes them: `{model}`, in `models/own.py` of that commit"
     timm_name = models.BY_NAME[model].timm_name if model in models.BY_NAME else model
-    if timm_name is None or not models.is_timms(timm_name):
+    if timm_name is None:
         return f"nothing takes them: timm has no {model}"
     timm_name = timm_name.partition(".")[0]
     return (

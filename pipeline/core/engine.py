@@ -101,7 +101,7 @@ class Run:
         """Train from the checkpoint, or from the start, to the end; return each epoch's figures.
 
         Raises:
-            ValueError: the loss is not finite any more; it names the step and the samples.
+            ValueError: the loss is not finite any more; it names the step and the samples. Or the weights are not.
             KeyboardInterrupt: it was stopped; a checkpoint was written, but where a validation had begun or other
                 processes take part: then what came after the last one is done again.
         """
@@ -223,6 +223,9 @@ class Run:
 
     def _end_epoch(self) -> None:
         self._check_losses()
+        if not self._weights_are_finite():  # of which no loss speaks where the last step made them so
+            where = f"after step {self.step:,} of {self.steps:,}"
+            raise ValueError(f"weights are not finite {where}, though its loss was; {self._remedy()}")
         self.cost = self.meter.figures(self.order.batch_size)
         mean = torch.stack(self.losses).mean()
         epoch = self.step // self.order.steps_per_epoch
@@ -257,9 +260,16 @@ class Run:
         some = ", ".join(f"{images.ids[row]:016x}" for row in rows[:4])
         raise ValueError(
             f"the loss is not finite at step {first:,} of {self.steps:,}, whose batch is {some}"
-            f"{', ...' if len(rows) > 4 else ''} ({listed} names all {len(rows)} samples); a smaller {self.what}.lr "
-            f"(now {self.recipe.lr}), a longer warm-up, or float32 may help"
+            f"{', ...' if len(rows) > 4 else ''} ({listed} names all {len(rows)} samples); {self._remedy()}"
         )
+
+    def _remedy(self) -> str:
+        return f"a smaller {self.what}.lr (now {self.recipe.lr}), a longer warm-up, or float32 may help"
+
+    def _weights_are_finite(self) -> bool:
+        """Whether all that the network has learned, its statistics included, is finite."""
+        learned = [value for value in self.classifier.state_dict().values() if value.is_floating_point()]
+        return bool(torch.stack([value.isfinite().all() for value in learned]).all())
 
     def _note(self) -> str:
         """What stands at the end of the progress line: the epoch, how good it is, and what a step costs."""
@@ -280,8 +290,8 @@ class Run:
         return devices.profiled(self.device, self.machine.profile_steps, file)
 
     def _save(self) -> None:
-        """Write a checkpoint, unless a loss is not finite: then all processes stop together, at their next look."""
-        if not self.processes.first() or not self._finite().all():
+        """Write a checkpoint, unless a loss or a weight is not finite: at their next look, all processes stop."""
+        if not self.processes.first() or not self._finite().all() or not self._weights_are_finite():
             return
         state = {
             "step": self.step,

@@ -7,30 +7,27 @@ else the stage that made it has to say).
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import models
-from pipeline.core import atomic, small_maps
+from pipeline.core import atomic, small_maps, weights
 from pipeline.core.sections import TIMM
 
-WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every key
 RESIZE_TEACHER = ": set teacher.resolution to that"  # what to do where a teacher does not take the views' size
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Classifier(nn.Module):
-    """A timm network that takes pixels as they are, and resizes, where it must, and normalises them itself.
+    """A network that takes pixels as they are, and resizes, where it must, and normalises them itself.
 
     Args:
-        network: a timm classifier.
+        network: a classifier: timm's, or any that `models.build` makes.
         mean, std: of each colour channel, for pixels scaled to 0..1.
         resized_to: pixels a side that images are resized to, where the network is to see others than it is given.
     """
@@ -60,13 +57,25 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Give logits (B, C) for pixels (B, 3, H, W), 0 to 255."""
-        return self.network(self.normalise(self.resize(pixels)))
+        return _logits(self.network(self.normalise(self.resize(pixels))))
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Give logits (B, C) and the features (B, D) that the classifier sees."""
-        maps = self.network.forward_features(self.normalise(self.resize(pixels)))
-        features = self.network.forward_head(maps, pre_logits=True)
-        return self.network.forward_head(maps), features.flatten(1)
+        """Give logits (B, C) and the features (B, D) that the last layer sees."""
+        seen: list[Tensor] = []
+        last = models.classifier_of(self.network)
+        hook = last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        try:
+            logits = self(pixels)
+        finally:
+            hook.remove()
+        return logits, seen[-1].flatten(1)
+
+
+def _logits(answer: Any) -> Tensor:
+    """Take the logits out of what a network answers: a tensor, or what has one as `logits`, or first."""
+    if isinstance(answer, Mapping):
+        return answer["logits"]
+    return answer[0] if isinstance(answer, tuple | list) else getattr(answer, "logits", answer)
 
 
 def build(name: str, num_classes: int, seed: int, pretrained: bool = False) -> Classifier:
@@ -78,42 +87,65 @@ def build(name: str, num_classes: int, seed: int, pretrained: bool = False) -> C
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = models.build(name, num_classes=num_classes, pretrained=pretrained)
-    small_maps.use_products(network)
+    small_maps.replace_convolutions(network)
     return Classifier(network)
 
 
-def check_takes(classifier: Classifier, name: str, resolution: int, remedy: str = "") -> None:
+def check_takes(classifier: Classifier, name: str, resolution: int, classes: int, remedy: str = "") -> None:
     """Make sure that a network takes square images of so many pixels a side; nothing is computed.
 
     Args:
+        classes: how many it was built for.
         remedy: what to do where it takes another size alone.
 
     Raises:
         ValueError: it does not, as transformers at another resolution than their own; or it has no classifier, or
-            several, or weights that have no channels-last order, or gives more than a number a class.
+            several, or weights that have no channels-last order, or does not give one number per class, or cannot be
+            asked without computing.
     """
-    head = getattr(classifier.network, "get_classifier", lambda: None)()
-    if not isinstance(head, nn.Module):
-        raise ValueError(f"{name} has not one classifier, but {'several' if head else 'none'}; take another network")
+    instead = "mend it in models/own.py" if models.is_own(name) else "take another network"
+    last = models.classifier_of(classifier.network)
+    if not isinstance(last, nn.Module):
+        raise ValueError(f"{name} has not one classifier, but {'several' if last else 'none'}; {instead}")
     if any(parameter.ndim == 5 for parameter in classifier.parameters()):
-        raise ValueError(f"{name} has weights of five dimensions, which the stages do not take; take another network")
+        raise ValueError(f"{name} has weights of five dimensions, which the stages do not take; {instead}")
     try:
         logits, _ = models.on_meta(_Embed(classifier), resolution)
-    except (AttributeError, TypeError) as error:
-        raise ValueError(f"{name} does not answer as timm's classifiers do ({error}); take another network") from None
+    except (AttributeError, TypeError, LookupError) as error:
+        raise ValueError(f"{name} cannot be asked ({type(error).__name__}: {error}); {instead}") from None
     except (AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        seen, own = classifier.resized_to or resolution, _own_size(classifier)
-        hint = f"; it was made for {own}{remedy}" if own else ""
-        raise ValueError(f"{name} does not take images of {seen} pixels: {reason.rstrip('.')}{hint}") from None
-    if logits.ndim != 2:
-        raise ValueError(f"{name} gives {tuple(logits.shape)} for an image, not a number a class; take another network")
+        reason = (str(error).splitlines()[0] if str(error) else type(error).__name__).rstrip(".")
+        if "meta" in reason:
+            raise ValueError(
+                f"{name} cannot be asked without computing ({reason}): what it does must not depend on values of "
+                f"pixels, and its tensors must be parameters or buffers; {instead}"
+            ) from None
+        seen, own = classifier.resized_to or resolution, _own_size(classifier.network)
+        hint = f"; it was made for {own}{remedy}" if own not in (None, seen) else ""
+        raise ValueError(f"{name} does not take images of {seen} pixels: {reason}{hint}") from None
+    if logits.shape != (1, classes):
+        raise ValueError(f"{name} gives {tuple(logits.shape)} for an image and {classes} classes; {instead}")
 
 
-def _own_size(classifier: Classifier) -> int | None:
-    """The pixels a side of the images that a network was made for, where timm knows."""
-    size = (getattr(classifier.network, "pretrained_cfg", None) or {}).get("input_size")
-    return size[-1] if size else None
+def _own_size(network: nn.Module) -> int | None:
+    """The pixels a side of the images that a network was made for, where it says so as timm's do."""
+    size = _said(network).get("input_size")
+    return size[-1] if isinstance(size, tuple | list) and size else None
+
+
+def normalisation(network: nn.Module) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Give mean and std of each colour channel, 0 to 1, that a network's weights were trained with, where it says so.
+
+    They are in its `pretrained_cfg`, as timm's networks have it.
+    """
+    mean, std = _said(network).get("mean"), _said(network).get("std")
+    return (mean, std) if all(isinstance(one, tuple | list) and len(one) == 3 for one in (mean, std)) else None
+
+
+def _said(network: nn.Module) -> dict[str, Any]:
+    """What a network says of itself."""
+    said = getattr(network, "pretrained_cfg", None)
+    return said if isinstance(said, dict) else {}
 
 
 class _Embed(nn.Module):
@@ -132,7 +164,7 @@ def build_from(name: str, init: str | None, num_classes: int, seed: int, resized
     """Build a network that starts from weights made elsewhere, or from random ones.
 
     Where the weights are for another number of classes, the classifier is random. Pixels are normalised as for the
-    network's published weights.
+    network's published weights, where it says how, else as ImageNet's.
 
     Args:
         init: "timm" for timm's pretrained weights; else a file of weights; None: random ones, as `build` gives them.
@@ -145,8 +177,8 @@ def build_from(name: str, init: str | None, num_classes: int, seed: int, resized
     if init is None:
         return Classifier(network, resized_to=resized_to)
     if init != TIMM:
-        load_weights(network, Path(init), new_classifier=True)
-    return Classifier(network, network.pretrained_cfg["mean"], network.pretrained_cfg["std"], resized_to)
+        weights.load(network, Path(init), new_classifier=True)
+    return Classifier(network, *(normalisation(network) or (IMAGENET_MEAN, IMAGENET_STD)), resized_to)
 
 
 def digest(classifier: Classifier) -> str:
@@ -168,7 +200,7 @@ def save(folder: Path, classifier: Classifier, card: dict[str, Any]) -> None:
     folder = Path(folder)
     # Copies: modules that a network has in several places share their weights, and the format refuses those.
     state = {key: value.detach().cpu().clone().contiguous() for key, value in classifier.network.state_dict().items()}
-    save_weights(folder / "weights.safetensors", state)
+    weights.save(folder / "weights.safetensors", state)
     atomic.write_json(
         folder / "network.json",
         {
@@ -178,23 +210,10 @@ def save(folder: Path, classifier: Classifier, card: dict[str, Any]) -> None:
             "std": [round(value / 255, 6) for value in classifier.std.flatten().tolist()],
             **({"resized_to": classifier.resized_to} if classifier.resized_to else {}),
             "parameters": sum(p.numel() for p in classifier.parameters()),
-            "digest": file_digest(folder / "weights.safetensors"),
+            "digest": weights.file_digest(folder / "weights.safetensors"),
             **card,
         },
     )
-
-
-def save_weights(file: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a state dict of contiguous tensors as a .safetensors file.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written; the file is then as it was.
-    """
-    with atomic.replacing(file) as beside:
-        try:
-            save_file(state, beside, metadata)
-        except SafetensorError as error:  # of a full disk, too
-            raise OSError(f"{file}: cannot be written: {error}") from None
 
 
 def load(folder: Path, device: str | torch.device = "cpu") -> tuple[Classifier, dict[str, Any]]:
@@ -206,13 +225,13 @@ def load(folder: Path, device: str | torch.device = "cpu") -> tuple[Classifier, 
         ValueError: a file is missing or damaged, or the weights are not those the card speaks of.
     """
     folder, card = Path(folder), read_card(Path(folder))
-    weights = folder / "weights.safetensors"
-    if file_digest(weights) != card["digest"]:
-        raise ValueError(f"{weights}: not the weights that network.json speaks of; run `dvc checkout {folder}`")
+    file = folder / "weights.safetensors"
+    if weights.file_digest(file) != card["digest"]:
+        raise ValueError(f"{file}: not the weights that network.json speaks of; run `dvc checkout {folder}`")
     network = models.build(card["model"], num_classes=card["num_classes"])
     classifier = Classifier(network, card["mean"], card["std"], card.get("resized_to"))
-    load_weights(network, weights)
-    small_maps.use_products(network)
+    weights.load(network, file)
+    small_maps.replace_convolutions(network)
     return classifier.eval().to(device, memory_format=torch.channels_last), card
 
 
@@ -228,81 +247,3 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: no network here; run `dvc repro {folder.name}`, or `dvc pull`") from None
     except ValueError:  # no JSON, or no text
         raise ValueError(f"{folder / 'network.json'}: damaged; run `dvc checkout {folder}`") from None
-
-
-def load_weights(network: nn.Module, file: Path, new_classifier: bool = False) -> None:
-    """Load a state dict from a .safetensors file, or from a PyTorch file that holds nothing but tensors.
-
-    Args:
-        new_classifier: leave the network's classifier as it is, and say so, where the file's is for other classes.
-
-    Raises:
-        ValueError: the file is missing, unreadable, unsafe, or of another network; it says what to do.
-    """
-    file = Path(file)
-    try:
-        if file.suffix == ".safetensors":
-            state = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file") from None
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read: {error.strerror or error}") from None
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file}: cannot be read as weights: {str(error).splitlines()[0]}") from None
-    except Exception as error:  # torch.load raises pickle's many errors: whatever it is, the file is refused
-        raise ValueError(
-            f"{file}: holds more than tensors, or is no PyTorch file ({type(error).__name__}); nothing of it was run. "
-            "Save the state dict alone, best as .safetensors"
-        ) from None
-    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise ValueError(f"{file}: not a state dict of tensors")
-    while prefix := next((it for it in WRAPPERS if state and all(key.startswith(it) for key in state)), ""):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    own = network.state_dict()
-    _check_names(own, state, file)
-    for key, classes in _other_classes(network, state).items():
-        if not new_classifier:
-            raise ValueError(
-                f"{file}: made for {classes} classes, but the data has {own[key].shape[0]}: take a file made for these "
-                "classes, or fit a teacher here (teacher.source: fit)"
-            )
-        print(f"{file}: made for {classes} classes, not {own[key].shape[0]}: {key} starts anew", flush=True)
-        state = {**state, key: own[key]}
-    for key, value in own.items():
-        if value.shape != state[key].shape:
-            raise ValueError(
-                f"{file}: of another network: {key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
-            )
-    network.load_state_dict(state)
-
-
-def _check_names(own: dict[str, Tensor], state: dict[str, Tensor], file: Path) -> None:
-    for key in sorted(own.keys() ^ state.keys()):
-        which = "lacks" if key in own else "has a surplus"
-        raise ValueError(f"{file}: of another network: it {which} {key}; set the model's name to what the file holds")
-
-
-def _other_classes(network: nn.Module, state: dict[str, Tensor]) -> dict[str, int]:
-    """Name the classifier's weights that a file has for another number of classes, and that number."""
-    head = network.get_classifier() if hasattr(network, "get_classifier") else None
-    if not isinstance(head, nn.Linear | nn.Conv2d):
-        return {}
-    places = [parameter.data_ptr() for parameter in head.parameters()]
-    own = {key: value for key, value in network.state_dict().items() if value.data_ptr() in places}
-    return {key: len(state[key]) for key, value in own.items() if state[key].shape[:1] not in ((), value.shape[:1])}
-
-
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hex.
-
-    Raises:
-        ValueError: there is no such file.
-    """
-    try:
-        with Path(file).open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file; run `dvc checkout`, or the stage that makes it") from None

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from pipeline.core import atomic, params, sources
+from pipeline.core import atomic, params, sources, stage
 from pipeline.core.sections import TIMM, Params
 
 EXAMPLE = "data/digits"  # what stage digits makes
@@ -90,13 +90,16 @@ def check_networks(settings: Params, root: Path) -> None:
     import models
     from pipeline.core import networks, optimizers
 
+    remedies = {"teacher": networks.RESIZE_TEACHER, "student": ": set views.resolution and fixres.resolution to that"}
     built = {}
     for who, (name, *resolutions) in wanted.items():
         with _named(f"{who}.model"), torch.device("meta"):  # no weight is drawn
             built[who] = networks.build(name, CLASSES, seed=0)
         for resolution in resolutions:
             with _named(f"{who}.model"):
-                networks.check_takes(built[who], name, resolution, networks.RESIZE_TEACHER if who == "teacher" else "")
+                networks.check_takes(built[who], name, resolution, CLASSES, remedies[who])
+                if models.is_own(name):
+                    try_out(name, resolution)
     for key in from_timm:
         model = wanted[key.partition(".")[0]][0]
         if not models.has_pretrained(model):
@@ -107,6 +110,26 @@ def check_networks(settings: Params, root: Path) -> None:
                 optimizers.multipliers_and_weights(built["student"].network, getattr(settings, name))
     with contextlib.suppress(OSError):  # another run writes its own: no matter
         atomic.write_json(root / NOTED, asked)
+
+
+def try_out(name: str, resolution: int) -> None:
+    """Ask a network of one's own about two black images, as the stages do: its weights and maps are channels-last.
+
+    Raises:
+        ValueError: it fails.
+    """
+    import torch
+
+    from pipeline.core import networks
+
+    classifier = networks.build(name, CLASSES, seed=0).eval().to(memory_format=torch.channels_last)
+    black = torch.zeros(2, 3, resolution, resolution).to(memory_format=torch.channels_last)
+    try:
+        with torch.inference_mode():
+            classifier.embed(black)
+    except Exception as error:  # whatever its code may raise
+        words = f"{type(error).__name__}: {stage.in_a_line(error)}"
+        raise ValueError(f"{name} fails on black images of {resolution} pixels ({words}); see models/own.py") from None
 
 
 def _is_example(path: str) -> bool:

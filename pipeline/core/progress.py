@@ -26,7 +26,7 @@ class Progress:
     """Counts work done and says so on standard error; its attribute `note` is, or gives, what stands at the line's end.
 
     Args:
-        total: units of work in all.
+        total: units of work in all; of none nothing is said.
         unit: what is counted, in the plural ("images").
         what: the work, as the line's first words ("prepare: train").
         done: units that an earlier run did already; they do not count for the rate.
@@ -65,7 +65,7 @@ class Progress:
         return ", ".join(words + ([note] if note else []))
 
     def _say(self, ended: bool = False) -> None:
-        if self.quiet:
+        if self.quiet or not self.total:
             return
         self.last_line, self.said = time.monotonic(), self.done
         line = self.line(self.last_line - self.started)

@@ -45,7 +45,7 @@ def pack(folder: Path, network: "nn.Module", resolution: int, classes: list[str]
     from pipeline.core import small_maps
 
     network = copy.deepcopy(network)
-    small_maps.use_convolutions(network)  # else the program would take one batch size alone
+    small_maps.restore_convolutions(network)  # else the program would take one batch size alone
     pixels = TensorSpec(np.dtype(np.float32), (-1, 3, resolution, resolution))
     logits = TensorSpec(np.dtype(np.float32), (-1, len(classes)))
     metadata = {"input": "RGB pixels, 0 to 255, as they are", "output": "logits", "classes": classes}

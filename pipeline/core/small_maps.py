@@ -1,9 +1,14 @@
-"""Convolutions of small maps as matrix products, on a CPU.
+"""Convolutions of small maps, on a CPU: as matrix products, which are faster, and with gradients that are right.
 
 A deep network makes of images of 32 pixels maps of 2 x 2 and 1 x 1 positions. There, a CPU's convolutions (oneDNN's) go
 through the batch image by image and read all weights for each of them; a matrix product takes the whole batch at once.
 What is added up is the same, so results differ by rounding alone. `python benchmarks/engine.py step` shows the gain.
+
+Where a convolution in bfloat16 takes steps that are longer than its map's side, torch 2.15 (oneDNN 3.13) does not write
+the gradient of the taps that never lie on the map: whatever was in that memory stays, NaN among it.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -18,24 +23,49 @@ WHOLE = 2  # most positions a side of a map of which a 3 x 3 convolution is one
 FEW = 4  # fewest images for which it pays to write that convolution's matrix
 
 
-def use_products(network: nn.Module) -> None:
-    """Let every plain convolution of a network compute small maps as this file says; parameters and names stay.
+def replace_convolutions(network: nn.Module) -> None:
+    """Let every convolution of a network compute small maps as this file says; parameters and names stay.
 
     For eager computation: an exported program would take one batch size alone.
     """
     for module in network.modules():
-        if type(module) is nn.Conv2d:
-            module.__class__ = SmallMapConv2d
+        if isinstance(module, nn.Conv2d) and not isinstance(module, WrittenConv2d):
+            module.__class__ = _small_map_kind(type(module))
 
 
-def use_convolutions(network: nn.Module) -> None:
-    """Take back what `use_products` did."""
+def restore_convolutions(network: nn.Module) -> None:
+    """Take back what `replace_convolutions` did."""
     for module in network.modules():
-        if type(module) is SmallMapConv2d:
-            module.__class__ = nn.Conv2d
+        if isinstance(module, WrittenConv2d):
+            kinds = type(module).__mro__
+            module.__class__ = kinds[kinds.index(WrittenConv2d) + 1]
 
 
-class SmallMapConv2d(nn.Conv2d):
+class WrittenConv2d(nn.Conv2d):
+    """A convolution all of whose gradient is written: in float32 where torch would leave some of it as it finds it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve features (B, C, H, W)."""
+        if not self._leaves_some(x):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float()).to(torch.get_autocast_dtype("cpu"))
+
+    def _leaves_some(self, x: Tensor) -> bool:
+        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return False
+        sides = zip(self.stride, x.shape[-2:], self.kernel_size, strict=True)
+        learns = self.training and self.weight.requires_grad
+        return learns and any(step > side and taps > 1 for step, side, taps in sides)
+
+
+@functools.cache
+def _small_map_kind(kind: type[nn.Conv2d]) -> type[nn.Conv2d]:
+    """The class that takes a convolution's place; of timm's own kinds only the gradient is looked after."""
+    return SmallMapConv2d if kind is nn.Conv2d else type(kind.__name__, (WrittenConv2d, kind), {})
+
+
+class SmallMapConv2d(WrittenConv2d):
     """torch's Conv2d, in another way where a map is small; then its output is channels-last.
 
     Of a 3 x 3 convolution of 2 x 2 maps the matrix, 16/9 of the weights, is kept until the backward pass.

@@ -73,9 +73,11 @@ def main(
         then = (
             "goes on from what is saved so far, if anything" if distributed or training or goes_on else "starts it anew"
         )
-        print(f"{name}: stopped; the same command {then}", file=sys.stderr, flush=True)
+        if not _error_is_told() and os.environ.get("RANK", "0") == "0":
+            print(f"{name}: stopped; the same command {then}", file=sys.stderr, flush=True)
         _exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, where another process has failed as well
         mark = "error"  # the flow, as torchrun, does not start a stage again that names one
         if out_of_shared_memory(error):
             error = ValueError(
@@ -98,7 +100,8 @@ def main(
             raise
         if os.environ.get("SSLD_TRACEBACK"):
             raise
-        print(f"{name}: {mark}: {in_a_line(error)}", file=sys.stderr, flush=True)
+        if not _error_is_told():
+            print(f"{name}: {mark}: {in_a_line(error)}", file=sys.stderr, flush=True)
         if mark == "error":
             _end_torchrun()
         _exit(1)
@@ -144,8 +147,8 @@ def begin_run(folder: Path) -> None:
     others = [other for other in folder.parent.iterdir() if other.is_dir() and other != folder and any(other.iterdir())]
     if others:
         print(
-            f"{folder.parent.name}: {len(others)} unfinished runs with other settings or other code stay in "
-            f"{folder.parent}; `make clean` removes them",
+            f"{folder.parent.name}: unfinished runs with other settings or other code stay in {folder.parent}: "
+            f"{len(others)}; `make clean` removes them",
             flush=True,
         )
 
@@ -281,11 +284,24 @@ def _die_with_parents() -> None:
 
 def _end_torchrun() -> None:
     """Keep torchrun from starting the processes again: they would end in the same error."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        attempt = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1]
-        with contextlib.suppress(FileExistsError):
-            (attempt / "ended").touch(exist_ok=False)  # by one process alone: a second signal would break the clean end
+    if not (note := _note_of_an_error()):
+        return
+    with contextlib.suppress(FileExistsError):
+        note.touch(exist_ok=False)  # by one process alone: a second signal would break the clean end
+        if int(os.environ["TORCHELASTIC_RESTART_COUNT"]) < int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
             os.kill(os.getppid(), signal.SIGTERM)
+
+
+def _error_is_told() -> bool:
+    """Whether another of several processes has said what is wrong."""
+    note = _note_of_an_error()
+    return bool(note and note.exists())
+
+
+def _note_of_an_error() -> Path | None:
+    """The file by which a process that ends in an error tells the others so; None where torchrun started none."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(file).parents[1] / "ended" if file else None
 
 
 def _relaunch_with_torchrun(params: Params, name: str) -> None:
@@ -298,7 +314,7 @@ def _relaunch_with_torchrun(params: Params, name: str) -> None:
 
         count = 1 if params.machine.device == "cpu" else max(1, torch.cuda.device_count())
     if count > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        launcher = [sys.executable, "-m", "pipeline.core.torchrun", "--standalone", f"--nproc-per-node={count}"]
         launcher += [f"--max-restarts={params.machine.restarts}", "-m", f"pipeline.{name}"]
         # Else torchrun keeps one store for all attempts, and those after the first read the addresses of the dead:
         # https://github.com/pytorch/pytorch/issues/135712

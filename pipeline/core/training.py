@@ -80,7 +80,7 @@ def train(task: Task, params: Params, images: ImageSet, processes: Processes) ->
     Raises:
         ValueError: the network does not take the resolution, or the loss is not finite any more.
     """
-    networks.check_takes(task.classifier, task.card["model"], task.resolution)
+    networks.check_takes(task.classifier, task.card["model"], task.resolution, len(images.classes))
     folder = stage.SCRATCH / task.name / _name(task, params)
     if not processes.first():
         devices.wait_for_all(processes)  # until the first process has made sure that the checkpoint is this run's

@@ -1,0 +1,31 @@
+"""torchrun, as stages start themselves through it: what ended a process is in that process's own line, not a traceback.
+
+No stage imports this; core/stage.py runs it. Run: python -m pipeline.core.torchrun, with torchrun's own arguments
+"""
+
+import logging
+import signal
+import sys
+
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+TALKATIVE = ("run", "elastic.agent.server.api", "elastic.multiprocessing.api")  # parts of torch.distributed
+
+
+def main() -> int:
+    """Run torchrun; give the exit code."""
+    for part in TALKATIVE:
+        logging.getLogger(f"torch.distributed.{part}").setLevel(logging.ERROR)
+    try:
+        run.main()
+    except ChildFailedError:
+        return 1
+    except SignalException as error:
+        return 130 if error.sigval == signal.SIGINT else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

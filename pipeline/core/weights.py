@@ -1,0 +1,108 @@
+"""State dicts as files: what comes from outside is checked, and nothing of it is run."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import models
+from pipeline.core import atomic
+
+WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every key
+
+
+def save(file: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a state dict of contiguous tensors as a .safetensors file.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the file is then as it was.
+    """
+    with atomic.replacing(file) as beside:
+        try:
+            save_file(state, beside, metadata)
+        except SafetensorError as error:  # of a full disk, too
+            raise OSError(f"{file}: cannot be written: {error}") from None
+
+
+def load(network: nn.Module, file: Path, new_classifier: bool = False) -> None:
+    """Load a state dict from a .safetensors file, or from a PyTorch file that holds nothing but tensors.
+
+    Args:
+        new_classifier: leave the network's classifier as it is, and say so, where the file's is for other classes.
+
+    Raises:
+        ValueError: the file is missing, unreadable, unsafe, or of another network; it says what to do.
+    """
+    file = Path(file)
+    try:
+        if file.suffix == ".safetensors":
+            state = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file}: cannot be read as weights: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # torch.load raises pickle's many errors: whatever it is, the file is refused
+        raise ValueError(
+            f"{file}: holds more than tensors, or is no PyTorch file ({type(error).__name__}); nothing of it was run. "
+            "Save the state dict alone, best as .safetensors"
+        ) from None
+    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise ValueError(f"{file}: not a state dict of tensors")
+    while prefix := next((it for it in WRAPPERS if state and all(key.startswith(it) for key in state)), ""):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    own = network.state_dict()
+    _check_names(own, state, file)
+    for key, classes in _other_classes(network, state).items():
+        if not new_classifier:
+            raise ValueError(
+                f"{file}: made for {classes} classes, but the data has {own[key].shape[0]}: take a file made for these "
+                "classes, or fit a teacher here (teacher.source: fit)"
+            )
+        print(f"{file}: made for {classes} classes, not {own[key].shape[0]}: {key} starts anew", flush=True)
+        state = {**state, key: own[key]}
+    for key, value in own.items():
+        if value.shape != state[key].shape:
+            raise ValueError(
+                f"{file}: of another network: {key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
+            )
+    network.load_state_dict(state)
+
+
+def _check_names(own: dict[str, Tensor], state: dict[str, Tensor], file: Path) -> None:
+    if own and state and not own.keys() & state.keys():
+        some = f"its keys are as {next(iter(state))}, the network's as {next(iter(own))}"
+        raise ValueError(f"{file}: of another network: {some}; save the state dict of the very network that is named")
+    for key in sorted(own.keys() ^ state.keys()):
+        which = "lacks" if key in own else "has a surplus"
+        raise ValueError(f"{file}: of another network: it {which} {key}; set the model's name to what the file holds")
+
+
+def _other_classes(network: nn.Module, state: dict[str, Tensor]) -> dict[str, int]:
+    """Name the classifier's weights that a file has for another number of classes, and that number."""
+    head = models.classifier_of(network)
+    if not isinstance(head, nn.Linear | nn.Conv2d):
+        return {}
+    places = [parameter.data_ptr() for parameter in head.parameters()]
+    own = {key: value for key, value in network.state_dict().items() if value.data_ptr() in places}
+    return {key: len(state[key]) for key, value in own.items() if state[key].shape[:1] not in ((), value.shape[:1])}
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hex.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    try:
+        with Path(file).open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file; run `dvc checkout`, or the stage that makes it") from None
