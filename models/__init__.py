@@ -30,10 +30,9 @@ __all__ = [
     "Network",
     "build",
     "canonical",
-    "classifier_of",
     "has_pretrained",
     "is_own",
-    "is_timms",
+    "last_layers",
     "macs",
     "names",
     "on_meta",
@@ -49,8 +48,8 @@ def canonical(name: str) -> str:
     """Give the name by which timm builds a network.
 
     Args:
-        name: PaddleClas' name or timm's, with or without timm's tag for pretrained weights ("resnet50d.gluon_in1k");
-            PaddleClas' ResNets of "vb" form go by that ending too.
+        name: PaddleClas' name, timm's or one's own; timm's with or without its tag for pretrained weights
+            ("resnet50d.gluon_in1k"). PaddleClas' ResNets of "vb" form go by that ending too.
 
     Raises:
         ValueError: no such network, or no such weights; the nearest names are given.
@@ -76,7 +75,7 @@ def build(name: str, num_classes: int = 1000, pretrained: bool = False, **kwargs
     """Build a network.
 
     Args:
-        name: PaddleClas' name or timm's.
+        name: PaddleClas', timm's or one's own.
         num_classes: logits that it gives.
         pretrained: take timm's weights, which for most of PaddleClas' names are not PaddleClas' own; the classifier
             is random where its number of classes is another.
@@ -90,17 +89,13 @@ def build(name: str, num_classes: int = 1000, pretrained: bool = False, **kwargs
     try:
         network = timm.create_model(_spelt(name), pretrained=pretrained, num_classes=num_classes, **kwargs)
         return network.train()  # a function of one's own may have forgotten to give a network
-    except (AttributeError, TypeError) as error:
-        if not is_own(name):
+    except Exception as error:  # whatever a function of one's own may raise
+        reason = " ".join(str(error).split())
+        if is_own(name):
+            hint = "it takes (pretrained=False, num_classes=1000, **kwargs), as timm calls it, and gives a network"
+            raise ValueError(f"{name} cannot be built ({type(error).__name__}: {reason}): {hint}") from None
+        if not pretrained or not isinstance(error, OSError | RuntimeError):
             raise
-        raise ValueError(
-            f"{name} cannot be built: {error}; its function takes (pretrained=False, num_classes=1000, **kwargs), as "
-            "timm calls it, and gives a network"
-        ) from None
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
-        reason = str(error).splitlines()[0]
         raise ValueError(f"{name}: its pretrained weights cannot be had (no network?): {reason}") from None
 
 
@@ -113,26 +108,23 @@ def has_pretrained(name: str) -> bool:
     return known is not None and known.has_weights
 
 
-def is_timms(name: str) -> bool:
-    """Whether timm itself has a network of this name, with no help from here."""
-    name = name.partition(".")[0]
-    return timm.is_model(name) and model_entrypoint(name).__module__.startswith("timm.")
-
-
 def is_own(name: str) -> bool:
-    """Whether a network is neither timm's nor of this project's table, but the user's."""
+    """Whether a network is the user's: known to timm's registry, but neither timm's nor of this project's table."""
     base = _spelt(name).partition(".")[0]
-    return base not in BY_NAME and not is_timms(base)
+    return base not in BY_NAME and timm.is_model(base) and not model_entrypoint(base).__module__.startswith("timm.")
 
 
-def classifier_of(network: nn.Module) -> Any:
-    """Give the layer that makes logits of features: what timm's `get_classifier` says, else the last nn.Linear.
+def last_layers(network: nn.Module) -> list[nn.Module]:
+    """Give the layers that make the logits: what timm's `get_classifier` says, else the nn.Linear that is last.
 
-    Some of timm's networks have several, a tuple; without any it is None.
+    Most networks have one; those with a token for distillation have two, a CrossViT has one per branch.
     """
     if callable(ask := getattr(network, "get_classifier", None)):
-        return ask()
-    return next((module for module in reversed([*network.modules()]) if isinstance(module, nn.Linear)), None)
+        said = ask()
+        layers = [*said] if isinstance(said, tuple | nn.ModuleList) else [said]
+    else:
+        layers = [module for module in network.modules() if isinstance(module, nn.Linear)][-1:]
+    return [layer for layer in layers if isinstance(layer, nn.Module)]
 
 
 def macs(network: nn.Module, resolution: int) -> int:

@@ -7,11 +7,16 @@
     def my_mobilenet(pretrained=False, num_classes=1000, **kwargs):
         return torchvision.models.mobilenet_v3_small(num_classes=num_classes)
 
-It gives any module whose `forward` turns normalised pixels (B, 3, H, W) into logits (B, num_classes), or into a dict,
-an object or a tuple that has them, as `logits` or first. Its last nn.Linear is taken for its classifier, unless a
-method `get_classifier` names another module. An attribute `pretrained_cfg`, a dict of `mean` and `std`, says how pixels
-are normalised for weights of its own; settings may say it, too. Use `flatten(1)`, not `view`: memory is channels-last.
+It gives a module whose `forward` turns normalised pixels (B, 3, H, W) into logits (B, num_classes), or into a dict, an
+object or a tuple that has them, as `logits` or first.
 
-All of its code stands in this file, or is installed. DVC sees this file change, and runs the stages again that have
-networks.
+- Its last nn.Linear, in the order in which they were made, is taken for its classifier. Where another module is, a
+  method `get_classifier` names it.
+- Tensors are parameters or buffers, and what it does does not depend on values of pixels, so that it can be exported.
+- Memory is channels-last: `flatten(1)` or `reshape`, not `view`.
+- With several processes every parameter has to have a part in the logits: no auxiliary classifiers.
+- For weights of its own, an attribute `pretrained_cfg`, a dict of `mean` and `std`, says how pixels are normalised. Of
+  a teacher that is taken as it is, the settings may say it.
+
+All of its code is in this file, or installed. DVC sees this file change, and runs the stages again that have networks.
 """

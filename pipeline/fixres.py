@@ -8,6 +8,8 @@ data/finetune. Writes data/fixres: weights.safetensors, network.json, history.cs
 import copy
 from pathlib import Path
 
+from torch import nn
+
 import models
 from pipeline.core import devices, networks, stage, training
 from pipeline.core.batches import Views
@@ -24,7 +26,7 @@ def run(params: Params) -> None:
         name="fixres",
         recipe=params.fixres,
         classifier=classifier,
-        part=models.classifier_of(classifier.network),
+        part=nn.ModuleList(models.last_layers(classifier.network)),
         rows=images.rows("labelled"),
         views=Views(images, None, resolution, params.views.test_crop),
         loss=training.labelled_loss(images, images.labels, params.fixres.label_smoothing),

@@ -30,7 +30,7 @@ from torch import nn
 
 import models
 from pipeline import recipes
-from pipeline.core import params
+from pipeline.core import networks, params
 from pipeline.core.sections import Count, CountOrZero, Params, Positive, Section, nearest
 from pipeline.core.softlabels.keys import KEY
 
@@ -77,8 +77,8 @@ class Speed(NamedTuple):
 
 @cache
 def network(name: str, classes: int) -> nn.Module:
-    """Build a network without weights."""
-    with torch.device("meta"):
+    """Build a network, without weights where its code is known to build it so."""
+    with torch.device("cpu" if models.is_own(name) else "meta"):
         return models.build(name, classes)
 
 
@@ -165,7 +165,7 @@ def sizes(settings: Params, counts: Counts) -> dict[str, float]:
     scored = counts.unlabelled + counts.val + counts.test
     views = soft_labels(settings, counts)
     index = KEY.itemsize + (4 if views < 2**32 else 8)  # a view's key and its position
-    features = next(models.classifier_of(teacher).parameters()).shape[1]
+    features = networks.on_meta(networks.Classifier(teacher), settings.teacher_sees)[1].shape[1]
     each = 4 * counts.classes + 2 * features + THUMBNAIL  # logits float32, embeddings float16
     return {
         "data/prepare, the images once more": 1000 * counts.image_kb * (counts.labelled + scored),

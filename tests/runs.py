@@ -13,16 +13,17 @@ MODEL = "test_resnet"  # timm's, of a third of a million parameters
 CPU = Processes(torch.device("cpu"))
 
 
-def run(images, scratch, loss=None, part=None, processes=CPU, machine=None, **changes):
+def run(images, scratch, loss=None, part=None, processes=CPU, machine=None, model=MODEL, **changes):
     """Make a run of a small ResNet on the labelled shapes: 2 steps an epoch, a checkpoint after each.
 
     Args:
         part: classifier -> the part that is trained; None: all of it.
+        model: another network.
         machine, changes: of the sections `machine` and `baseline` of the settings.
     """
     settings = {f"machine.{key}": value for key, value in {"checkpoint_seconds": 0, **(machine or {})}.items()}
     params = tiny(**settings, **{f"baseline.{key}": value for key, value in changes.items()})
-    classifier = networks.build(MODEL, len(images.classes), seed=0)
+    classifier = networks.build(model, len(images.classes), seed=0)
     batch_size, shared = params.baseline.batch_size, (processes.rank, processes.world)
     return engine.Run(
         what="test",

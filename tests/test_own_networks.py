@@ -4,16 +4,18 @@ import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlflow.pytorch
 import pytest
 import timm
 import torch
 from images import tiny
+from runs import MODEL, run
 from timm.models import register_model
 from torch import nn
 
 import models
 from pipeline import teacher
-from pipeline.core import networks, preflight
+from pipeline.core import card, networks, preflight, registry
 
 
 class Own(nn.Module):
@@ -67,74 +69,154 @@ def test_a_network_of_ones_own_may_teach(images, tmp_path, monkeypatch, kind):
     networks.check_takes(networks.build(f"own_{kind}", 4, seed=0), f"own_{kind}", 16, 4)  # as of a student
 
 
-def wrong(name):
-    """A function that makes a network of one's own, with something wrong with it."""
-    own, later = Own(), []
+def test_a_network_of_ones_own_learns_and_is_packed(images, tmp_path):
+    training = run(images, tmp_path / "run", model="own_dict", epochs=2)
+    training.train()
+    assert training.history[-1]["train_loss"] < training.history[0]["train_loss"]
+    registry.pack(tmp_path / "packed", training.classifier, 16, list(images.classes))
+    packed = mlflow.pytorch.load_model(str(tmp_path / "packed"))
+    pixels = torch.rand(3, 3, 16, 16) * 255
+    torch.testing.assert_close(packed(pixels), training.classifier(pixels), rtol=1e-4, atol=1e-4)
+    assert "`own_dict`, in `models/own.py`" in card._elsewhere({"model": "own_dict", "num_classes": 4})
 
-    class Bad(Own):
+
+def test_features_of_several_positions_are_averaged():
+    class Squeeze(nn.Module):
+        """Its classifier is a convolution of all positions, as SqueezeNet's."""
+
         def __init__(self):
             super().__init__()
-            self.kept = torch.zeros(24)
+            self.maps, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1)
+
+        def get_classifier(self):
+            return self.head
 
         def forward(self, x):
-            maps = self.maps(x)
-            if name == "view":
-                return self.head(maps.view(len(x), -1))
-            if name == "values" and maps.mean().item() > 0:
-                maps = maps * 2
-            features = maps.flatten(1) + (self.kept if name == "no buffer" else 0)
-            return nn.functional.linear(features, self.head.weight) if name == "not called" else self.head(features)
+            return self.head(self.maps(x)).mean((2, 3))
 
-    def with_none():
-        own.get_classifier = lambda: None
-        return own
-
-    return {
-        "no pretrained": lambda num_classes=1000: own,
-        "no others": lambda pretrained=False, num_classes=1000: own,
-        "nothing": lambda *args, **kwargs: later.append(own),
-        "a class": lambda *args, **kwargs: Own,
-        "other classes": lambda *args, **kwargs: Own(7),
-        "another dict": lambda *args, **kwargs: Own(4, lambda logits: {"scores": logits}),
-        "no classifier": lambda *args, **kwargs: with_none(),
-        "grey": lambda *args, **kwargs: nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(784, 4)),
-    }.get(name, lambda *args, **kwargs: Bad())
+    classifier = networks.Classifier(Squeeze())
+    pixels = torch.rand(2, 3, 8, 8) * 255
+    logits, features = classifier.embed(pixels)
+    torch.testing.assert_close(features, classifier.network.maps(classifier.normalise(pixels)).mean((2, 3)))
+    assert torch.equal(logits, classifier(pixels))
 
 
-@pytest.mark.parametrize(
-    ("name", "line"),
-    [
-        ("no pretrained", "cannot be built: *'pretrained'; its function takes (pretrained=False, num_classes=1000, *"),
-        (
-            "no others",
-            "cannot be built: *; its function takes (pretrained=False, num_classes=1000, **kwargs), as timm*",
-        ),
-        ("nothing", "cannot be built: *"),
-        ("a class", "cannot be built: *"),
-        ("other classes", "gives (1, 7) for an image and 4 classes; mend it in models/own.py"),
-        ("another dict", "cannot be asked (KeyError: 'logits'); mend it in models/own.py"),
-        ("no classifier", "has not one classifier, but none; mend it in models/own.py"),
-        ("grey", "does not take images of 16 pixels: *channel*"),
-        ("values", "cannot be asked without computing (*): what it does must not depend on values of pixels*"),
-        ("no buffer", "cannot be asked without computing (*): *, and its tensors must be parameters or buffers*"),
-        ("not called", "cannot be asked (IndexError: *"),
-    ],
-)
-def test_what_is_wrong_with_a_network_of_ones_own_is_a_line(monkeypatch, name, line):
-    made = wrong(name)
-    monkeypatch.setitem(timm.models._registry._model_entrypoints, "own_wrong", made)
-    monkeypatch.setattr(timm, "list_models", lambda *args, **kwargs: ["own_wrong"])
+class View(Own):
+    def forward(self, x):
+        return self.head(self.maps(x).view(len(x), -1))
+
+
+class ByValues(Own):
+    def forward(self, x):
+        maps = self.maps(x)
+        return self.head(maps.flatten(1)) * (2 if maps.mean().item() > 0 else 1)
+
+
+class NoBuffer(Own):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.kept = torch.zeros(24)
+
+    def forward(self, x):
+        return self.head(self.maps(x).flatten(1) + self.kept)
+
+
+class HeadNotCalled(Own):
+    def forward(self, x):
+        return nn.functional.linear(self.maps(x).flatten(1), self.head.weight)
+
+
+class OtherLinearLast(Own):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.before = nn.Linear(24, 24)
+
+    def forward(self, x):
+        return self.head(self.before(self.maps(x).flatten(1)))
+
+
+class NoClassifier(Own):
+    def get_classifier(self):
+        return None
+
+
+class Grey(Own):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.maps[0] = nn.Conv2d(1, 6, 3, stride=2)
+
+
+class Broken(Own):
+    def __init__(self, num_classes):
+        raise KeyError("cfg")
+
+
+WRONG = {
+    "without pretrained": (
+        lambda num_classes=1000: Own(num_classes),
+        "cannot be built (TypeError: *'pretrained'*): it takes (pretrained=False, num_classes=1000, **kwargs), *",
+    ),
+    "without the rest": (
+        lambda pretrained=False, num_classes=1000: Own(num_classes),
+        "cannot be built (TypeError: *): it takes (pretrained=False, num_classes=1000, **kwargs), as timm calls it*",
+    ),
+    "gives nothing": (lambda **_: None, "cannot be built (AttributeError: *, and gives a network"),
+    "gives a class": (lambda **_: Own, "cannot be built (TypeError: *, and gives a network"),
+    "breaks": (lambda **_: Broken(10), "cannot be built (KeyError: 'cfg'): *"),
+    "other classes": (
+        lambda **_: Own(7),
+        "*: its last nn.Linear makes 7 numbers, not 10: pass num_classes on, or give *",
+    ),
+    "another Linear last": (lambda **_: OtherLinearLast(10), "*: its last nn.Linear makes 24 numbers, not 10: *"),
+    "no classifier": (
+        lambda **_: NoClassifier(10),
+        "has no classifier, no nn.Linear nor a method get_classifier; mend *",
+    ),
+    "a dict without logits": (
+        lambda **_: Own(10, lambda logits: {"scores": logits}),
+        "cannot be asked (KeyError: 'logits'); mend it in models/own.py, which says what a network must be",
+    ),
+    "an object without logits": (
+        lambda **_: Own(10, lambda logits: SimpleNamespace(scores=logits)),
+        "cannot be asked (TypeError: it answers with SimpleNamespace, not with logits); mend it*",
+    ),
+    "logits second": (
+        lambda **_: Own(10, lambda logits: (None, logits)),
+        "cannot be asked (TypeError: it answers with NoneType, not with logits); mend it*",
+    ),
+    "grey": (lambda **_: Grey(10), "does not take images of 16 pixels: *channel*"),
+    "a view of maps": (lambda **_: View(10), "fails on black images of 16 pixels (RuntimeError: view size is not *"),
+    "depends on values": (
+        lambda **_: ByValues(10),
+        "cannot be asked without computing (*): what it does must not depend on values of pixels*",
+    ),
+    "a tensor that is no buffer": (
+        lambda **_: NoBuffer(10),
+        "cannot be asked without computing (*): *, and its tensors must be parameters or buffers*",
+    ),
+    "last layer not called": (lambda **_: HeadNotCalled(10), "cannot be asked (LookupError: its last layer is not *"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_with_a_network_of_ones_own_is_found_before_anything_runs(tmp_path, monkeypatch, name):
+    function, line = WRONG[name]
+    monkeypatch.setitem(timm.models._registry._model_entrypoints, "own_wrong", function)
+    monkeypatch.setattr(timm, "list_models", lambda *args, **kwargs: ["own_wrong", MODEL])
+    settings = tiny(**{"teacher.model": MODEL, "student.model": "own_wrong"})
     with pytest.raises(ValueError) as error:
-        networks.check_takes(networks.build("own_wrong", 4, seed=0), "own_wrong", 16, 4)
-    assert fnmatch.fnmatchcase(str(error.value), f"own_wrong {line}"), error.value
+        preflight.check_networks(settings, tmp_path)
+    assert fnmatch.fnmatchcase(str(error.value), f"student.model: own_wrong{'' if line[0] == '*' else ' '}{line}")
     assert "\n" not in str(error.value)
 
 
-def test_a_view_of_maps_is_found_before_anything_runs(monkeypatch):
-    """Made of contiguous maps it works, and nothing on the meta device shows what it is on channels-last ones."""
-    preflight.try_out("own_tensor", 16)
-    monkeypatch.setitem(timm.models._registry._model_entrypoints, "own_wrong", wrong("view"))
-    monkeypatch.setattr(timm, "list_models", lambda *args, **kwargs: ["own_wrong"])
-    networks.check_takes(networks.build("own_wrong", 4, seed=0), "own_wrong", 16, 4)
-    with pytest.raises(ValueError, match=r"^own_wrong fails on black images of 16 pixels \(RuntimeError: view size is"):
-        preflight.try_out("own_wrong", 16)
+def test_what_is_right_passes(tmp_path):
+    preflight.check_networks(tiny(**{"teacher.model": "own_object", "student.model": "own_dict"}), tmp_path)
+
+
+def test_first_weights_of_a_network_that_does_not_say_how_pixels_are_normalised_are_refused(tmp_path):
+    torch.save(Own().state_dict(), tmp_path / "own.pth")
+    with pytest.raises(
+        ValueError, match=r"^own_tensor does not say how pixels are normalised .*: give it pretrained_cfg$"
+    ):
+        networks.build_from("own_tensor", str(tmp_path / "own.pth"), 4, seed=0)

@@ -107,6 +107,43 @@ def test_out_of_memory_names_what_to_halve(fill, said):
     )
 
 
+def pressed():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("rank", "told", "work", "line"),
+    [
+        ("0", False, pythons_error, "distill: error: out of memory"),
+        ("1", False, pythons_error, "distill: error: out of memory"),
+        ("0", True, pythons_error, ""),
+        ("0", False, pressed, "distill: stopped; the same command goes on"),
+        ("1", False, pressed, ""),
+        ("0", True, pressed, ""),
+    ],
+)
+def test_of_several_processes_one_says_what_has_ended_them(said, tmp_path, monkeypatch, rank, told, work, line):
+    note, killed = tmp_path / "ended", []
+    for name, value in {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "TORCHELASTIC_ERROR_FILE": str(tmp_path / rank / "error.json"),
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "3",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(stage, "_die_with_parents", lambda: None)
+    monkeypatch.setattr(stage.os, "kill", lambda pid, signum: killed.append((pid, signum)))
+    if told:
+        note.touch()
+    words = said(work)
+    assert words.startswith(line)
+    assert bool(words) == bool(line)
+    refused = work is pythons_error
+    assert note.exists() == (told or refused)
+    assert killed == ([(os.getppid(), 15)] if refused and not told else [])
+
+
 class Fatal(torch.utils.data.Dataset):
     """Kills the worker process that is asked for a sample."""
 

@@ -1,5 +1,6 @@
 """Workspaces: the user's tree as it is now, with other parameters, and no trace in it."""
 
+import os
 import re
 import shutil
 import threading
@@ -240,7 +241,7 @@ def test_going_on_leaves_the_folders_alone_that_were_linked(tmp_path):
 def test_what_stopped_runs_keep_is_told(tmp_path):
     toy, said = toy_project.make(tmp_path), []
     with failing(opened(toy)) as folder, (folder / "large").open("wb") as file:
-        file.write(bytes(60_000_000))
+        file.write(os.urandom(60_000_000))
     with failing(opened(toy, {"distill.epochs": 4}, said)):
         pass
     assert [line for line in said if "other" in line] == [

@@ -267,8 +267,9 @@ class Run:
         return f"a smaller {self.what}.lr (now {self.recipe.lr}), a longer warm-up, or float32 may help"
 
     def _weights_are_finite(self) -> bool:
-        """Whether all that the network has learned, its statistics included, is finite."""
-        learned = [value for value in self.classifier.state_dict().values() if value.is_floating_point()]
+        """Whether all that is trained is finite, BatchNorm's statistics included."""
+        norms = [module for module in self.part.modules() if isinstance(module, _BatchNorm)]
+        learned = [*self.part.parameters(), *(buffer for norm in norms for buffer in norm.buffers())]
         return bool(torch.stack([value.isfinite().all() for value in learned]).all())
 
     def _note(self) -> str:
@@ -290,7 +291,7 @@ class Run:
         return devices.profiled(self.device, self.machine.profile_steps, file)
 
     def _save(self) -> None:
-        """Write a checkpoint, unless a loss or a weight is not finite: at their next look, all processes stop."""
+        """Write a checkpoint, unless a loss or a weight is not finite: the next look at them stops all processes."""
         if not self.processes.first() or not self._finite().all() or not self._weights_are_finite():
             return
         state = {

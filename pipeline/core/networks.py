@@ -1,6 +1,6 @@
 """Networks as files: weights as safetensors, and a card that says what they are.
 
-A folder holds `weights.safetensors` (the timm network's state dict) and `network.json` (model, classes, resolution,
+A folder holds `weights.safetensors` (the network's state dict) and `network.json` (model, classes, resolution,
 normalisation, to how many pixels a side it has images resized, if at all, parameters, the weights' digest, and whatever
 else the stage that made it has to say).
 """
@@ -60,22 +60,41 @@ class Classifier(nn.Module):
         return _logits(self.network(self.normalise(self.resize(pixels))))
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Give logits (B, C) and the features (B, D) that the last layer sees."""
+        """Give logits (B, C) and the features (B, D) that they are made of.
+
+        timm's networks have methods for both. Of others, features are what the last layer sees, the mean over
+        positions where it sees several.
+
+        Raises:
+            LookupError: the network does not call its last layer.
+        """
+        if hasattr(self.network, "forward_features") and hasattr(self.network, "forward_head"):
+            maps = self.network.forward_features(self.normalise(self.resize(pixels)))
+            return self.network.forward_head(maps), self.network.forward_head(maps, pre_logits=True).flatten(1)
         seen: list[Tensor] = []
-        last = models.classifier_of(self.network)
-        hook = last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        (last,) = models.last_layers(self.network)
+        hook = last.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
         try:
             logits = self(pixels)
         finally:
             hook.remove()
-        return logits, seen[-1].flatten(1)
+        if not seen:
+            raise LookupError("its last layer is not called: its weights are used without it")
+        positions = {3: 1, 4: (2, 3)}.get(seen[-1].ndim)  # of (B, N, D) and (B, D, H, W)
+        return logits, seen[-1] if positions is None else seen[-1].mean(positions)
 
 
 def _logits(answer: Any) -> Tensor:
-    """Take the logits out of what a network answers: a tensor, or what has one as `logits`, or first."""
-    if isinstance(answer, Mapping):
-        return answer["logits"]
-    return answer[0] if isinstance(answer, tuple | list) else getattr(answer, "logits", answer)
+    """Take the logits out of what a network answers: a tensor, or what has one as `logits`, or first.
+
+    Raises:
+        LookupError, TypeError: there is none.
+    """
+    answer = answer["logits"] if isinstance(answer, Mapping) else getattr(answer, "logits", answer)
+    answer = answer[0] if isinstance(answer, tuple | list) else answer
+    if not isinstance(answer, Tensor):
+        raise TypeError(f"it answers with {type(answer).__name__}, not with logits")
+    return answer
 
 
 def build(name: str, num_classes: int, seed: int, pretrained: bool = False) -> Classifier:
@@ -100,17 +119,21 @@ def check_takes(classifier: Classifier, name: str, resolution: int, classes: int
 
     Raises:
         ValueError: it does not, as transformers at another resolution than their own; or it has no classifier, or
-            several, or weights that have no channels-last order, or does not give one number per class, or cannot be
-            asked without computing.
+            weights that have no channels-last order, or does not give one number per class, or cannot be asked without
+            computing.
     """
-    instead = "mend it in models/own.py" if models.is_own(name) else "take another network"
-    last = models.classifier_of(classifier.network)
-    if not isinstance(last, nn.Module):
-        raise ValueError(f"{name} has not one classifier, but {'several' if last else 'none'}; {instead}")
+    own = models.is_own(name)
+    instead = "mend it in models/own.py, which says what a network must be" if own else "take another network"
+    last = models.last_layers(classifier.network)
+    if not last:
+        raise ValueError(f"{name} has no classifier, no nn.Linear nor a method get_classifier; {instead}")
+    if own and isinstance(last[0], nn.Linear) and last[0].out_features != classes:
+        made = f"its last nn.Linear makes {last[0].out_features} numbers, not {classes}"
+        raise ValueError(f"{name}: {made}: pass num_classes on, or give it a method get_classifier; {instead}")
     if any(parameter.ndim == 5 for parameter in classifier.parameters()):
         raise ValueError(f"{name} has weights of five dimensions, which the stages do not take; {instead}")
     try:
-        logits, _ = models.on_meta(_Embed(classifier), resolution)
+        logits, _ = on_meta(classifier, resolution)
     except (AttributeError, TypeError, LookupError) as error:
         raise ValueError(f"{name} cannot be asked ({type(error).__name__}: {error}); {instead}") from None
     except (AssertionError, RuntimeError) as error:
@@ -120,11 +143,16 @@ def check_takes(classifier: Classifier, name: str, resolution: int, classes: int
                 f"{name} cannot be asked without computing ({reason}): what it does must not depend on values of "
                 f"pixels, and its tensors must be parameters or buffers; {instead}"
             ) from None
-        seen, own = classifier.resized_to or resolution, _own_size(classifier.network)
-        hint = f"; it was made for {own}{remedy}" if own not in (None, seen) else ""
+        seen, made_for = classifier.resized_to or resolution, _own_size(classifier.network)
+        hint = f"; it was made for {made_for}{remedy}" if made_for not in (None, seen) else ""
         raise ValueError(f"{name} does not take images of {seen} pixels: {reason}{hint}") from None
     if logits.shape != (1, classes):
         raise ValueError(f"{name} gives {tuple(logits.shape)} for an image and {classes} classes; {instead}")
+
+
+def on_meta(classifier: Classifier, resolution: int) -> tuple[Tensor, Tensor]:
+    """Give what `Classifier.embed` would of one square image, (1, C) and (1, D), without computing it."""
+    return models.on_meta(_Embed(classifier), resolution)
 
 
 def _own_size(network: nn.Module) -> int | None:
@@ -163,22 +191,27 @@ class _Embed(nn.Module):
 def build_from(name: str, init: str | None, num_classes: int, seed: int, resized_to: int | None = None) -> Classifier:
     """Build a network that starts from weights made elsewhere, or from random ones.
 
-    Where the weights are for another number of classes, the classifier is random. Pixels are normalised as for the
-    network's published weights, where it says how, else as ImageNet's.
+    Where the weights are for another number of classes, the classifier is random. Pixels are normalised as the network
+    says of its weights.
 
     Args:
         init: "timm" for timm's pretrained weights; else a file of weights; None: random ones, as `build` gives them.
         resized_to: see `Classifier`.
 
     Raises:
-        ValueError: the name is not known, the file does not fit, or timm has no such weights or they cannot be had.
+        ValueError: the name is not known, the file does not fit, or timm has no such weights or they cannot be had; or
+            the network does not say how pixels are normalised.
     """
     network = build(name, num_classes, seed, pretrained=init == TIMM).network
     if init is None:
         return Classifier(network, resized_to=resized_to)
     if init != TIMM:
         weights.load(network, Path(init), new_classifier=True)
-    return Classifier(network, *(normalisation(network) or (IMAGENET_MEAN, IMAGENET_STD)), resized_to)
+    if not (said := normalisation(network)):
+        raise ValueError(
+            f"{name} does not say how pixels are normalised for weights of its own: give it pretrained_cfg"
+        )
+    return Classifier(network, *said, resized_to)
 
 
 def digest(classifier: Classifier) -> str:

@@ -11,9 +11,13 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.core import atomic, params, sources, stage
 from pipeline.core.sections import TIMM, Params
+
+if TYPE_CHECKING:
+    from pipeline.core.networks import Classifier
 
 EXAMPLE = "data/digits"  # what stage digits makes
 NOTED = Path(".scratch/preflight.json")  # the networks that were looked at last, and found good
@@ -93,13 +97,13 @@ def check_networks(settings: Params, root: Path) -> None:
     remedies = {"teacher": networks.RESIZE_TEACHER, "student": ": set views.resolution and fixres.resolution to that"}
     built = {}
     for who, (name, *resolutions) in wanted.items():
-        with _named(f"{who}.model"), torch.device("meta"):  # no weight is drawn
+        with _named(f"{who}.model"), torch.device("cpu" if models.is_own(name) else "meta"):  # there, none is drawn
             built[who] = networks.build(name, CLASSES, seed=0)
         for resolution in resolutions:
             with _named(f"{who}.model"):
                 networks.check_takes(built[who], name, resolution, CLASSES, remedies[who])
                 if models.is_own(name):
-                    try_out(name, resolution)
+                    show_black_images(built[who], name, resolution)
     for key in from_timm:
         model = wanted[key.partition(".")[0]][0]
         if not models.has_pretrained(model):
@@ -112,7 +116,7 @@ def check_networks(settings: Params, root: Path) -> None:
         atomic.write_json(root / NOTED, asked)
 
 
-def try_out(name: str, resolution: int) -> None:
+def show_black_images(classifier: "Classifier", name: str, resolution: int) -> None:
     """Ask a network of one's own about two black images, as the stages do: its weights and maps are channels-last.
 
     Raises:
@@ -120,9 +124,7 @@ def try_out(name: str, resolution: int) -> None:
     """
     import torch
 
-    from pipeline.core import networks
-
-    classifier = networks.build(name, CLASSES, seed=0).eval().to(memory_format=torch.channels_last)
+    classifier.eval().to(memory_format=torch.channels_last)
     black = torch.zeros(2, 3, resolution, resolution).to(memory_format=torch.channels_last)
     try:
         with torch.inference_mode():

@@ -55,8 +55,7 @@ class Progress:
     def line(self, seconds: float) -> str:
         """Write the line for the work done in `seconds` seconds."""
         rate = (self.done - self.before) / max(seconds, 1e-9)
-        share = f"{100 * self.done / self.total:.0f} %" if self.total else "100 %"
-        words = [f"{self.what}: {self.done:,}/{self.total:,} {self.unit} ({share})"]
+        words = [f"{self.what}: {self.done:,}/{self.total:,} {self.unit} ({100 * self.done / self.total:.0f} %)"]
         if self.done > self.before:
             words.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
             left = (self.total - self.done) / rate

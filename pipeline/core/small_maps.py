@@ -4,8 +4,8 @@ A deep network makes of images of 32 pixels maps of 2 x 2 and 1 x 1 positions. T
 through the batch image by image and read all weights for each of them; a matrix product takes the whole batch at once.
 What is added up is the same, so results differ by rounding alone. `python benchmarks/engine.py step` shows the gain.
 
-Where a convolution in bfloat16 takes steps that are longer than its map's side, torch 2.15 (oneDNN 3.13) does not write
-the gradient of the taps that never lie on the map: whatever was in that memory stays, NaN among it.
+Where a convolution under bfloat16 autocast takes steps that are longer than its map's side, torch 2.15 (oneDNN 3.13)
+does not write the gradient of the taps that never lie on the map: whatever was in that memory stays, NaN among it.
 """
 
 import functools
@@ -29,43 +29,43 @@ def replace_convolutions(network: nn.Module) -> None:
     For eager computation: an exported program would take one batch size alone.
     """
     for module in network.modules():
-        if isinstance(module, nn.Conv2d) and not isinstance(module, WrittenConv2d):
-            module.__class__ = _small_map_kind(type(module))
+        if isinstance(module, nn.Conv2d) and not isinstance(module, WholeGradientConv2d):
+            module.__class__ = _replacement(type(module))
 
 
 def restore_convolutions(network: nn.Module) -> None:
     """Take back what `replace_convolutions` did."""
     for module in network.modules():
-        if isinstance(module, WrittenConv2d):
+        if isinstance(module, WholeGradientConv2d):
             kinds = type(module).__mro__
-            module.__class__ = kinds[kinds.index(WrittenConv2d) + 1]
+            module.__class__ = kinds[kinds.index(WholeGradientConv2d) + 1]
 
 
-class WrittenConv2d(nn.Conv2d):
+class WholeGradientConv2d(nn.Conv2d):
     """A convolution all of whose gradient is written: in float32 where torch would leave some of it as it finds it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve features (B, C, H, W)."""
-        if not self._leaves_some(x):
+        if not self._would_leave_some(x):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
             return super().forward(x.float()).to(torch.get_autocast_dtype("cpu"))
 
-    def _leaves_some(self, x: Tensor) -> bool:
+    def _would_leave_some(self, x: Tensor) -> bool:
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
             return False
         sides = zip(self.stride, x.shape[-2:], self.kernel_size, strict=True)
-        learns = self.training and self.weight.requires_grad
+        learns = self.weight.requires_grad and (self.training or torch.is_grad_enabled())  # or, of checkpointed layers
         return learns and any(step > side and taps > 1 for step, side, taps in sides)
 
 
 @functools.cache
-def _small_map_kind(kind: type[nn.Conv2d]) -> type[nn.Conv2d]:
+def _replacement(kind: type[nn.Conv2d]) -> type[nn.Conv2d]:
     """The class that takes a convolution's place; of timm's own kinds only the gradient is looked after."""
-    return SmallMapConv2d if kind is nn.Conv2d else type(kind.__name__, (WrittenConv2d, kind), {})
+    return SmallMapConv2d if kind is nn.Conv2d else type(kind.__name__, (WholeGradientConv2d, kind), {})
 
 
-class SmallMapConv2d(WrittenConv2d):
+class SmallMapConv2d(WholeGradientConv2d):
     """torch's Conv2d, in another way where a map is small; then its output is channels-last.
 
     Of a 3 x 3 convolution of 2 x 2 maps the matrix, 16/9 of the weights, is kept until the backward pass.

@@ -73,7 +73,7 @@ def main(
         then = (
             "goes on from what is saved so far, if anything" if distributed or training or goes_on else "starts it anew"
         )
-        if not _error_is_told() and os.environ.get("RANK", "0") == "0":
+        if not _error_is_told() and os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{name}: stopped; the same command {then}", file=sys.stderr, flush=True)
         _exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:

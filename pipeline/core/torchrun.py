@@ -14,10 +14,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 TALKATIVE = ("run", "elastic.agent.server.api", "elastic.multiprocessing.api")  # parts of torch.distributed
 
 
+def tells_more(record: logging.LogRecord) -> bool:
+    """Whether a line of torchrun's says what no process says of itself: that a signal has ended it."""
+    return "exitcode: -" in record.getMessage()
+
+
 def main() -> int:
     """Run torchrun; give the exit code."""
     for part in TALKATIVE:
-        logging.getLogger(f"torch.distributed.{part}").setLevel(logging.ERROR)
+        logging.getLogger(f"torch.distributed.{part}").addFilter(tells_more)
     try:
         run.main()
     except ChildFailedError:

@@ -86,11 +86,9 @@ def _check_names(own: dict[str, Tensor], state: dict[str, Tensor], file: Path) -
 
 
 def _other_classes(network: nn.Module, state: dict[str, Tensor]) -> dict[str, int]:
-    """Name the classifier's weights that a file has for another number of classes, and that number."""
-    head = models.classifier_of(network)
-    if not isinstance(head, nn.Linear | nn.Conv2d):
-        return {}
-    places = [parameter.data_ptr() for parameter in head.parameters()]
+    """Name the last layers' weights that a file has for another number of classes, and that number."""
+    layers = [layer for layer in models.last_layers(network) if isinstance(layer, nn.Linear | nn.Conv2d)]
+    places = [parameter.data_ptr() for layer in layers for parameter in layer.parameters()]
     own = {key: value for key, value in network.state_dict().items() if value.data_ptr() in places}
     return {key: len(state[key]) for key, value in own.items() if state[key].shape[:1] not in ((), value.shape[:1])}
 
