@@ -19,7 +19,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import own  # noqa: F401  for the names that it registers
+from models import own
 from models.networks import BY_NAME, TABLE, Network
 
 VB = ("ResNet18", "ResNet34", "ResNet50", "ResNet101", "ResNet152")
@@ -57,6 +57,8 @@ def canonical(name: str) -> str:
     base, dot, tag = _spelt(name).partition(".")
     network = BY_NAME.get(base)
     if network is None and base not in timm.list_models():  # which leaves timm's outdated names out: some mislead
+        if callable(getattr(own, base, None)):
+            raise ValueError(f"{name!r}: is in models/own.py, but no network yet: it takes @register_model above it")
         raise ValueError(f"{name!r}: no such network; the nearest are {', '.join(_nearest(base))}")
     if network is not None:
         base = network.timm_name or network.name

@@ -3,6 +3,8 @@
 It reads and writes nothing. To run it: python -m models
 """
 
+import signal
+
 from models.networks import TABLE, Network
 
 HEAD = ("network", "timm", "parameters", "GMACs", "top-1", "top-5", "pixels", "teacher", "data")
@@ -31,4 +33,5 @@ def table() -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` does not read all
     print(table())

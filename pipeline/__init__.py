@@ -2,11 +2,13 @@
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from types import TracebackType
 
 OURS = ("pipeline", "models")
 ENVIRONMENT = Path(__file__).parents[1] / ".venv"
+OWN = Path(__file__).parents[1] / "models/own.py"
 
 # None of the tools underneath reports usage unless the user asks for it.
 for _name, _value in {
@@ -23,11 +25,15 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _in_a_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Show Ctrl-C, and a Python that is not the project's, without a traceback."""
+    """Show Ctrl-C, a Python that is not the project's, and mistakes in models/own.py without a traceback."""
     program = getattr(sys.modules["__main__"].__spec__, "name", "pipeline").rpartition(".")[2]
     not_ours = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OURS
+    touched = {frame.filename for frame in traceback.extract_tb(trace)} | {getattr(error, "filename", None)}
     if isinstance(error, KeyboardInterrupt):
         print(f"{program}: stopped", file=sys.stderr)
+    elif str(OWN) in touched:
+        words = " ".join(f"{kind.__name__}: {error}".split())
+        print(f"{program}: error: models/own.py cannot be imported: {words}", file=sys.stderr)
     elif not_ours and Path(sys.prefix).resolve() != ENVIRONMENT.resolve():
         print(
             f"{program}: error: {sys.executable} does not have {error.name}: activate the project's environment "

@@ -1,6 +1,10 @@
 """Networks of one's own: what models/own.py asks of them is enough, and what is wrong with one is a line."""
 
 import fnmatch
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +12,7 @@ import mlflow.pytorch
 import pytest
 import timm
 import torch
-from images import tiny
+from images import ROOT, tiny
 from runs import MODEL, run
 from timm.models import register_model
 from torch import nn
@@ -206,8 +210,10 @@ def test_what_is_wrong_with_a_network_of_ones_own_is_found_before_anything_runs(
     settings = tiny(**{"teacher.model": MODEL, "student.model": "own_wrong"})
     with pytest.raises(ValueError) as error:
         preflight.check_networks(settings, tmp_path)
-    assert fnmatch.fnmatchcase(str(error.value), f"student.model: own_wrong{'' if line[0] == '*' else ' '}{line}")
-    assert "\n" not in str(error.value)
+    said = str(error.value)
+    assert said.startswith(("student.model: own_wrong", "student.model, views.resolution: own_wrong"))
+    assert fnmatch.fnmatchcase(said.partition("own_wrong")[2], f"{'' if line[0] == '*' else ' '}{line}"), said
+    assert "\n" not in said
 
 
 def test_what_is_right_passes(tmp_path):
@@ -220,3 +226,41 @@ def test_first_weights_of_a_network_that_does_not_say_how_pixels_are_normalised_
         ValueError, match=r"^own_tensor does not say how pixels are normalised .*: give it pretrained_cfg$"
     ):
         networks.build_from("own_tensor", str(tmp_path / "own.pth"), 4, seed=0)
+
+
+@pytest.mark.parametrize(
+    "line", ["import mynets", "from mynets import Net", "from models.mine import Net", "from .mine import Net"]
+)
+def test_code_that_dvc_would_not_see_is_refused(tmp_path, line):
+    for name in ("mynets.py", "models/mine.py", "models/blocks.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "dvc.yaml").write_text("      - models/blocks.py\n")
+    (tmp_path / "models/own.py").write_text("import torchvision\nfrom models import blocks\n")
+    preflight.check_own_file(tmp_path)
+    (tmp_path / "models/own.py").write_text(f"import torchvision\n{line}\n")
+    with pytest.raises(
+        ValueError, match=r"^models/own.py imports m.*, whose changes DVC would not see: have its code in"
+    ):
+        preflight.check_own_file(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["import no_such_module", "def network(:", "raise KeyError('x')"])
+def test_what_keeps_the_file_from_being_imported_is_a_line(tmp_path, line):
+    for name in ("pipeline", "models", "params.yaml", "dvc.yaml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    with (tmp_path / "models/own.py").open("a") as file:
+        file.write(f"\n{line}\n")
+    for module in ("teacher", "core.preflight"):
+        command = [sys.executable, "-m", f"pipeline.{module}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        said = f"{module.rpartition('.')[2]}: error: models/own.py cannot be imported: "
+        assert re.fullmatch(re.escape(said) + r"\w+Error: .*\n", done.stderr), done.stderr
+
+
+def test_a_forgotten_decorator_is_named(monkeypatch):
+    monkeypatch.setattr(models.own, "forgotten", Own, raising=False)
+    with pytest.raises(ValueError, match=r"^'forgotten': is in models/own.py, but .* takes @register_model above it$"):
+        models.build("forgotten")

@@ -198,18 +198,18 @@ def test_images_that_are_not_there_are_named_before_anything_runs(data, tmp_path
         (
             "student.model",
             "vit_tiny_patch16_224",
-            "^student.model: vit_tiny_patch16_224 does not take images of 32 pixels",
+            "^student.model, views.resolution: vit_tiny_patch16_224 does not take images of 32 pixels",
         ),
         (
             "teacher.model",
             "vit_tiny_patch16_384",
-            r"^teacher.model: vit_tiny_patch16_384 does not take images of 32 pixels: Input height \(32\) doesn't "
-            r"match model \(384\); it was made for 384: set teacher.resolution to that$",
+            r"^teacher.model, views.resolution: vit_tiny_patch16_384 does not take images of 32 pixels: Input height "
+            r"\(32\) doesn't match model \(384\); it was made for 384: set teacher.resolution to that$",
         ),
         (
             "teacher.model",
-            "deit_tiny_distilled_patch16_224",
-            "^teacher.model: deit_tiny_distilled_patch16_224 has not one classifier, but several; take another network",
+            "lambda_resnet26t",
+            "^teacher.model, views.resolution: lambda_resnet26t has weights of five dimensions, .*; take another",
         ),
         (
             "student",

@@ -25,7 +25,7 @@ TEACHERS = {
     "checkpoint": "The teacher's weights came from a checkpoint, `{checkpoint}`.",
 }
 FITTED_ON = {
-    "withheld": "with the labels of all training images, those withheld from the student too",
+    "withheld": "with the labels of all training images, of those too, if any, that the student saw without",
     "labelled": "with the same labels",
 }
 MOST_CLASSES = 20  # whose names are written out
@@ -105,7 +105,8 @@ Only the labelled images' labels reached the student; of all others it learned w
 {lineage}
 
 `params.yaml` beside this card holds every setting, `dvc.lock` (where the pipeline ran through DVC) the digest of every
-file that went in. Check out the commit, put these two in place of its own, and `dvc pull` brings those very files back.
+file that went in. Check out the commit, put these two in place of its own, and `dvc pull` brings those very files back,
+where they were pushed.
 
 ## Limits
 

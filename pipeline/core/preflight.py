@@ -3,6 +3,7 @@
 No stage imports this, so a change here reruns nothing. Run: python -m pipeline.core.preflight
 """
 
+import ast
 import contextlib
 import hashlib
 import json
@@ -19,6 +20,7 @@ from pipeline.core.sections import TIMM, Params
 if TYPE_CHECKING:
     from pipeline.core.networks import Classifier
 
+PROJECT = Path(__file__).parents[2]
 EXAMPLE = "data/digits"  # what stage digits makes
 NOTED = Path(".scratch/preflight.json")  # the networks that were looked at last, and found good
 CLASSES = 10  # the number makes no difference here, and the images' own is not known yet
@@ -75,14 +77,16 @@ def check_networks(settings: Params, root: Path) -> None:
         ValueError: see `check`.
     """
     views, fixres = settings.views.resolution, settings.fixres.resolution
-    wanted = {
-        "teacher": [settings.teacher.model, settings.teacher_sees],
-        "student": [settings.student.model, views, fixres],
+    seen_by_teacher = "teacher.resolution" if settings.teacher.resolution else "views.resolution"
+    wanted: dict[str, tuple[str, dict[str, int]]] = {
+        "teacher": (settings.teacher.model, {seen_by_teacher: settings.teacher_sees}),
+        "student": (settings.student.model, {"views.resolution": views, "fixres.resolution": fixres}),
     }
     weights = {"teacher.source": settings.teacher.source, **_starts(settings)}
     from_timm = [key for key, value in weights.items() if value == TIMM]
     multipliers = {name: getattr(settings, name).lr_multipliers for name in ("baseline", "distill", "finetune")}
-    code = [file.read_text() for file in sorted((Path(__file__).parents[2] / "models").glob("*.py"))]
+    code = [file.read_text() for file in sorted((PROJECT / "models").glob("*.py"))]
+    check_own_file(PROJECT)
     made_by = [version("timm"), hashlib.sha256("".join(code).encode()).hexdigest()]
     asked = {**wanted, "from timm": from_timm, "lr_multipliers": multipliers, "made by": made_by}
     asked = json.loads(json.dumps(asked))  # as the note gives it back: with lists for tuples
@@ -96,11 +100,11 @@ def check_networks(settings: Params, root: Path) -> None:
 
     remedies = {"teacher": networks.RESIZE_TEACHER, "student": ": set views.resolution and fixres.resolution to that"}
     built = {}
-    for who, (name, *resolutions) in wanted.items():
+    for who, (name, resolutions) in wanted.items():
         with _named(f"{who}.model"), torch.device("cpu" if models.is_own(name) else "meta"):  # there, none is drawn
             built[who] = networks.build(name, CLASSES, seed=0)
-        for resolution in resolutions:
-            with _named(f"{who}.model"):
+        for key, resolution in resolutions.items():
+            with _named(f"{who}.model, {key}"):
                 networks.check_takes(built[who], name, resolution, CLASSES, remedies[who])
                 if models.is_own(name):
                     show_black_images(built[who], name, resolution)
@@ -114,6 +118,29 @@ def check_networks(settings: Params, root: Path) -> None:
                 optimizers.multipliers_and_weights(built["student"].network, getattr(settings, name))
     with contextlib.suppress(OSError):  # another run writes its own: no matter
         atomic.write_json(root / NOTED, asked)
+
+
+def check_own_file(project: Path) -> None:
+    """Make sure that models/own.py imports nothing of the project that DVC does not watch with it.
+
+    Raises:
+        ValueError: it does.
+    """
+    file, watched = project / "models/own.py", (project / "dvc.yaml").read_text()
+    for node in ast.walk(ast.parse(file.read_text(), str(file))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            of = f"models.{node.module or ''}".rstrip(".") if node.level else str(node.module)
+            names = [of, *(f"{of}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            place = project.joinpath(*name.split("."))
+            for source in (place.with_suffix(".py"), place / "__init__.py"):
+                if source.is_file() and f"- {source.relative_to(project)}\n" not in watched:
+                    unseen = f"models/own.py imports {name}, whose changes DVC would not see"
+                    raise ValueError(f"{unseen}: have its code in models/own.py, or install it")
 
 
 def show_black_images(classifier: "Classifier", name: str, resolution: int) -> None:

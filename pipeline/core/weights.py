@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import models
 from pipeline.core import atomic
 
+HOLDERS = ("state_dict", "model_state_dict", "model")  # keys under which checkpoints of trainings hold the weights
 WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every key
 
 
@@ -53,9 +54,11 @@ def load(network: nn.Module, file: Path, new_classifier: bool = False) -> None:
             f"{file}: holds more than tensors, or is no PyTorch file ({type(error).__name__}); nothing of it was run. "
             "Save the state dict alone, best as .safetensors"
         ) from None
-    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else None
+    if isinstance(state, dict):
+        state = next((state[key] for key in HOLDERS if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise ValueError(f"{file}: not a state dict of tensors")
+        has = f"; it holds {', '.join(map(str, [*state][:5]))}" if isinstance(state, dict) else ""
+        raise ValueError(f"{file}: not a state dict of tensors{has}: save the network's state_dict() alone")
     while prefix := next((it for it in WRAPPERS if state and all(key.startswith(it) for key in state)), ""):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     own = network.state_dict()
