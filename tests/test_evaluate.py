@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
@@ -238,6 +239,18 @@ def test_metrics_do_not_depend_on_the_batch_size(project):
     after = json.loads((project / "data/evaluate/metrics.json").read_text())
     for name in RESOLUTIONS:
         assert after[name] == pytest.approx(before[name], abs=1e-4)
+
+
+def test_one_network_at_one_resolution_has_one_speed():
+    measured = {"teacher": ("large", 8, 10), "baseline": ("small", 8, 100), "distill": ("small", 8, 140)}
+    measured |= {"finetune": ("small", 8, 90), "fixres": ("small", 16, 40)}
+    results = {
+        name: SimpleNamespace(card={"model": model, "resolution": resolution}, images_per_second=speed)
+        for name, (model, resolution, speed) in measured.items()
+    }
+    found = evaluate.speeds(results, torch.device("cpu"), 10)["images_per_second"]
+    expected = {"teacher": 10, "baseline": 140, "distill": 140, "finetune": 140, "fixres": 40, "student": 40}
+    assert found == expected
 
 
 def test_speed_is_images_over_seconds_of_the_median_batch_without_the_first(monkeypatch):
