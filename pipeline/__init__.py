@@ -28,10 +28,11 @@ def _in_a_line(kind: type[BaseException], error: BaseException, trace: Traceback
     """Show Ctrl-C, a Python that is not the project's, and mistakes in models/own.py without a traceback."""
     program = getattr(sys.modules["__main__"].__spec__, "name", "pipeline").rpartition(".")[2]
     not_ours = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OURS
-    touched = {frame.filename for frame in traceback.extract_tb(trace)} | {getattr(error, "filename", None)}
+    frames = {(frame.filename, frame.name) for frame in traceback.extract_tb(trace)}
+    while_imported = (str(OWN), "<module>") in frames or getattr(error, "filename", None) == str(OWN)
     if isinstance(error, KeyboardInterrupt):
         print(f"{program}: stopped", file=sys.stderr)
-    elif str(OWN) in touched:
+    elif while_imported and not os.environ.get("SSLD_TRACEBACK"):
         words = " ".join(f"{kind.__name__}: {error}".split())
         print(f"{program}: error: models/own.py cannot be imported: {words}", file=sys.stderr)
     elif not_ours and Path(sys.prefix).resolve() != ENVIRONMENT.resolve():

@@ -12,6 +12,7 @@ import mlflow.pytorch
 import pytest
 import timm
 import torch
+import yaml
 from images import ROOT, tiny
 from runs import MODEL, run
 from timm.models import register_model
@@ -19,7 +20,7 @@ from torch import nn
 
 import models
 from pipeline import teacher
-from pipeline.core import card, networks, preflight, registry
+from pipeline.core import card, networks, preflight, registry, weights
 
 
 class Own(nn.Module):
@@ -198,6 +199,7 @@ WRONG = {
         lambda **_: NoBuffer(10),
         "cannot be asked without computing (*): *, and its tensors must be parameters or buffers*",
     ),
+    "breaks when asked": (lambda **_: Own(10, lambda logits: 1 // 0), "cannot be asked (ZeroDivisionError: *"),
     "last layer not called": (lambda **_: HeadNotCalled(10), "cannot be asked (LookupError: its last layer is not *"),
 }
 
@@ -235,7 +237,9 @@ def test_code_that_dvc_would_not_see_is_refused(tmp_path, line):
     for name in ("mynets.py", "models/mine.py", "models/blocks.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "dvc.yaml").write_text("      - models/blocks.py\n")
+    with_it = {"deps": ["models/own.py", "models/blocks.py"]}
+    stages = {"teacher": with_it, "score": with_it, "mine": {"deps": ["models/mine.py"]}, "digits": {"cmd": "true"}}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
     (tmp_path / "models/own.py").write_text("import torchvision\nfrom models import blocks\n")
     preflight.check_own_file(tmp_path)
     (tmp_path / "models/own.py").write_text(f"import torchvision\n{line}\n")
@@ -258,6 +262,50 @@ def test_what_keeps_the_file_from_being_imported_is_a_line(tmp_path, line):
         assert done.returncode == 1
         said = f"{module.rpartition('.')[2]}: error: models/own.py cannot be imported: "
         assert re.fullmatch(re.escape(said) + r"\w+Error: .*\n", done.stderr), done.stderr
+
+
+def test_features_of_a_linear_layer_are_its_last_dimension():
+    class Pooled(Own):
+        """Its last layer sees maps, channels last, which are pooled behind it."""
+
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.head(self.maps(x).permute(0, 2, 3, 1)).mean((1, 2))
+
+    classifier = networks.Classifier(Pooled())
+    pixels = torch.rand(2, 3, 16, 16) * 255
+    features = classifier.embed(pixels)[1]
+    torch.testing.assert_close(features, classifier.network.maps(classifier.normalise(pixels)).mean((2, 3)))
+
+
+def test_a_network_whose_own_keys_are_as_a_wrappers_reads_its_weights(tmp_path):
+    class Wrapped(Own):
+        def state_dict(self, *args, **kwargs):
+            return {f"module.{key}": value for key, value in super().state_dict(*args, **kwargs).items()}
+
+        def load_state_dict(self, state, *args, **kwargs):
+            return super().load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+
+    made, other = Wrapped(), Wrapped()
+    weights.save(tmp_path / "w.safetensors", made.state_dict())
+    weights.load(other, tmp_path / "w.safetensors")
+    assert torch.equal(other.head.weight, made.head.weight)
+
+
+def test_an_error_while_a_network_runs_is_none_of_its_import(tmp_path):
+    (tmp_path / "models").mkdir()
+    program = (
+        "import sys; sys.argv = ['-m']; import pipeline, pathlib\n"
+        f"pipeline.OWN = pathlib.Path({str(tmp_path / 'models/own.py')!r})\n"
+        "code = compile('def forward(): raise KeyError(1)', str(pipeline.OWN), 'exec'); found = {}\n"
+        "exec(code, found); found['forward']()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "cannot be imported" not in done.stderr
+    assert "KeyError" in done.stderr
 
 
 def test_a_forgotten_decorator_is_named(monkeypatch):

@@ -70,9 +70,10 @@ class Classifier(nn.Module):
         """
         if hasattr(self.network, "forward_features") and hasattr(self.network, "forward_head"):
             maps = self.network.forward_features(self.normalise(self.resize(pixels)))
-            return self.network.forward_head(maps), self.network.forward_head(maps, pre_logits=True).flatten(1)
+            features = self.network.forward_head(maps, pre_logits=True)
+            return _logits(self.network.forward_head(maps)), features.flatten(1)
         seen: list[Tensor] = []
-        (last,) = models.last_layers(self.network)
+        last = models.last_layers(self.network)[0]
         hook = last.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
         try:
             logits = self(pixels)
@@ -80,8 +81,11 @@ class Classifier(nn.Module):
             hook.remove()
         if not seen:
             raise LookupError("its last layer is not called: its weights are used without it")
-        positions = {3: 1, 4: (2, 3)}.get(seen[-1].ndim)  # of (B, N, D) and (B, D, H, W)
-        return logits, seen[-1] if positions is None else seen[-1].mean(positions)
+        features = seen[-1]  # (B, D); or (B, D, H, W), or, of a linear layer, (B, ..., D)
+        if features.ndim > 2:
+            channels_last = isinstance(last, nn.Linear)
+            features = features.flatten(1, -2).mean(1) if channels_last else features.flatten(2).mean(2)
+        return logits, features
 
 
 def _logits(answer: Any) -> Tensor:
@@ -134,8 +138,6 @@ def check_takes(classifier: Classifier, name: str, resolution: int, classes: int
         raise ValueError(f"{name} has weights of five dimensions, which the stages do not take; {instead}")
     try:
         logits, _ = on_meta(classifier, resolution)
-    except (AttributeError, TypeError, LookupError) as error:
-        raise ValueError(f"{name} cannot be asked ({type(error).__name__}: {error}); {instead}") from None
     except (AssertionError, RuntimeError) as error:
         reason = (str(error).splitlines()[0] if str(error) else type(error).__name__).rstrip(".")
         if "meta" in reason:
@@ -146,6 +148,9 @@ def check_takes(classifier: Classifier, name: str, resolution: int, classes: int
         seen, made_for = classifier.resized_to or resolution, _own_size(classifier.network)
         hint = f"; it was made for {made_for}{remedy}" if made_for not in (None, seen) else ""
         raise ValueError(f"{name} does not take images of {seen} pixels: {reason}{hint}") from None
+    except Exception as error:  # whatever a network of one's own may raise
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{name} cannot be asked ({words}); {instead}") from None
     if logits.shape != (1, classes):
         raise ValueError(f"{name} gives {tuple(logits.shape)} for an image and {classes} classes; {instead}")
 

@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from pipeline.core import atomic, params, sources, stage
 from pipeline.core.sections import TIMM, Params
 
@@ -126,7 +128,8 @@ def check_own_file(project: Path) -> None:
     Raises:
         ValueError: it does.
     """
-    file, watched = project / "models/own.py", (project / "dvc.yaml").read_text()
+    file, stages = project / "models/own.py", yaml.safe_load((project / "dvc.yaml").read_text())["stages"]
+    with_it = [set(stage["deps"]) for stage in stages.values() if "models/own.py" in stage.get("deps", ())]
     for node in ast.walk(ast.parse(file.read_text(), str(file))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -138,7 +141,7 @@ def check_own_file(project: Path) -> None:
         for name in names:
             place = project.joinpath(*name.split("."))
             for source in (place.with_suffix(".py"), place / "__init__.py"):
-                if source.is_file() and f"- {source.relative_to(project)}\n" not in watched:
+                if source.is_file() and not all(str(source.relative_to(project)) in deps for deps in with_it):
                     unseen = f"models/own.py imports {name}, whose changes DVC would not see"
                     raise ValueError(f"{unseen}: have its code in models/own.py, or install it")
 

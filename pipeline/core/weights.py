@@ -59,9 +59,9 @@ def load(network: nn.Module, file: Path, new_classifier: bool = False) -> None:
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         has = f"; it holds {', '.join(map(str, [*state][:5]))}" if isinstance(state, dict) else ""
         raise ValueError(f"{file}: not a state dict of tensors{has}: save the network's state_dict() alone")
-    while prefix := next((it for it in WRAPPERS if state and all(key.startswith(it) for key in state)), ""):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
     own = network.state_dict()
+    while not own.keys() & state.keys() and (prefix := _wrapper_of(state)):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     _check_names(own, state, file)
     for key, classes in _other_classes(network, state).items():
         if not new_classifier:
@@ -77,6 +77,11 @@ def load(network: nn.Module, file: Path, new_classifier: bool = False) -> None:
                 f"{file}: of another network: {key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
             )
     network.load_state_dict(state)
+
+
+def _wrapper_of(state: dict[str, Tensor]) -> str:
+    """The prefix of a wrapper with which all keys begin; "" where there is none."""
+    return next((it for it in WRAPPERS if state and all(key.startswith(it) for key in state)), "")
 
 
 def _check_names(own: dict[str, Tensor], state: dict[str, Tensor], file: Path) -> None:
