@@ -14,11 +14,10 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from PIL import Image
 from student_project import CLASSES, NAME, RESOLUTION, ROOT, Project, make_network, put_student, write_images
 
 from pipeline import register
-from pipeline.core import card, images, networks, registry, store, views, weights
+from pipeline.core import networks, registry, store, weights
 from pipeline.core import params as settings
 from pipeline.core.batches import Views, in_order
 
@@ -321,43 +320,3 @@ def test_differ():
     assert "differ" in register.differ(np.full_like(logits, np.nan), logits, 1e-4)
     tie = np.array([[1.0, 1.0 + 1e-7]], np.float32)
     assert register.differ(tie[:, ::-1], tie, 1e-4) == ""  # which of two equals is the first says nothing
-
-
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [
-        ("ResNet50_vd", 'timm.create_model("resnet50d", num_classes=10)` takes them'),
-        ("ResNet18_vd", "nothing takes them: timm has no ResNet18_vd"),
-        ("resnet18d.ra2_in1k", 'timm.create_model("resnet18d", num_classes=10)` takes them'),
-    ],
-)
-def test_the_card_says_what_else_takes_the_weights(model, words):
-    assert words in card._elsewhere({"model": model, "num_classes": 10})
-
-
-def test_the_card_fits_the_registry(project):
-    """MLflow keeps 5,000 characters of a description, and the card must say how its own network is loaded."""
-    network = json.loads((project.data / "fixres" / "network.json").read_text())
-    network |= {"classes": [f"class {i}" for i in range(1000)], "num_classes": 1000}
-    figures = json.loads((project.data / "evaluate" / "metrics.json").read_text())
-    params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
-    text = card.model_card(NAME, network, figures, params, {"test": 24}, 0, {"digest.data": "d"})
-    assert f"models:/{NAME}@champion" in text
-    assert "and 980 more" in text
-    assert len(card.description(NAME, "7", network, figures, "ResNet152_vd")) < 2000
-
-
-@pytest.mark.parametrize(("crop", "words"), [(1.0, "the largest centre square"), (0.875, "square of 0.875 of the")])
-def test_the_card_makes_an_input_of_a_file(project, tmp_path, crop, words):
-    network = json.loads((project.data / "fixres" / "network.json").read_text())
-    figures = json.loads((project.data / "evaluate" / "metrics.json").read_text())
-    params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
-    params["views"]["test_crop"] = crop
-    text = card.model_card(NAME, network, figures, params, {"test": 24}, 0, {})
-    assert words in text
-    found = {}
-    exec(next(block for block in text.split("```") if "def pixels_of" in block).removeprefix("python"), found)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 52, 4), np.uint8), "RGBA")
-    image.save(tmp_path / "image.png")
-    wanted = views.render_test(images.decode((tmp_path / "image.png").read_bytes()), network["resolution"], crop)
-    assert np.array_equal(found["pixels_of"](tmp_path / "image.png")[0], wanted)

@@ -1,0 +1,61 @@
+"""The model card: what it says of the student, and that its lines do what they say."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from student_project import NAME, RESOLUTION, ROOT, make_network, put_student, write_images
+
+from pipeline.core import card, images, views
+from pipeline.core import params as settings
+from pipeline.core.batches import Views, in_order
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """What network.json and metrics.json say of a student that stands evaluated."""
+    data = tmp_path_factory.mktemp("project") / "data"
+    made = write_images(data / "prepare", lambda at: at % 3)
+    rows = made.rows("test", "labelled")
+    put_student(data, made, make_network(Views(made, None, RESOLUTION, 1.0)[in_order(rows, 1000)[0]].pixels))
+    files = data / "fixres/network.json", data / "evaluate/metrics.json"
+    return [json.loads(file.read_text()) for file in files]
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("ResNet50_vd", 'timm.create_model("resnet50d", num_classes=10)` takes them'),
+        ("ResNet18_vd", "nothing takes them: timm has no ResNet18_vd"),
+        ("resnet18d.ra2_in1k", 'timm.create_model("resnet18d", num_classes=10)` takes them'),
+    ],
+)
+def test_the_card_says_what_else_takes_the_weights(model, words):
+    assert words in card._elsewhere({"model": model, "num_classes": 10})
+
+
+def test_the_card_fits_the_registry(student):
+    """MLflow keeps 5,000 characters of a description, and the card must say how its own network is loaded."""
+    network, figures = student
+    network = network | {"classes": [f"class {i}" for i in range(1000)], "num_classes": 1000}
+    params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
+    text = card.model_card(NAME, network, figures, params, {"test": 24}, 0, {"digest.data": "d"})
+    assert f"models:/{NAME}@champion" in text
+    assert "and 980 more" in text
+    assert len(card.description(NAME, "7", network, figures, "ResNet152_vd")) < 2000
+
+
+@pytest.mark.parametrize(("crop", "words"), [(1.0, "the largest centre square"), (0.875, "square of 0.875 of the")])
+def test_the_card_makes_an_input_of_a_file(student, tmp_path, crop, words):
+    network, figures = student
+    params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
+    params["views"]["test_crop"] = crop
+    text = card.model_card(NAME, network, figures, params, {"test": 24}, 0, {})
+    assert words in text
+    found = {}
+    exec(next(block for block in text.split("```") if "def pixels_of" in block).removeprefix("python"), found)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 52, 4), np.uint8), "RGBA")
+    image.save(tmp_path / "image.png")
+    wanted = views.render_test(images.decode((tmp_path / "image.png").read_bytes()), network["resolution"], crop)
+    assert np.array_equal(found["pixels_of"](tmp_path / "image.png")[0], wanted)
