@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from pipeline.core import atomic, registry, stage, store, tracking
+from pipeline.core import atomic, onnx_file, registry, stage, store, tracking
 from pipeline.core.sections import Params
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import: --help and --if-missing should not wait for both
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+    from torch import nn
 
     from pipeline.core.finished import Student
 
 DATA = Path("data")
-CHECKED = 5000  # test images, at most, on which the version that is loaded back is compared with what was recorded
+CHECKED = 5000  # test images, at most, on which what is registered is compared with what was recorded
 RECORD = DATA / "register" / "version.json"
 TOLERANCE, TOLERANCE_GPU = 1e-4, 2e-2  # of logits, relative to the largest one; GPUs round to TF32 on the way
 TEXT = "Image classifiers from SSLD distillation. `champion` is the best version so far, `challenger` the latest."
@@ -130,6 +131,7 @@ def _publish(client: "MlflowClient", params: Params, student: "Student", record:
 
     def write(folder: Path, **link: str) -> None:
         registry.pack(folder, classifier, network["resolution"], network["classes"], **link)
+        no_onnx = _write_onnx(folder / "student.onnx", classifier, params, student)
         for file in (
             *(DATA / "fixres" / file for file in ("weights.safetensors", "network.json")),
             *(DATA / "evaluate" / file for file in ("report.html", "metrics.json")),
@@ -138,7 +140,7 @@ def _publish(client: "MlflowClient", params: Params, student: "Student", record:
             if file.exists() or file.name != "dvc.lock":
                 atomic.write_bytes(folder / file.name, file.read_bytes())
         atomic.write_text(folder / "params.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-        text = card.model_card(name, network, figures, settings, student.counts, taken, origin)
+        text = card.model_card(name, network, figures, settings, student.counts, taken, origin, no_onnx)
         atomic.write_text(folder / "README.md", text)
 
     with tracking.run("register", settings, {"data": record["data"], "weights": record["weights"]}) as tracked:
@@ -154,15 +156,35 @@ def _publish(client: "MlflowClient", params: Params, student: "Student", record:
         )
 
 
+def _write_onnx(file: Path, classifier: "nn.Module", params: Params, student: "Student") -> str:
+    """Write the student as ONNX, if that predicts what was recorded. If not, leave no file and give the reason."""
+    try:
+        onnx_file.write(file, classifier, registry.example(student.card["resolution"]), student.card["classes"])
+        difference = _differs(onnx_file.load(file), params, student, file.name)
+    except ValueError as error:
+        difference = str(error)
+    if difference:
+        file.unlink(missing_ok=True)
+        _say(f"the version goes without {file.name}: {difference}")
+    else:
+        _say(f"{file.name} predicts what was recorded")
+    return difference
+
+
+def _differs(model: Any, params: Params, student: "Student", what: str) -> str:
+    """Say how the logits of what is registered differ from those recorded of the student; nothing if they do not."""
+    some = slice(None, None, max(1, -(-len(student.rows) // CHECKED)))
+    resolution, crop = student.card["resolution"], params.views.test_crop
+    logits = _ask(model, student, student.rows[some], resolution, crop, params, what)
+    return differ(logits, student.logits[some], TOLERANCE_GPU if student.evaluated_on_gpu else TOLERANCE)
+
+
 def _verified_top1(client: "MlflowClient", version: "ModelVersion", params: Params, student: "Student") -> float:
     """Load a version back and compare what it predicts with what was recorded; give its top-1."""
     if "top1" in version.tags:  # an earlier run got this far
         return float(version.tags["top1"])
-    some = slice(None, None, max(1, -(-len(student.rows) // CHECKED)))
     with registry.loaded(client, version) as (model, network):
-        what = "the version loaded back"
-        logits = _ask(model, student, student.rows[some], network["resolution"], params.views.test_crop, params, what)
-    difference = differ(logits, student.logits[some], TOLERANCE_GPU if student.evaluated_on_gpu else TOLERANCE)
+        difference = _differs(model, params, student, "the version loaded back")
     if difference:
         client.set_model_version_tag(version.name, version.version, "decision", f"refused: {difference}")
         raise ValueError(

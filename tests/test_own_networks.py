@@ -156,6 +156,11 @@ class Broken(Own):
         raise KeyError("cfg")
 
 
+class OneByOne(Own):
+    def forward(self, x):
+        return torch.cat([self.head(self.maps(image[None]).flatten(1)) for image in x])
+
+
 WRONG = {
     "without pretrained": (
         lambda num_classes=1000: Own(num_classes),
@@ -200,6 +205,10 @@ WRONG = {
         "cannot be asked without computing (*): *, and its tensors must be parameters or buffers*",
     ),
     "breaks when asked": (lambda **_: Own(10, lambda logits: 1 // 0), "cannot be asked (ZeroDivisionError: *"),
+    "an image at a time": (
+        lambda **_: OneByOne(10),
+        "cannot be exported, so it could not be registered (*specialized*)",
+    ),
     "last layer not called": (lambda **_: HeadNotCalled(10), "cannot be asked (LookupError: its last layer is not *"),
 }
 

@@ -17,7 +17,7 @@ import yaml
 from student_project import CLASSES, NAME, RESOLUTION, ROOT, Project, make_network, put_student, write_images
 
 from pipeline import register
-from pipeline.core import networks, registry, store, weights
+from pipeline.core import networks, onnx_file, registry, store, weights
 from pipeline.core import params as settings
 from pipeline.core.batches import Views, in_order
 
@@ -85,16 +85,19 @@ def registered(made_project, made_registered, tmp_path, monkeypatch):
 
 CODE = """
 import json, sys
-import mlflow, numpy as np, torch
+import mlflow, numpy as np, onnxruntime, torch
 pixels = np.load("pixels.npy")
 plain = mlflow.pyfunc.load_model("models:/resnet50_vd_ssld@champion")
 network = mlflow.pytorch.load_model("models:/resnet50_vd_ssld@champion")
+file = mlflow.artifacts.download_artifacts("models:/resnet50_vd_ssld@champion/student.onnx")
+session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 said = {}
 for batch in (1, 7):
     parts = np.split(pixels, range(batch, len(pixels), batch))
     said[f"pyfunc{batch}"] = np.concatenate([plain.predict(part) for part in parts])
     with torch.inference_mode():
         said[f"pytorch{batch}"] = np.concatenate([network(torch.from_numpy(part)).numpy() for part in parts])
+    said[f"onnx{batch}"] = np.concatenate([session.run(["logits"], {"pixels": part})[0] for part in parts])
 try:
     plain.predict(pixels.astype(np.float64))
     sys.exit("the signature was not enforced")
@@ -121,7 +124,7 @@ def test_the_champion_predicts_in_a_fresh_process_what_was_evaluated(registered,
     recorded = pyarrow.parquet.read_table(registered.data / "evaluate" / "predictions.parquet")
     recorded = np.stack(recorded["student_logits"].to_numpy())
     said = np.load(elsewhere / "said.npz")
-    assert set(said) == {"pyfunc1", "pyfunc7", "pytorch1", "pytorch7"}
+    assert set(said) == {"pyfunc1", "pyfunc7", "pytorch1", "pytorch7", "onnx1", "onnx7"}
     for logits in said.values():
         np.testing.assert_allclose(logits, recorded, atol=1e-4)
         assert (logits.argmax(1) == registered.images.labels[rows]).all()
@@ -157,6 +160,7 @@ def test_a_version_leads_back_and_has_everything_beside_it(project, capfd):
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/{NAME}/1", tracking_uri=client.tracking_uri))
     assert weights.file_digest(folder / "weights.safetensors") == digest
     names = {"MLmodel", "README.md", "network.json", "report.html", "metrics.json", "params.yaml", "dvc.lock"}
+    names |= {"student.onnx"}
     assert names <= {file.name for file in folder.iterdir()}
     classifier, _ = networks.load(folder)
     assert classifier.network.get_classifier().out_features == 3
@@ -174,6 +178,27 @@ def test_a_version_leads_back_and_has_everything_beside_it(project, capfd):
     assert "is the champion now" in said.out
     chatter = [line for line in said.err.splitlines() if not line.startswith("register: ")]
     assert chatter == []
+
+
+def test_a_version_goes_without_an_onnx_file_that_cannot_be_made(project, capfd, monkeypatch):
+    def refuse(*_):
+        raise ValueError("it cannot be written as ONNX: an operator is unknown")
+
+    monkeypatch.setattr(onnx_file, "write", refuse)
+    project.register()
+    assert "without student.onnx: it cannot be written as ONNX: an operator is unknown" in capfd.readouterr().out
+    with registry.loaded(store.connect(), project.versions()[1]) as (model, _):
+        assert model(torch.zeros(5, 3, RESOLUTION, RESOLUTION)).shape == (5, 3)
+    (folder,) = Path("mlartifacts").rglob("MLmodel")
+    assert not (folder.parent / "student.onnx").exists()
+    assert "There is no ONNX file of it: it cannot be written as ONNX" in (folder.parent / "README.md").read_text()
+
+
+def test_an_onnx_file_that_predicts_something_else_is_left_out(project, capfd, monkeypatch):
+    monkeypatch.setattr(onnx_file, "load", lambda file: lambda pixels: torch.zeros(len(pixels), 3))
+    project.register()
+    assert "without student.onnx: logits differ by up to" in capfd.readouterr().out
+    assert not list(Path("mlartifacts").rglob("student.onnx"))
 
 
 def test_the_same_student_again_gives_no_new_version(registered, capfd):

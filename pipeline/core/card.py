@@ -30,6 +30,16 @@ FITTED_ON = {
 }
 MOST_CLASSES = 20  # whose names are written out
 
+ONNX = """`student.onnx` is
+the same network for where torch is not: for ONNX Runtime, TensorRT, OpenVINO and others.
+
+```python
+import mlflow, numpy as np, onnxruntime
+file = mlflow.artifacts.download_artifacts("models:/{name}@champion/student.onnx")
+session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+(logits,) = session.run(["logits"], {{"pixels": np.zeros((7, 3, {resolution}, {resolution}), np.float32)}})
+```"""
+
 CARD = """# {name}
 
 {summary}
@@ -83,7 +93,7 @@ def pixels_of(file):  # an image of 8 bits a channel; gives (1, 3, {resolution},
     return torch.tensor(np.asarray(image), dtype=torch.float32).permute(2, 0, 1)[None]
 ```
 
-Both are an exported program: it runs on the CPU, and cannot be trained further.
+Both are an exported program: it runs on the CPU, and cannot be trained further. {onnx}
 
 The weights alone are in `weights.safetensors`, and `network.json` says what they are of. With this project's code they
 make a network that can be moved to a GPU and trained further: `pipeline.core.networks.load(folder, device="cuda")`.
@@ -136,7 +146,8 @@ In: RGB pixels (B, 3, {size}, {size}) float32, 0 to 255 as in the image. Out: lo
 model = mlflow.pyfunc.load_model("models:/{name}/{version}")
 ```
 
-More in this version's files: `README.md` (the model card), `report.html`, `weights.safetensors`, `params.yaml`.
+More in this version's files: `README.md` (the model card, with other ways to load it), `report.html`,
+`weights.safetensors`, `params.yaml`.
 """
 
 
@@ -168,6 +179,7 @@ def model_card(
     images: dict[str, int],
     mined: int,
     lineage: dict[str, str],
+    no_onnx: str = "",
 ) -> str:
     """Write the card.
 
@@ -179,6 +191,7 @@ def model_card(
         images: how many there are in each split.
         mined: how many the student learned from of those without labels.
         lineage: what leads back to data, teacher, labels, settings and commit: the version's tags.
+        no_onnx: why the version has no ONNX file, where it has none.
     """
     teacher = params["teacher"]
     crop = params["views"]["test_crop"]
@@ -199,6 +212,7 @@ def model_card(
         teacher=_teacher(teacher),
         recipe=yaml.safe_dump({key: params[key] for key in RECIPE}, sort_keys=False, allow_unicode=True),
         lineage="\n".join(f"- {key}: `{value}`" for key, value in lineage.items()),
+        onnx=_onnx(name, network["resolution"], no_onnx),
         elsewhere=_elsewhere(network),
         agreement="an unknown share" if agreement is None else f"{agreement:.1%}",
     )
@@ -210,6 +224,11 @@ def _teacher(settings: dict[str, Any]) -> str:
     start = "" if init is None else " from timm's pretrained weights" if init == TIMM else f" from `{init}`"
     words = {"start": start, "on": FITTED_ON[settings["fit_on"]], "checkpoint": settings["checkpoint"]}
     return TEACHERS[settings["source"]].format(**words)
+
+
+def _onnx(name: str, resolution: int, missing: str) -> str:
+    """Say how the ONNX file is used, or why there is none."""
+    return f"There is no ONNX file of it: {missing}." if missing else ONNX.format(name=name, resolution=resolution)
 
 
 def _elsewhere(network: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ No stage imports this, so a change here reruns nothing. Run: python -m pipeline.
 
 import ast
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -110,6 +111,8 @@ def check_networks(settings: Params, root: Path) -> None:
                 networks.check_takes(built[who], name, resolution, CLASSES, remedies[who])
                 if models.is_own(name):
                     show_black_images(built[who], name, resolution)
+    with _named("student.model"):
+        check_exports(built["student"], settings.student.model, fixres)
     for key in from_timm:
         model = wanted[key.partition(".")[0]][0]
         if not models.has_pretrained(model):
@@ -162,6 +165,27 @@ def show_black_images(classifier: "Classifier", name: str, resolution: int) -> N
     except Exception as error:  # whatever its code may raise
         words = f"{type(error).__name__}: {stage.in_a_line(error)}"
         raise ValueError(f"{name} fails on black images of {resolution} pixels ({words}); see models/own.py") from None
+
+
+def check_exports(student: "Classifier", name: str, resolution: int) -> None:
+    """Make sure that a network can be exported, for any number of images, as the registry has it; nothing is computed.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    import torch
+
+    from pipeline.core import small_maps
+
+    student = copy.deepcopy(student).to("meta").eval()
+    small_maps.restore_convolutions(student)
+    pixels = torch.empty(2, 3, resolution, resolution, device="meta")
+    try:
+        with torch.no_grad():
+            torch.export.export(student, (pixels,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    except Exception as error:  # torch's own classes for it, and whatever its code may raise
+        words = f"{type(error).__name__}: {stage.in_a_line(error)}"
+        raise ValueError(f"{name} cannot be exported, so it could not be registered ({words[:300]})") from None
 
 
 def _is_example(path: str) -> bool:
