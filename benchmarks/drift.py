@@ -67,7 +67,7 @@ def losses(changes: dict, steps: int, processes: Processes, moved: bool = False)
             classifier=classifier,
             part=classifier.network,
             views=made,
-            order=TrainingOrder(made.images, np.arange(COUNT), BATCH, 0, 0, processes.rank, processes.world),
+            order=TrainingOrder(np.arange(COUNT), BATCH, 0, 0, processes.rank, processes.world),
             loss=labelled_loss(made.images, made.labels, 0.1),
             recipe=settings.baseline.model_copy(update={"epochs": epochs, "batch_size": BATCH, **changes}),
             processes=processes,

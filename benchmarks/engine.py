@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -59,7 +58,7 @@ def loss(network: nn.Module, batch: Batch) -> torch.Tensor:
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
 
 
-def make_run(arguments: argparse.Namespace, views: Dataset, ids: np.ndarray, scratch: str, workers: int) -> engine.Run:
+def make_run(arguments: argparse.Namespace, views: Dataset, count: int, scratch: str, workers: int) -> engine.Run:
     settings = params.load(ROOT / "params.yaml")
     changes = {"epochs": 1, "warmup_epochs": 0, "batch_size": arguments.batch_size, "precision": arguments.precision}
     return engine.Run(
@@ -67,7 +66,7 @@ def make_run(arguments: argparse.Namespace, views: Dataset, ids: np.ndarray, scr
         classifier=(classifier := networks.build(arguments.model, CLASSES, seed=0)),
         part=classifier.network,
         views=views,
-        order=TrainingOrder(SimpleNamespace(ids=ids), np.arange(len(ids)), arguments.batch_size, 0, 0),
+        order=TrainingOrder(np.arange(count), arguments.batch_size, 0, 0),
         loss=loss,
         recipe=settings.distill.model_copy(update=changes),
         processes=devices.join(how(arguments)),
@@ -125,9 +124,9 @@ def step(arguments: argparse.Namespace) -> None:
     flops = bare.flops()
     views = Synthetic(arguments.batch_size, arguments.resolution)
     turns, images = arguments.rounds or 60, arguments.steps * arguments.batch_size
-    ids = np.arange((turns + WARM_UP) * images, dtype=np.uint64)
+    count = (turns + WARM_UP) * images
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stderr(io.StringIO()):
-        ours = make_run(arguments, views, ids, scratch, workers=0).step_by_step()
+        ours = make_run(arguments, views, count, scratch, workers=0).step_by_step()
         loops = {"this engine": ours, "bare loop": bare.step_by_step()}
         seconds = take_turns(loops, turns, arguments.steps, WARM_UP)
     rates = {name: [images / turn for turn in taken] for name, taken in seconds.items()}
@@ -154,12 +153,12 @@ def answer(arguments: argparse.Namespace) -> None:
 
 
 def where(arguments: argparse.Namespace) -> None:
-    ids = np.arange(2 * (WARM_UP + arguments.steps) * arguments.batch_size, dtype=np.uint64)
+    count = 2 * (WARM_UP + arguments.steps) * arguments.batch_size
     views = Synthetic(arguments.batch_size, arguments.resolution)
     kinds = torch.profiler.ProfilerActivity
     cuda = devices.join(how(arguments)).device.type == "cuda"
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stderr(io.StringIO()):
-        ours = make_run(arguments, views, ids, scratch, workers=0).step_by_step()
+        ours = make_run(arguments, views, count, scratch, workers=0).step_by_step()
         for _ in range(WARM_UP):
             next(ours)
         with torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if cuda else [])]) as profile:
@@ -201,12 +200,12 @@ def epoch(arguments: argparse.Namespace) -> None:
     arguments.resolution = settings.views.resolution
     real = Views(images, ViewSpec.of(settings.seed, settings.views))
     ways = {"real images": real, "synthetic images": Synthetic(arguments.batch_size, arguments.resolution)}
-    order = TrainingOrder(images, rows, arguments.batch_size, 0, 0)
+    order = TrainingOrder(rows, arguments.batch_size, 0, 0)
     turns = (arguments.rounds or 3) * order.steps_per_epoch
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stderr(io.StringIO()):
         loops = {}
         for name, views in ways.items():
-            run = make_run(arguments, views, images.ids, f"{scratch}/{name}", arguments.workers)
+            run = make_run(arguments, views, len(images.ids), f"{scratch}/{name}", arguments.workers)
             run.order, run.steps = order, turns + WARM_UP
             loops[name] = run.step_by_step()
         seconds = take_turns(loops, turns, steps=1, warm_up=WARM_UP)

@@ -29,7 +29,7 @@ from timm.data import create_transform
 from timm.data.loader import fast_collate
 from torchvision.transforms import InterpolationMode, v2
 
-from pipeline.core import images, reencoding, shards
+from pipeline.core import image_shards, images, reencoding
 from pipeline.core.batches import Views
 from pipeline.core.dataset import ImageSet
 from pipeline.core.views import ViewSpec
@@ -90,11 +90,11 @@ def ours(contents: list[bytes], folder: Path, resolution: int, operations: int) 
     folder.mkdir()
     by_digest = {hashlib.sha256(content).hexdigest(): content for content in contents}
     samples = [
-        shards.Sample(digest, len(content), *images.decode(content).size, "unlabelled", -1, -1, f"{number}.jpg")
+        image_shards.Sample(digest, len(content), *images.decode(content).size, "unlabelled", -1, -1, f"{number}.jpg")
         for number, (digest, content) in enumerate(by_digest.items())
     ]
     give = lambda wanted: ((sample, by_digest[sample.sha256]) for sample in wanted)  # noqa: E731
-    shards.write(folder, samples, ["none"], 10**9, give)
+    image_shards.write(folder, samples, ["none"], 10**9, give)
     spec = ViewSpec(0, resolution, SCALE, RATIO, 0.5, operations, MAGNITUDE, 0.0, 0.0, 0.0)
     views = Views(ImageSet.open(folder), spec)
     rows = np.arange(len(contents))

@@ -26,7 +26,7 @@ from cache import MADE, made_cache
 from machine import machine, own_memory
 from turns import silence
 
-from pipeline.core import distillation, engine, networks, params, shards, training
+from pipeline.core import distillation, engine, image_shards, networks, params, training
 from pipeline.core.batches import TrainingOrder, Views
 from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
@@ -72,9 +72,9 @@ def write_images(folder: Path, count: int) -> None:
     for digest, number in number_of.items():
         split, label = ("labelled", number % len(CLASSES)) if number % 2 else ("unlabelled", -1)
         file = f"train/{max(label, 0):04d}/{number:08d}.jpg"
-        samples.append(shards.Sample(digest, len(base) + len(str(number)), SIDE, SIDE, split, label, -1, file))
+        samples.append(image_shards.Sample(digest, len(base) + len(str(number)), SIDE, SIDE, split, label, -1, file))
     give = lambda wanted: ((sample, base + str(number_of[sample.sha256]).encode()) for sample in wanted)  # noqa: E731
-    shards.write(folder, samples, CLASSES, 256_000_000, give)
+    image_shards.write(folder, samples, CLASSES, 256_000_000, give)
 
 
 def write_labels(folder: Path, images: ImageSet) -> None:
@@ -120,7 +120,7 @@ def make_run(images: ImageSet, labels: SoftLabels, model: str, batch_size: int, 
         classifier=classifier,
         part=classifier.network,
         views=Views(images, spec),
-        order=TrainingOrder(images, rows, batch_size, 0, 1),
+        order=TrainingOrder(rows, batch_size, 0, 1),
         loss=distillation.distillation_loss({"ssld": 1.0}, 1.0, distillation.cached(labels, images), images),
         recipe=settings.distill.model_copy(update={"epochs": 1, "batch_size": batch_size}),
         processes=processes,

@@ -11,7 +11,7 @@ from timm.task import LogitDistillationTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline import cache
-from pipeline.core import devices, engine, mined, networks, optimizers, params, small_maps, teaching
+from pipeline.core import devices, engine, networks, optimizers, params, small_maps, teaching
 from pipeline.core.batches import TrainingOrder, Views, load
 from pipeline.core.dataset import ImageSet
 from pipeline.core.views import ViewSpec
@@ -37,7 +37,7 @@ class Project:
         self.description = teaching.description(self.params, card)
         self.spec = ViewSpec.of(self.params.seed, self.params.views)
         self.views = Views(self.images, self.spec)
-        self.rows = teaching.training_rows(self.images, mined.read(Path("data/mine")))
+        self.rows = teaching.training_rows(self.images)
 
     def wanted(self) -> cache.Wanted:
         with tempfile.TemporaryDirectory() as folder:  # the keys stay mapped
@@ -45,7 +45,7 @@ class Project:
             return cache.every_view(self.views, self.rows, self.params.cache.replicas, file, quiet=True)
 
     def order(self) -> TrainingOrder:
-        return TrainingOrder(self.images, self.rows, self.params.distill.batch_size, 0, self.params.cache.replicas)
+        return TrainingOrder(self.rows, self.params.distill.batch_size, 0, self.params.cache.replicas)
 
     def train_with_timm(self, epochs: int) -> Generator[None, None, None]:
         """Train step by step as timm's user would write it: its task around student and teacher, on the same views.

@@ -125,7 +125,7 @@ def ours(work: Work) -> Course:
             classifier=student,
             part=student.network,
             views=views,
-            order=TrainingOrder(images, work.rows, recipe.batch_size, settings.seed, settings.cache.replicas),
+            order=TrainingOrder(work.rows, recipe.batch_size, settings.seed, settings.cache.replicas),
             loss=distillation.distillation_loss(recipe.loss, recipe.temperature, answers, images),
             recipe=recipe,
             processes=Processes(torch.device("cpu")),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.core import devices, mined, networks, stage, teaching
+from pipeline.core import devices, networks, stage, teaching
 from pipeline.core import params as settings
 from pipeline.core.batches import Views
 from pipeline.core.dataset import ImageSet
@@ -59,7 +59,7 @@ def audit(params: Params, share: float, seed: int) -> Findings:
     device = devices.join(params.machine).device
     classifier, card = networks.load(Path("data/teacher"), device)
     labels = teaching.open_labels(params, card)
-    rows = teaching.training_rows(images, mined.read(Path("data/mine")))
+    rows = teaching.training_rows(images)
     total = len(rows) * params.cache.replicas
     chosen = spread(total, min(total, max(LEAST_VIEWS, round(share * total))), seed)
     rows, replicas = rows[chosen // params.cache.replicas], chosen % params.cache.replicas

@@ -29,7 +29,7 @@ def run(params: Params) -> None:
         card={"model": params.student.model},
         identities={"data": images.digest, "views": spec.digest, "start": networks.digest(classifier)},
     )
-    training.train(task, params, images, devices.join(params.machine))
+    training.train(task, params, devices.join(params.machine))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.core import atomic, devices, mined, networks, stage, teaching
+from pipeline.core import atomic, devices, networks, stage, teaching
 from pipeline.core.batches import RowsAndReplicas, Views, load
 from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
@@ -66,7 +66,7 @@ def bring_up_to_date(params: Params, processes: Processes, scratch: Path) -> Non
     classifier, card = networks.load(Path("data/teacher"), processes.device)
     description = teaching.description(params, card)
     views = Views(images, ViewSpec.of(params.seed, params.views))
-    rows = teaching.training_rows(images, mined.read(Path("data/mine")))
+    rows = teaching.training_rows(images)
     keys_at, missing_at = scratch / keys_file(views, rows, params), scratch / "missing.bin"
     if not processes.first():
         devices.wait_for_all(processes)  # until the first process has listed what is to be done

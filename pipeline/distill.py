@@ -6,7 +6,7 @@ history.csv. Run: python -m pipeline.distill
 
 from pathlib import Path
 
-from pipeline.core import devices, distillation, mined, networks, stage, teaching
+from pipeline.core import devices, distillation, networks, stage, teaching
 from pipeline.core.dataset import ImageSet
 from pipeline.core.sections import Params
 
@@ -14,7 +14,7 @@ from pipeline.core.sections import Params
 def run(params: Params) -> None:
     images = ImageSet.open(Path("data/prepare"))
     classifier = networks.build_from(params.student.model, params.student.init, len(images.classes), params.seed)
-    rows = teaching.training_rows(images, mined.read(Path("data/mine")))
+    rows = teaching.training_rows(images)
     processes = devices.join(params.machine)
     distillation.train("distill", params.distill, params.student.model, classifier, rows, params, images, processes)
 

@@ -39,7 +39,7 @@ def run(params: Params) -> None:
         },
         before=before,
     )
-    training.train(task, params, images, devices.join(params.machine))
+    training.train(task, params, devices.join(params.machine))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from pipeline import recipes
-from pipeline.core import dvc, prefect_server, preflight, store, tracking, workspace
+from pipeline.core import dvc, mlflow_store, prefect_server, preflight, tracking, workspace
 from pipeline.core.programs import Programs
 
 RETRY_DELAY = 2  # seconds; a cancelled run waits them out at worst
@@ -201,9 +201,9 @@ def table(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 
 def environment(root: Path) -> dict[str, str]:
     """Give the variables that stages get: this Python first, output at once, the project's MLflow store, the run."""
-    uri = store.default_uri(root)
-    if uri.startswith(store.SQLITE):  # a relative path would lead into the workspace
-        uri = f"{store.SQLITE}{root.absolute() / uri.removeprefix(store.SQLITE)}"
+    uri = mlflow_store.default_uri(root)
+    if uri.startswith(mlflow_store.SQLITE):  # a relative path would lead into the workspace
+        uri = f"{mlflow_store.SQLITE}{root.absolute() / uri.removeprefix(mlflow_store.SQLITE)}"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     flow_run = {tracking.FLOW_RUN: runtime.flow_run.name or ""}
     return os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", "MLFLOW_TRACKING_URI": uri} | flow_run

@@ -18,17 +18,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import archives, atomic, choose, dataset, journal, shards, stage
+from pipeline.core import archives, atomic, choose, dataset, image_shards, journal, stage
 from pipeline.core.archives import Tree
 from pipeline.core.choose import Found, Parts, Picture, Pictures, Stored
 from pipeline.core.examined import Examined
+from pipeline.core.image_shards import Sample
 from pipeline.core.images import Unreadable
 from pipeline.core.progress import Progress
 from pipeline.core.reading import in_threads
 from pipeline.core.reencoding import ENCODED, Reencoded
 from pipeline.core.refusals import FURTHER_FRAMES, Refusal, as_csv, check_share, in_words, reasons
 from pipeline.core.sections import Params
-from pipeline.core.shards import Sample
 from pipeline.core.sources import Source, SourceFile, class_names, names, open_source
 
 OUT = Path("data/prepare")
@@ -179,7 +179,7 @@ def prepare(
         check_parts(parts, classes, refusals)
     refusals += further_frames(parts, pictures)
     samples = to_samples(parts, stored, classes)
-    manifest = shards.write(folder, samples, classes, shard_bytes, give)
+    manifest = image_shards.write(folder, samples, classes, shard_bytes, give)
     atomic.write_text(folder / "refused.csv", as_csv(refusals))
     summary = summarise(samples, classes, files, refusals, dataset.digest(manifest, tuple(classes)))
     atomic.write_json(folder / "summary.json", summary)

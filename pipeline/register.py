@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from pipeline.core import atomic, onnx_file, registry, stage, store, tracking
+from pipeline.core import atomic, mlflow_store, onnx_file, registry, stage, tracking
 from pipeline.core.sections import Params
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import: --help and --if-missing should not wait for both
@@ -43,8 +43,11 @@ def run(params: Params) -> None:
     with stage.only_writer("register"):
         student = finished.read(DATA)
         record = finished.describe(student, params.register_.name, params.views.test_crop)
-        client = store.connect()
-        with store.exclusively(client.tracking_uri, "register"), store.speaking_plainly(client.tracking_uri):
+        client = mlflow_store.connect()
+        with (
+            mlflow_store.exclusively(client.tracking_uri, "register"),
+            mlflow_store.speaking_plainly(client.tracking_uri),
+        ):
             _register(client, params, student, record)
         if not RECORD.exists() or json.loads(RECORD.read_text()) != record:
             atomic.write_json(RECORD, record)
@@ -60,9 +63,9 @@ def run_if_missing(params: Params) -> None:
         record = json.loads(RECORD.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         raise ValueError(f"{RECORD}: not there, so nothing was registered yet; run `dvc repro`") from None
-    client = store.connect()
-    where = store.shown(client.tracking_uri)
-    with store.speaking_plainly(client.tracking_uri):
+    client = mlflow_store.connect()
+    where = mlflow_store.shown(client.tracking_uri)
+    with mlflow_store.speaking_plainly(client.tracking_uri):
         version = registry.find(client, record["name"], record["key"])
     if version is not None:
         _say(f"{_named(version)} is in the registry ({where}); nothing to do")
@@ -121,16 +124,16 @@ def _register(client: "MlflowClient", params: Params, student: "Student", record
 
 
 def _publish(client: "MlflowClient", params: Params, student: "Student", record: dict[str, Any]) -> "ModelVersion":
-    from pipeline.core import card, networks
+    from pipeline.core import model_card, networks
     from pipeline.core.finished import lineage, mined
 
-    name, network, figures = record["name"], student.card, student.figures
+    name, card, figures = record["name"], student.card, student.figures
     settings = params.model_dump(mode="json", by_alias=True)
     origin, taken = lineage(record, params, DATA), mined(student, params, DATA)
     classifier, _ = networks.load(DATA / "fixres")
 
     def write(folder: Path, **link: str) -> None:
-        registry.pack(folder, classifier, network["resolution"], network["classes"], **link)
+        registry.pack(folder, classifier, card["resolution"], card["classes"], **link)
         no_onnx = _write_onnx(folder / "student.onnx", classifier, params, student)
         for file in (
             *(DATA / "fixres" / file for file in ("weights.safetensors", "network.json")),
@@ -140,7 +143,7 @@ def _publish(client: "MlflowClient", params: Params, student: "Student", record:
             if file.exists() or file.name != "dvc.lock":
                 atomic.write_bytes(folder / file.name, file.read_bytes())
         atomic.write_text(folder / "params.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-        text = card.model_card(name, network, figures, settings, student.counts, taken, origin, no_onnx)
+        text = model_card.in_full(name, card, figures, settings, student.counts, taken, origin, no_onnx)
         atomic.write_text(folder / "README.md", text)
 
     with tracking.run("register", settings, {"data": record["data"], "weights": record["weights"]}) as tracked:
@@ -149,9 +152,11 @@ def _publish(client: "MlflowClient", params: Params, student: "Student", record:
             name,
             tracked.id,
             tags={registry.KEY: record["key"], "test_crop": str(params.views.test_crop), **origin},
-            metrics={f"{who}.{key}": float(value) for who in card.NETWORKS for key, value in figures[who].items()},
+            metrics={
+                f"{who}.{key}": float(value) for who in model_card.NETWORKS for key, value in figures[who].items()
+            },
             about=TEXT,
-            describe=lambda version: card.description(name, version, network, figures, params.teacher.model),
+            describe=lambda version: model_card.description(name, version, card, figures, params.teacher.model),
             write=write,
         )
 
@@ -183,7 +188,7 @@ def _verified_top1(client: "MlflowClient", version: "ModelVersion", params: Para
     """Load a version back and compare what it predicts with what was recorded; give its top-1."""
     if "top1" in version.tags:  # an earlier run got this far
         return float(version.tags["top1"])
-    with registry.loaded(client, version) as (model, network):
+    with registry.loaded(client, version) as (model, card):
         difference = _differs(model, params, student, "the version loaded back")
     if difference:
         client.set_model_version_tag(version.name, version.version, "decision", f"refused: {difference}")
@@ -191,7 +196,7 @@ def _verified_top1(client: "MlflowClient", version: "ModelVersion", params: Para
             f"{_named(version)} was loaded back from the registry, and does not predict what data/evaluate recorded "
             f"({difference}); run `dvc repro --force --single-item evaluate`, then `dvc repro`"
         )
-    top1 = top1_by_name(student.logits, network["classes"], student.labels, student.images.classes)
+    top1 = top1_by_name(student.logits, card["classes"], student.labels, student.images.classes)
     client.set_model_version_tag(version.name, version.version, "top1", repr(top1))
     _say(f"{_named(version)} was loaded back and predicts what was recorded: top-1 {top1:.4f}")
     return top1
@@ -210,8 +215,8 @@ def _compare(
     if champion.tags.get("digest.test") == student.test_digest and "top1" in champion.tags:
         best = float(champion.tags["top1"])
     else:
-        with registry.loaded(client, champion) as (model, network):
-            lost = sorted(set(network["classes"]) - set(student.images.classes))
+        with registry.loaded(client, champion) as (model, card):
+            lost = sorted(set(card["classes"]) - set(student.images.classes))
             if lost:
                 return False, (
                     f"the champion, version {champion.version}, knows {len(lost)} classes that this one lacks (such as "
@@ -219,8 +224,8 @@ def _compare(
                 )
             crop = float(champion.tags.get("test_crop", params.views.test_crop))
             what = "the champion on these test images"
-            logits = _ask(model, student, student.rows, network["resolution"], crop, params, what)
-        best = top1_by_name(logits, network["classes"], student.labels, student.images.classes)
+            logits = _ask(model, student, student.rows, card["resolution"], crop, params, what)
+        best = top1_by_name(logits, card["classes"], student.labels, student.images.classes)
     margin = params.register_.margin
     promoted = decide(top1, best, margin)
     verb = "beats" if promoted else "does not beat"

@@ -52,7 +52,7 @@ def fit(params: Params, images: ImageSet, processes: Processes) -> None:
         card={"model": params.teacher.model, "source": "fit"},
         identities={"data": images.digest, "views": spec.digest, "start": networks.digest(classifier)},
     )
-    training.train(task, params, images, processes)
+    training.train(task, params, processes)
 
 
 def take(params: Params, images: ImageSet, device: torch.device) -> None:

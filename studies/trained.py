@@ -181,7 +181,7 @@ def network(kind: str, depth: int, seed: int, settings: Settings, data: Data) ->
             classifier=classifier,
             part=classifier.network,
             views=Views(data.images, spec),
-            order=TrainingOrder(data.images, data.rows, settings.batch_size, seed, EVERY_REPLICA),
+            order=TrainingOrder(data.rows, settings.batch_size, seed, EVERY_REPLICA),
             loss=training.labelled_loss(data.images, data.labels, smoothing=0.0),
             recipe=recipe,
             processes=devices.join(data.params.machine),

@@ -30,9 +30,7 @@ def run(images, scratch, loss=None, part=None, processes=CPU, machine=None, mode
         classifier=classifier,
         part=part(classifier) if part else classifier.network,
         views=Views(images, ViewSpec.of(0, params.views)),
-        order=TrainingOrder(
-            images, images.rows("labelled"), batch_size, 0, 0, *shared, parts=params.baseline.accumulate
-        ),
+        order=TrainingOrder(images.rows("labelled"), batch_size, 0, 0, *shared, parts=params.baseline.accumulate),
         loss=loss or labelled_loss(images, images.labels, 0.1),
         recipe=params.baseline,
         processes=processes,

@@ -15,7 +15,7 @@ from PIL import Image
 
 import models
 from pipeline import register
-from pipeline.core import networks, shards, store
+from pipeline.core import image_shards, mlflow_store, networks
 from pipeline.core import params as settings
 from pipeline.core.batches import Views, in_order
 from pipeline.core.dataset import ImageSet
@@ -41,7 +41,7 @@ def write_images(folder, label, classes=CLASSES, count=24, first=0):
     """Write `count` test images, and as many labelled ones; `label` gives each picture's class."""
     encoded = [picture(number) for number in range(first, first + 2 * count)]
     samples = [
-        shards.Sample(
+        image_shards.Sample(
             sha256(one).hexdigest(), len(one), 40, 36, "test" if at < count else "labelled", label(at), -1, f"{at}.png"
         )
         for at, one in enumerate(encoded)
@@ -49,7 +49,7 @@ def write_images(folder, label, classes=CLASSES, count=24, first=0):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     content = dict(zip((sample.sha256 for sample in samples), encoded, strict=True))
-    shards.write(folder, samples, classes, 1 << 20, lambda all: ((one, content[one.sha256]) for one in all))
+    image_shards.write(folder, samples, classes, 1 << 20, lambda all: ((one, content[one.sha256]) for one in all))
     return ImageSet.open(folder)
 
 
@@ -106,8 +106,8 @@ class Project:
         return put_student(self.data, self.images, make_network(self.pixels, spoilt))
 
     def versions(self):
-        found = store.connect().search_model_versions(f"name = '{NAME}'")
+        found = mlflow_store.connect().search_model_versions(f"name = '{NAME}'")
         return {int(version.version): version for version in found}
 
     def aliases(self):
-        return {key: int(value) for key, value in store.connect().get_registered_model(NAME).aliases.items()}
+        return {key: int(value) for key, value in mlflow_store.connect().get_registered_model(NAME).aliases.items()}

@@ -15,7 +15,7 @@ from pyarrow import feather
 from pipeline.core import dataset
 from pipeline.core.batches import TrainingOrder, Views
 from pipeline.core.dataset import ImageSet, rank, sample_id
-from pipeline.core.shards import layout
+from pipeline.core.image_shards import layout
 from pipeline.core.views import ViewSpec
 
 
@@ -170,7 +170,7 @@ def test_a_training_run_holds_few_bytes_an_image(tmp_path):
     images = ImageSet.open(tmp_path)
     assert images.digest
     views = Views(images, ViewSpec(0, 8, (1, 1), (1, 1), 0, 0, 0, 0, 0, 0))
-    order = TrainingOrder(images, images.rows("labelled", "unlabelled"), 10, 0, 1)
+    order = TrainingOrder(images.rows("labelled", "unlabelled"), 10, 0, 1)
     assert len(next(order.batches(5, 9))[0]) == 10
     held = tracemalloc.get_traced_memory()[0] + pa.total_allocated_bytes() - arrow
     tracemalloc.stop()

@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, log_loss
 
 from pipeline import evaluate
-from pipeline.core import networks, params, shards, views
+from pipeline.core import image_shards, networks, params, views
 from pipeline.core.dataset import ImageSet
 from pipeline.core.sections import Params
 
@@ -44,10 +44,10 @@ def write_images(folder: Path, test: int) -> None:
         Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
         encoded = buffer.getvalue()
         sha256 = hashlib.sha256(encoded).hexdigest()
-        samples.append(shards.Sample(sha256, len(encoded), 24, 20, split, label, -1, f"{split}/{at}.png"))
+        samples.append(image_shards.Sample(sha256, len(encoded), 24, 20, split, label, -1, f"{split}/{at}.png"))
         contents[sha256] = encoded
     folder.mkdir(parents=True)
-    shards.write(folder, samples, CLASSES, 10**6, lambda given: [(each, contents[each.sha256]) for each in given])
+    image_shards.write(folder, samples, CLASSES, 10**6, lambda given: [(each, contents[each.sha256]) for each in given])
     (folder / "refused.csv").write_text("file,source,reason,detail\nx.png,train,truncated,\n")
 
 

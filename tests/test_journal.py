@@ -11,7 +11,7 @@ import pytest
 from made_images import png
 from prepare_kit import SPLITS, prepared, with_splits, write
 
-from pipeline.core import shards
+from pipeline.core import image_shards
 from pipeline.core.journal import Journal
 
 
@@ -84,7 +84,7 @@ def test_images_encoded_under_other_settings_are_not_taken(tmp_path, monkeypatch
     root, before = write(tmp_path / "in", with_splits()), {"max_side": 16, "jpeg_quality": 90}
     prepared(tmp_path / "whole", root, **SPLITS, **before | other)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shards, "write", stop)
+        patch.setattr(image_shards, "write", stop)
         prepared(tmp_path / "out", root, **SPLITS, **before)
     shutil.rmtree(tmp_path / "out")
     left = {path.name for path in (tmp_path / "out scratch").glob("encoded-*")}

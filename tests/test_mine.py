@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from pipeline import mine, prepare
-from pipeline.core import mined, ranking, sheet
+from pipeline.core import ranking, sheet, teaching
 from pipeline.core.dataset import ImageSet
 from pipeline.core.likeness import likeness
 from pipeline.core.thumbnails import thumbnails
@@ -84,7 +84,7 @@ def test_every_pool_image_is_mined_or_refused_for_a_reason(scored, capsys):
         assert reason == ("near-copy" if like >= 0.97 else "low score" if score < 0.4 else "class is full")
     assert set(refused["reason"]) == {"near-copy", "low score", "class is full"}
     assert min(taken["score"]) >= 0.4
-    assert mined.read(Path("data/mine")).tolist() == sorted(taken["id"])
+    assert teaching.mined_ids(Path("data/mine")).tolist() == sorted(taken["id"])
 
     counts = json.loads(Path("data/mine/summary.json").read_text())
     assert counts["mined"] == len(taken["id"]) == sum(counts["per_class"].values())
@@ -107,7 +107,7 @@ def test_images_that_serve_several_classes_are_counted_in_each_and_mined_once(sc
     taken, refused = tables()
     assert len(set(taken["id"])) < len(taken["id"])
     assert len(set(zip(taken["id"], taken["class"], strict=True))) == len(taken["id"])
-    assert mined.read(Path("data/mine")).tolist() == sorted(set(taken["id"]))
+    assert teaching.mined_ids(Path("data/mine")).tolist() == sorted(set(taken["id"]))
     counts = json.loads(Path("data/mine/summary.json").read_text())
     assert counts["mined"] == len(set(taken["id"]))
     assert not set(refused["id"]) & set(taken["id"])
@@ -126,7 +126,7 @@ def test_a_pool_without_images_is_mined_in_vain(tmp_path, monkeypatch):
     prepare.run(tiny(**{"prepare.unlabelled": None, "prepare.labels_per_class": None}))
     write_scores(ImageSet.open(Path("data/prepare")))
     mine.run(tiny())
-    assert len(mined.read(Path("data/mine"))) == 0
+    assert len(teaching.mined_ids(Path("data/mine"))) == 0
     assert json.loads(Path("data/mine/summary.json").read_text())["per_class"] == dict.fromkeys(CLASSES, 0)
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import models
 from pipeline import teacher
-from pipeline.core import card, networks, preflight, registry, weights
+from pipeline.core import model_card, networks, preflight, registry, weights
 
 
 class Own(nn.Module):
@@ -82,7 +82,7 @@ def test_a_network_of_ones_own_learns_and_is_packed(images, tmp_path):
     packed = mlflow.pytorch.load_model(str(tmp_path / "packed"))
     pixels = torch.rand(3, 3, 16, 16) * 255
     torch.testing.assert_close(packed(pixels), training.classifier(pixels), rtol=1e-4, atol=1e-4)
-    assert "`own_dict`, in `models/own.py`" in card._elsewhere({"model": "own_dict", "num_classes": 4})
+    assert "`own_dict`, in `models/own.py`" in model_card._elsewhere({"model": "own_dict", "num_classes": 4})
 
 
 def test_features_of_several_positions_are_averaged():

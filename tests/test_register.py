@@ -17,7 +17,7 @@ import yaml
 from student_project import CLASSES, NAME, RESOLUTION, ROOT, Project, make_network, put_student, write_images
 
 from pipeline import register
-from pipeline.core import networks, onnx_file, registry, store, weights
+from pipeline.core import mlflow_store, networks, onnx_file, registry, weights
 from pipeline.core import params as settings
 from pipeline.core.batches import Views, in_order
 
@@ -49,7 +49,7 @@ def made_project(tmp_path_factory):
     assert put_student(data, images, good) == 1.0
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        store.connect(root)
+        mlflow_store.connect(root)
     return SimpleNamespace(root=root, images=images, pixels=pixels, labels=numbers)
 
 
@@ -132,7 +132,7 @@ def test_the_champion_predicts_in_a_fresh_process_what_was_evaluated(registered,
 
 def test_a_version_leads_back_and_has_everything_beside_it(project, capfd):
     project.register()
-    client = store.connect()
+    client = mlflow_store.connect()
     version = client.get_model_version_by_alias(NAME, "champion")
     assert version.version in ("1", 1)
     assert set(version.aliases) == {"champion", "challenger"}
@@ -187,7 +187,7 @@ def test_a_version_goes_without_an_onnx_file_that_cannot_be_made(project, capfd,
     monkeypatch.setattr(onnx_file, "write", refuse)
     project.register()
     assert "without student.onnx: it cannot be written as ONNX: an operator is unknown" in capfd.readouterr().out
-    with registry.loaded(store.connect(), project.versions()[1]) as (model, _):
+    with registry.loaded(mlflow_store.connect(), project.versions()[1]) as (model, _):
         assert model(torch.zeros(5, 3, RESOLUTION, RESOLUTION)).shape == (5, 3)
     (folder,) = Path("mlartifacts").rglob("MLmodel")
     assert not (folder.parent / "student.onnx").exists()
@@ -294,7 +294,7 @@ def test_if_missing_registers_what_the_registry_lacks_and_nothing_else(project, 
     project.register(if_missing=True)
     assert "lacks this version" in capfd.readouterr().out
     assert project.aliases() == {"champion": 2, "challenger": 2}
-    with registry.loaded(store.connect(), project.versions()[2]) as (model, _):
+    with registry.loaded(mlflow_store.connect(), project.versions()[2]) as (model, _):
         assert model(torch.zeros(5, 3, RESOLUTION, RESOLUTION)).shape == (5, 3)
     project.register(if_missing=True)
     assert "nothing to do" in capfd.readouterr().out

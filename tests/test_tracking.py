@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.core import store, tracking
+from pipeline.core import mlflow_store, tracking
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,7 +32,7 @@ def made_store(tmp_path_factory):
         folder = tmp_path_factory.mktemp("store")
         (folder / ".mlflow.db.part").write_bytes(b"half of a database")  # left by a process that was killed
         (folder / "mlflow.db").touch()
-        store.connect(folder)
+        mlflow_store.connect(folder)
     return folder / "mlflow.db"
 
 
@@ -44,27 +44,27 @@ def root(made_store, tmp_path, monkeypatch):
 
 
 def look(root, run):
-    return store.connect(root).get_run(run.id)
+    return mlflow_store.connect(root).get_run(run.id)
 
 
 def history(root, run, key):
-    return [(metric.step, metric.value) for metric in store.connect(root).get_metric_history(run.id, key)]
+    return [(metric.step, metric.value) for metric in mlflow_store.connect(root).get_metric_history(run.id, key)]
 
 
 def test_the_address_is_a_file_in_the_root_unless_the_environment_names_one(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert store.default_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert mlflow_store.default_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
-    assert store.default_uri(tmp_path) == "http://mlflow.example:5000"
+    assert mlflow_store.default_uri(tmp_path) == "http://mlflow.example:5000"
 
 
 @pytest.mark.parametrize("folder", ["what?", "100%25"])
 def test_a_path_that_cannot_stand_in_an_address_is_named(tmp_path, monkeypatch, folder):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ValueError, match=r"mlflow.db: MLflow takes a \? and a % with two hex.* move the project"):
-        store.connect(tmp_path / folder)
+        mlflow_store.connect(tmp_path / folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///elsewhere.db")
-    assert store.default_uri(tmp_path / folder) == "sqlite:///elsewhere.db"
+    assert mlflow_store.default_uri(tmp_path / folder) == "sqlite:///elsewhere.db"
 
 
 def test_importing_it_does_not_import_mlflow():
@@ -91,7 +91,7 @@ def test_many_processes_may_open_a_new_store_at_once(tmp_path, monkeypatch):
 
 
 def test_a_store_whose_making_was_cut_short_is_made_anew(made_store):
-    assert store.connect(made_store.parent).search_experiments()
+    assert mlflow_store.connect(made_store.parent).search_experiments()
     assert not (made_store.parent / ".mlflow.db.part").exists()
 
 
@@ -156,7 +156,7 @@ def test_a_run_that_the_store_does_not_know_is_begun_anew(root, kept):
         run.log(1, {"loss": 1.0})
     assert history(root, run, "loss") == [(1, 1.0)]
     assert json.loads(resume.read_text())["run_id"] == run.id
-    resume.write_text(json.dumps({"uri": store.default_uri(root), "run_id": "0" * 32}))
+    resume.write_text(json.dumps({"uri": mlflow_store.default_uri(root), "run_id": "0" * 32}))
     with tracking.run("distill", {}, {}, resume, root) as another:
         assert another.id != run.id
 
@@ -196,7 +196,7 @@ def test_a_stopped_process_leaves_a_killed_run(root):
     process.send_signal(signal.SIGTERM)
     process.wait(30)
     run_id = json.loads((root / "mlflow-run").read_text())["run_id"]
-    assert store.connect(root).get_run(run_id).info.status == "KILLED"
+    assert mlflow_store.connect(root).get_run(run_id).info.status == "KILLED"
 
 
 def test_only_the_first_process_of_several_tracks(root, monkeypatch):

@@ -178,7 +178,7 @@ def test_a_run_is_named_after_its_network(images):
 
 def test_workers_render_the_same_batches(images):
     views = Views(images, ViewSpec.of(0, tiny().views))
-    batch = next(TrainingOrder(images, images.rows("labelled"), 8, 0, 0).batches(0, 1))
+    batch = next(TrainingOrder(images.rows("labelled"), 8, 0, 0).batches(0, 1))
     here = next(iter(load(views, [batch], 0, torch.device("cpu"))))
     there = next(iter(load(views, [batch], 1, torch.device("cpu"))))
     for field in dataclasses.fields(here):
@@ -269,8 +269,10 @@ def test_the_network_before_is_kept_only_where_it_is_better_on_validation(images
     assert validate(worst)["val_top1"] < validate(best)["val_top1"]
 
     def chosen(trained, before):
-        task = SimpleNamespace(name="finetune", classifier=trained, resolution=16, before=Before("distill", before, 16))
-        return better(task, [validate(trained)], params, images, cpu)
+        kept = Before("distill", before, 16)
+        views = SimpleNamespace(images=images)
+        task = SimpleNamespace(name="finetune", classifier=trained, resolution=16, before=kept, views=views)
+        return better(task, [validate(trained)], params, cpu)
 
     assert chosen(best, before=worst) == (best, 16, None)
     assert chosen(worst, before=worst) == (worst, 16, None)

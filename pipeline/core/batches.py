@@ -99,11 +99,10 @@ class Views(Dataset):
 class TrainingOrder:
     """Which views make up each batch of a training run, from a given step on.
 
-    The order is drawn over the samples sorted by id, so it does not depend on where a file was found; the last
+    The order is drawn over the rows, which ascend as ids do, so it does not depend on where a file was found; the last
     images of an epoch that do not fill a batch are left out of it, and each epoch leaves out others.
 
     Args:
-        images: the image set.
         rows: (N,) the samples to train on.
         batch_size: images a step, all processes together.
         seed: of the order.
@@ -117,7 +116,6 @@ class TrainingOrder:
 
     def __init__(
         self,
-        images: ImageSet,
         rows: np.ndarray,
         batch_size: int,
         seed: int,
@@ -128,7 +126,7 @@ class TrainingOrder:
     ):
         if len(rows) == 0:
             raise ValueError("there is no image to train on: see data/prepare/summary.json for what was found")
-        self.rows = rows[np.argsort(images.ids[rows])].astype(np.int32)
+        self.rows = np.sort(rows).astype(np.int32)
         self.batch_size = min(batch_size, len(rows))
         if self.batch_size < 2 * parts:  # params.yaml's batch_size is more, so there are fewer images
             mend = f"set the stage's accumulate to {len(rows) // 2}" if len(rows) > 1 else "it takes more images"

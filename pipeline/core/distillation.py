@@ -109,4 +109,4 @@ def train(
         replicas=params.cache.replicas,
         before=before,
     )
-    training.train(task, params, images, processes)
+    training.train(task, params, processes)

@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from pipeline.core import params, store
+from pipeline.core import mlflow_store, params
 
 
 def main() -> None:
@@ -23,14 +23,14 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=5000, help="default: 5000")
     port = parser.parse_args().port
     try:
-        name, client = params.load().register_.name, store.connect()
-        uri, experiment = client.tracking_uri, store.experiment(client)
+        name, client = params.load().register_.name, mlflow_store.connect()
+        uri, experiment = client.tracking_uri, mlflow_store.experiment(client)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    address = store.shown(uri).rstrip("/") if store.is_server(uri) else f"http://127.0.0.1:{port}"
+    address = mlflow_store.shown(uri).rstrip("/") if mlflow_store.is_server(uri) else f"http://127.0.0.1:{port}"
     print(f"The student's versions: {address}/#/models/{name}")
     print(f"The training runs: {address}/#/experiments/{experiment}/runs", flush=True)
-    if store.is_server(uri):
+    if mlflow_store.is_server(uri):
         return
     print("Ctrl-C stops it.", flush=True)
     os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

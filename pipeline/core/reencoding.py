@@ -17,11 +17,11 @@ from PIL import Image
 
 from pipeline.core import images
 from pipeline.core.choose import Found, Stored
+from pipeline.core.image_shards import Sample
 from pipeline.core.images import Unreadable, decode
 from pipeline.core.journal import Journal
 from pipeline.core.progress import Progress
 from pipeline.core.reading import in_threads
-from pipeline.core.shards import Sample
 from pipeline.core.sources import SourceFile
 
 ENCODED = "encoded"  # what journals of encoded images are called

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.core import store
+from pipeline.core import mlflow_store
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import: looking a version up should not wait for both
     from mlflow import MlflowClient
@@ -162,7 +162,7 @@ def loaded(client: "MlflowClient", version: "ModelVersion") -> Iterator[tuple[An
 
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
     where = f"models:/{version.name}/{version.version}"
-    with tempfile.TemporaryDirectory(prefix="register-") as scratch, store.speaking_plainly(client.tracking_uri):
+    with tempfile.TemporaryDirectory(prefix="register-") as scratch, mlflow_store.speaking_plainly(client.tracking_uri):
         folder = mlflow.artifacts.download_artifacts(
             _address(client, version), dst_path=scratch, tracking_uri=client.tracking_uri
         )

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -54,6 +55,22 @@ def open_labels(params: Params, card: dict, folder: Path = Path("data/cache")) -
     return SoftLabels(folder, wanted)
 
 
-def training_rows(images: ImageSet, mined: np.ndarray) -> np.ndarray:
-    """Give the rows, ascending, of the labelled and the mined samples; mined: (M,) uint64 ids."""
-    return np.sort(np.concatenate([images.rows("labelled"), images.row_of(mined)]))
+def training_rows(images: ImageSet, folder: Path = Path("data/mine")) -> np.ndarray:
+    """Give the rows, ascending, of the labelled and the mined samples.
+
+    Raises:
+        ValueError: see `mined_ids`.
+    """
+    return np.sort(np.concatenate([images.rows("labelled"), images.row_of(mined_ids(folder))]))
+
+
+def mined_ids(folder: Path) -> np.ndarray:
+    """Give the ids (M,) uint64 of the mined samples, ascending, each once.
+
+    Raises:
+        ValueError: mining has not been done.
+    """
+    try:
+        return np.unique(pq.read_table(folder / "mined.parquet", columns=["id"])["id"].to_numpy())
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no mined.parquet here; run `dvc repro mine`, or `dvc pull`") from None

@@ -1,4 +1,4 @@
-"""MLflow runs: what a stage tracks of itself. `pipeline.core.store` says where that goes."""
+"""MLflow runs: what a stage tracks of itself. `pipeline.core.mlflow_store` says where that goes."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core import atomic, store
+from pipeline.core import atomic, mlflow_store
 
 if TYPE_CHECKING:  # mlflow takes seconds to import: what does not track must not wait for it
     from mlflow import MlflowClient
@@ -73,7 +73,7 @@ class TrackedRun:
         if self.client is None:
             return False
         try:
-            with store.speaking_plainly(self.client.tracking_uri):
+            with mlflow_store.speaking_plainly(self.client.tracking_uri):
                 action(self.client)
         except ValueError as error:
             print(f"warning: {error}", file=sys.stderr, flush=True)
@@ -107,8 +107,8 @@ def run(
     if os.environ.get("RANK", "0") != "0":
         yield TrackedRun()
         return
-    client = store.connect(root)
-    with store.speaking_plainly(client.tracking_uri):
+    client = mlflow_store.connect(root)
+    with mlflow_store.speaking_plainly(client.tracking_uri):
         tracked = _resume(client, resume_file) or _start(client, stage, root)
         if resume_file:
             atomic.write_json(resume_file, {"uri": client.tracking_uri, "run_id": tracked.id})
@@ -157,7 +157,9 @@ def _start(client: "MlflowClient", stage: str, root: Path) -> TrackedRun:
     tags = {"stage": stage, "mlflow.source.name": f"python -m pipeline.{stage}", "mlflow.source.type": "LOCAL"}
     if flow_run := os.environ.get(FLOW_RUN):
         tags["flow_run"] = flow_run
-    return TrackedRun(client, client.create_run(store.experiment(client, root), run_name=stage, tags=tags).info.run_id)
+    return TrackedRun(
+        client, client.create_run(mlflow_store.experiment(client, root), run_name=stage, tags=tags).info.run_id
+    )
 
 
 def _resume(client: "MlflowClient", resume_file: Path | None) -> TrackedRun | None:

@@ -74,17 +74,18 @@ class Before:
     resolution: int
 
 
-def train(task: Task, params: Params, images: ImageSet, processes: Processes) -> None:
+def train(task: Task, params: Params, processes: Processes) -> None:
     """Train a stage's network, from its checkpoint where there is one, and write data/<stage>.
 
     Raises:
         ValueError: the network does not take the resolution, or the loss is not finite any more.
     """
+    images = task.views.images
     networks.check_takes(task.classifier, task.card["model"], task.resolution, len(images.classes))
     folder = stage.SCRATCH / task.name / _name(task, params)
     if not processes.first():
         devices.wait_for_all(processes)  # until the first process has made sure that the checkpoint is this run's
-        _run(task, params, images, processes, folder, lambda epoch, figures: None)
+        _run(task, params, processes, folder, lambda epoch, figures: None)
         return
     with stage.only_writer(task.name):
         stage.begin_run(folder)
@@ -92,8 +93,8 @@ def train(task: Task, params: Params, images: ImageSet, processes: Processes) ->
         described = {f"{task.name}.{key}": value for key, value in task.recipe.model_dump().items()}
         described |= {"seed": params.seed, "model": task.card["model"], "images": len(task.rows)}
         with tracking.run(task.name, described, task.identities, folder / "mlflow-run") as tracked:
-            run = _run(task, params, images, processes, folder, tracked.log)
-            best, resolution, kept = better(task, run.history, params, images, processes.device)
+            run = _run(task, params, processes, folder, tracked.log)
+            best, resolution, kept = better(task, run.history, params, processes.device)
             if kept:
                 tracked.tag({f"kept.{key}": value for key, value in kept.items()})
         with atomic.replacing_folder(DATA / task.name) as out:
@@ -105,7 +106,7 @@ def train(task: Task, params: Params, images: ImageSet, processes: Processes) ->
 
 
 def better(
-    task: Task, history: engine.History, params: Params, images: ImageSet, device: torch.device
+    task: Task, history: engine.History, params: Params, device: torch.device
 ) -> tuple[Classifier, int, dict[str, Any] | None]:
     """Choose between the trained network and the one before, by top-1 on the validation split.
 
@@ -115,6 +116,7 @@ def better(
     Returns:
         the network, its resolution, and None, or what the card says of a network that was kept.
     """
+    images = task.views.images
     if task.before is None or not len(images.rows("val")):
         return task.classifier, task.resolution, None
     trained, before = history[-1]["val_top1"], task.before
@@ -196,13 +198,11 @@ def validator(
 def _run(
     task: Task,
     params: Params,
-    images: ImageSet,
     processes: Processes,
     folder: Path,
     on_epoch: Callable[[int, dict[str, float]], None],
 ) -> engine.Run:
     order = TrainingOrder(
-        images,
         task.rows,
         task.recipe.batch_size,
         params.seed,
@@ -222,7 +222,7 @@ def _run(
         loss=task.loss,
         recipe=task.recipe,
         processes=processes,
-        validate=validator(params, images, task.resolution, processes),
+        validate=validator(params, task.views.images, task.resolution, processes),
         scratch=folder,
         machine=params.machine,
         on_epoch=on_epoch,

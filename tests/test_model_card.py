@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from student_project import NAME, RESOLUTION, ROOT, make_network, put_student, write_images
 
-from pipeline.core import card, images, views
+from pipeline.core import images, model_card, views
 from pipeline.core import params as settings
 from pipeline.core.batches import Views, in_order
 
@@ -32,7 +32,7 @@ def student(tmp_path_factory):
     ],
 )
 def test_the_card_says_what_else_takes_the_weights(model, words):
-    assert words in card._elsewhere({"model": model, "num_classes": 10})
+    assert words in model_card._elsewhere({"model": model, "num_classes": 10})
 
 
 def test_the_card_fits_the_registry(student):
@@ -40,10 +40,10 @@ def test_the_card_fits_the_registry(student):
     network, figures = student
     network = network | {"classes": [f"class {i}" for i in range(1000)], "num_classes": 1000}
     params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
-    text = card.model_card(NAME, network, figures, params, {"test": 24}, 0, {"digest.data": "d"})
+    text = model_card.in_full(NAME, network, figures, params, {"test": 24}, 0, {"digest.data": "d"})
     assert f"models:/{NAME}@champion" in text
     assert "and 980 more" in text
-    assert len(card.description(NAME, "7", network, figures, "ResNet152_vd")) < 2000
+    assert len(model_card.description(NAME, "7", network, figures, "ResNet152_vd")) < 2000
 
 
 @pytest.mark.parametrize(("crop", "words"), [(1.0, "the largest centre square"), (0.875, "square of 0.875 of the")])
@@ -51,7 +51,7 @@ def test_the_card_makes_an_input_of_a_file(student, tmp_path, crop, words):
     network, figures = student
     params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
     params["views"]["test_crop"] = crop
-    text = card.model_card(NAME, network, figures, params, {"test": 24}, 0, {})
+    text = model_card.in_full(NAME, network, figures, params, {"test": 24}, 0, {})
     assert words in text
     found = {}
     exec(next(block for block in text.split("```") if "def pixels_of" in block).removeprefix("python"), found)

@@ -171,7 +171,7 @@ def results(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def model_card(
+def in_full(
     name: str,
     network: dict[str, Any],
     figures: dict[str, Any],
