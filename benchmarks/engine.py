@@ -195,7 +195,7 @@ def matrix_product_tflops(arguments: argparse.Namespace) -> float:
 
 
 def epoch(arguments: argparse.Namespace) -> None:
-    images, settings = ImageSet.open(arguments.prepared), params.load(ROOT / "params.yaml")
+    images, settings = ImageSet(arguments.prepared), params.load(ROOT / "params.yaml")
     rows = images.rows("labelled", "unlabelled")
     arguments.resolution = settings.views.resolution
     real = Views(images, ViewSpec.of(settings.seed, settings.views))

@@ -96,7 +96,7 @@ def ours(contents: list[bytes], folder: Path, resolution: int, operations: int) 
     give = lambda wanted: ((sample, by_digest[sample.sha256]) for sample in wanted)  # noqa: E731
     image_shards.write(folder, samples, ["none"], 10**9, give)
     spec = ViewSpec(0, resolution, SCALE, RATIO, 0.5, operations, MAGNITUDE, 0.0, 0.0, 0.0)
-    views = Views(ImageSet.open(folder), spec)
+    views = Views(ImageSet(folder), spec)
     rows = np.arange(len(contents))
     return lambda number, part: views[rows[part], np.full(len(rows[part]), number)]
 

@@ -53,7 +53,7 @@ def main() -> None:
     for count in arguments.records:
         with tempfile.TemporaryDirectory() as folder:
             write_images(Path(folder) / "images", count)
-            write_labels(Path(folder) / "labels", ImageSet.open(Path(folder) / "images"))
+            write_labels(Path(folder) / "labels", ImageSet(Path(folder) / "images"))
             with context.Pool(1) as pool:
                 found.append(pool.apply(train, (folder, arguments.model, arguments.batch_size, arguments.steps)))
         more = [now - first for now, first in zip(found[-1], found[0], strict=True)]
@@ -94,7 +94,7 @@ def train(folder: str, model: str, batch_size: int, steps: int) -> tuple[float, 
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    images = ImageSet.open(Path(folder) / "images")
+    images = ImageSet(Path(folder) / "images")
     with silence():
         made = make_run(images, SoftLabels(Path(folder) / "labels", MADE), model, batch_size, Path(folder))
         made.steps = steps

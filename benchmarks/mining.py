@@ -100,7 +100,7 @@ def draw(
     """Draw the pool images that were not planted and are taken for copies."""
     order = np.argsort(-similarity)[: (similarity >= threshold).sum() + 12]
     tiles = [sheet.Tile((half_way + at, int(which[at])), (f"{similarity[at]:.4f}",)) for at in order.tolist()]
-    section = sheet.Section("Not planted", f"those from {threshold} on are taken for copies", [sheet.Line(tiles)])
+    section = sheet.Part("Not planted", f"those from {threshold} on are taken for copies", [sheet.Line(tiles)])
     sheet.draw(images.__getitem__, "Pool images and the guarded ones they are most like", [section]).save(file)
 
 

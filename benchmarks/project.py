@@ -30,7 +30,7 @@ class Project:
         if workers is not None:
             how = self.params.machine.model_copy(update={"workers": workers})
             self.params = self.params.model_copy(update={"machine": how})
-        self.images = ImageSet.open(Path("data/prepare"))
+        self.images = ImageSet(Path("data/prepare"))
         self.processes = devices.join(self.params.machine)
         self.device = self.processes.device
         self.classifier, card = networks.load(Path("data/teacher"), self.device)

@@ -12,7 +12,6 @@ ResNet50 and ResNet50_va, have the same keys and shapes: for those the name that
 
 import argparse
 import contextlib
-import hashlib
 import re
 import sys
 from pathlib import Path
@@ -173,8 +172,7 @@ def import_file(file: Path, model: str, output: Path) -> str:
     if broken := [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]:
         others = f", and so have {len(broken) - 1} others" if broken[1:] else ""
         raise ValueError(f"{file}: {broken[0]} has values that are not finite{others}")
-    with file.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    digest = weights.file_digest(file)
     # One entry of metadata: the order of several is not always the same.
     weights.save(output, state, {"imported": f"{model} from {file.name}, SHA-256 {digest}"})
     parameters = sum(p.numel() for p in network.parameters())

@@ -55,7 +55,7 @@ def audit(params: Params, share: float, seed: int) -> Findings:
     Raises:
         ValueError: the cache is not there, damaged, or of another teacher or other views.
     """
-    images = ImageSet.open(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare"))
     device = devices.join(params.machine).device
     classifier, card = networks.load(Path("data/teacher"), device)
     labels = teaching.open_labels(params, card)

@@ -14,9 +14,9 @@ from pipeline.core.views import ViewSpec
 
 
 def run(params: Params) -> None:
-    images = ImageSet.open(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare"))
     spec = ViewSpec.of(params.seed, params.views)
-    classifier = networks.build_from(params.student.model, params.student.init, len(images.classes), params.seed)
+    classifier = networks.build(params.student.model, len(images.classes), params.seed, params.student.init)
     task = training.Task(
         name="baseline",
         recipe=params.baseline,

@@ -62,7 +62,7 @@ def bring_up_to_date(params: Params, processes: Processes, scratch: Path) -> Non
     Args:
         scratch: the stage's scratch folder, for labels of other teachers and this run's lists.
     """
-    images = ImageSet.open(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare"))
     classifier, card = networks.load(Path("data/teacher"), processes.device)
     description = teaching.description(params, card)
     views = Views(images, ViewSpec.of(params.seed, params.views))

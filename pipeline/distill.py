@@ -12,11 +12,17 @@ from pipeline.core.sections import Params
 
 
 def run(params: Params) -> None:
-    images = ImageSet.open(Path("data/prepare"))
-    classifier = networks.build_from(params.student.model, params.student.init, len(images.classes), params.seed)
-    rows = teaching.training_rows(images)
-    processes = devices.join(params.machine)
-    distillation.train("distill", params.distill, params.student.model, classifier, rows, params, images, processes)
+    images = ImageSet(Path("data/prepare"))
+    classifier = networks.build(params.student.model, len(images.classes), params.seed, params.student.init)
+    distillation.train(
+        "distill",
+        params,
+        images,
+        devices.join(params.machine),
+        model=params.student.model,
+        classifier=classifier,
+        rows=teaching.training_rows(images),
+    )
 
 
 if __name__ == "__main__":

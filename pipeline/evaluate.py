@@ -54,7 +54,7 @@ def run(params: Params) -> None:
     """
     settings = params.evaluate
     with stage.only_writer("evaluate"):
-        images = ImageSet.open(DATA / "prepare")
+        images = ImageSet(DATA / "prepare")
         rows = images.rows("test")
         if len(rows) == 0:
             raise ValueError(

@@ -15,20 +15,18 @@ from pipeline.core.sections import Params
 
 
 def run(params: Params) -> None:
-    images = ImageSet.open(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare"))
     classifier, card = networks.load(Path("data/distill"))
-    before = training.Before("distill", copy.deepcopy(classifier), params.views.resolution)
-    processes = devices.join(params.machine)
+    before = training.Before("distill", copy.deepcopy(classifier), card["resolution"])
     distillation.train(
         "finetune",
-        params.finetune,
-        card["model"],
-        classifier,
-        images.rows("labelled"),
         params,
         images,
-        processes,
-        before,
+        devices.join(params.machine),
+        model=card["model"],
+        classifier=classifier,
+        rows=images.rows("labelled"),
+        before=before,
     )
 
 

@@ -18,7 +18,7 @@ from pipeline.core.sections import Params
 
 
 def run(params: Params) -> None:
-    images = ImageSet.open(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare"))
     classifier, card = networks.load(Path("data/finetune"))
     resolution = params.fixres.resolution
     before = training.Before("finetune", copy.deepcopy(classifier), card["resolution"])

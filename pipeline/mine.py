@@ -4,7 +4,9 @@ Near-copies of validation and test images are left out; of the rest, each class 
 surest of and that are most like the validation images, down to a least score. Reads data/prepare and data/score. Writes
 data/mine: mined.parquet (id, class, score, likeness; an image that serves several classes stands there several times),
 refused.parquet (id, reason, class, score, likeness, similarity, nearest, alignment), classes.csv (what each class was
-offered and took), summary.json, and sheet.png, which shows some images, mined and refused. Run: python -m pipeline.mine
+offered and took), summary.json, and sheet.png, which shows some images, mined and refused. A score is the teacher's
+probability of the class; likeness is a natural logarithm, 0 where images are ranked by probability alone.
+Run: python -m pipeline.mine
 """
 
 import csv
@@ -25,7 +27,7 @@ SCORE = Path("data/score")
 
 
 def run(params: Params) -> None:
-    images, settings = ImageSet.open(Path("data/prepare")), params.mine
+    images, settings = ImageSet(Path("data/prepare")), params.mine
     device = devices.join(params.machine).device
     ids, logits, embeddings, thumbs = scores(images, SCORE)
     count = len(images.rows("unlabelled"))
@@ -36,23 +38,28 @@ def run(params: Params) -> None:
         classes, best = ranking.best_classes(logits[:count], settings.classes_per_image, progress.update)
     copied = found.similarity >= settings.copy_similarity
     allowed = ~copied[:, None] & (best >= settings.min_score)
-    ratio = np.zeros(count, np.float32)
+    log_likeness = np.zeros(count, np.float32)
     if settings.rank_by == "likeness" and count:
         validation = np.flatnonzero(np.isin(ids, images.ids[images.rows("val")]))
         with Progress(count, "images", "mine: likeness") as progress:
-            ratio = likeness(embeddings[:count], embeddings[validation], pool, progress.update)
-    worth = ranking.worth(best, ratio[:, None])
+            log_likeness = likeness(embeddings[:count], embeddings[validation], pool, progress.update)
+    worth = ranking.worth(best, log_likeness[:, None])
     taken = ranking.best_of_each_class(classes, worth, pool, allowed, settings.per_class)
     counts = ranking.count_classes(images.classes, classes, best, allowed, taken, settings.per_class)
     image, place = np.nonzero(taken)
-    mined = {"id": pool[image], "class": classes[image, place], "score": best[image, place], "likeness": ratio[image]}
+    mined = {
+        "id": pool[image],
+        "class": classes[image, place],
+        "score": best[image, place],
+        "likeness": log_likeness[image],
+    }
     reason = np.select([copied, best[:, 0] < settings.min_score], ["near-copy", "low score"], "class is full")
     judged = {
         "id": pool,
         "reason": reason,
         "class": classes[:, 0],
         "score": best[:, 0],
-        "likeness": ratio,
+        "likeness": log_likeness,
         "similarity": found.similarity,
         "nearest": np.append(ids[count:], np.uint64(0))[found.which],  # 0: far from all
         "alignment": np.array([*(each.name for each in copies.ALIGNMENTS), "none"])[found.alignment],

@@ -35,7 +35,7 @@ from pipeline.core.sections import Count, CountOrZero, Params, Positive, Section
 from pipeline.core.softlabels.keys import KEY
 
 TFLOPS = 28.0
-GPU_HOUR = 3600.0
+SECONDS_AN_HOUR = 3600
 THUMBNAIL = 32 * 32  # bytes
 KEY_AND_COUNT = KEY.itemsize + 1  # bytes of a view in a shard, besides its record
 
@@ -115,14 +115,14 @@ def work(settings: Params, counts: Counts) -> list[Work]:
     ]
 
 
-def mined(settings: Params, counts: Counts) -> int:
+def most_mined(settings: Params, counts: Counts) -> int:
     """The most images that can be mined."""
     return min(counts.unlabelled, settings.mine.per_class * counts.classes)
 
 
 def taught(settings: Params, counts: Counts) -> int:
     """The images with soft labels: the labelled and the mined ones."""
-    return counts.labelled + mined(settings, counts)
+    return counts.labelled + most_mined(settings, counts)
 
 
 def soft_labels(settings: Params, counts: Counts) -> int:
@@ -165,7 +165,7 @@ def sizes(settings: Params, counts: Counts) -> dict[str, float]:
     scored = counts.unlabelled + counts.val + counts.test
     views = soft_labels(settings, counts)
     index = KEY.itemsize + (4 if views < 2**32 else 8)  # a view's key and its position
-    features = networks.on_meta(networks.Classifier(teacher), settings.teacher_sees)[1].shape[1]
+    features = networks.embed_on_meta(networks.Classifier(teacher), settings.teacher_sees)[1].shape[1]
     each = 4 * counts.classes + 2 * features + THUMBNAIL  # logits float32, embeddings float16
     return {
         "data/prepare, the images once more": 1000 * counts.image_kb * (counts.labelled + scored),
@@ -201,10 +201,10 @@ def in_hours(value: float) -> str:
 def report(settings: Params, counts: Counts, arguments: argparse.Namespace) -> str:
     """Say it all in lines for people."""
     tasks, speed = work(settings, counts), speeds(settings, counts, arguments)
-    hours = {task.stage: task.operations / speed[task.by].operations / GPU_HOUR for task in tasks}
+    hours = {task.stage: task.operations / speed[task.by].operations / SECONDS_AN_HOUR for task in tasks}
     lines = [
         f"images   {counts.labelled:,} labelled, {counts.unlabelled:,} in the pool, of which at most "
-        f"{mined(settings, counts):,} are mined; {counts.val:,} validation, {counts.test:,} test; "
+        f"{most_mined(settings, counts):,} are mined; {counts.val:,} validation, {counts.test:,} test; "
         f"{counts.classes:,} classes",
         f"views    {soft_labels(settings, counts):,} with soft labels: {taught(settings, counts):,} images, "
         f"{settings.cache.replicas} of each",

@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from pipeline.core import atomic, mlflow_store, onnx_file, registry, stage, tracking
+from pipeline.core import atomic, finished, mlflow_store, onnx_file, registry, stage, tracking
 from pipeline.core.sections import Params
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import: --help and --if-missing should not wait for both
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
     from torch import nn
-
-    from pipeline.core.finished import Student
 
 DATA = Path("data")
 CHECKED = 5000  # test images, at most, on which what is registered is compared with what was recorded
@@ -38,8 +36,6 @@ def run(params: Params) -> None:
         ValueError: an input is missing or does not fit the others, MLflow cannot be used, or the version that was
             loaded back from the registry does not predict what was recorded.
     """
-    from pipeline.core import finished
-
     with stage.only_writer("register"):
         student = finished.read(DATA)
         record = finished.describe(student, params.register_.name, params.views.test_crop)
@@ -71,8 +67,6 @@ def run_if_missing(params: Params) -> None:
         _say(f"{_named(version)} is in the registry ({where}); nothing to do")
         return
     _say(f"the registry ({where}) lacks this version; registering it")
-    from pipeline.core import finished
-
     if finished.describe(finished.read(DATA), params.register_.name, params.views.test_crop) != record:
         raise ValueError(f"{RECORD}: describes another student than data/fixres holds; run `dvc repro`")
     run(params)
@@ -101,7 +95,7 @@ def top1_by_name(logits: np.ndarray, knows: list[str], labels: np.ndarray, class
     return float(np.mean(np.array(knows)[logits.argmax(1)] == np.array(classes)[labels]))
 
 
-def _register(client: "MlflowClient", params: Params, student: "Student", record: dict[str, Any]) -> None:
+def _register(client: "MlflowClient", params: Params, student: finished.Student, record: dict[str, Any]) -> None:
     name = record["name"]
     version = registry.find(client, name, record["key"])
     if version is None:
@@ -123,13 +117,14 @@ def _register(client: "MlflowClient", params: Params, student: "Student", record
     _say(f"{_named(version)} {'is the champion now' if promoted else 'stays challenger'}: {why}")
 
 
-def _publish(client: "MlflowClient", params: Params, student: "Student", record: dict[str, Any]) -> "ModelVersion":
+def _publish(
+    client: "MlflowClient", params: Params, student: finished.Student, record: dict[str, Any]
+) -> "ModelVersion":
     from pipeline.core import model_card, networks
-    from pipeline.core.finished import lineage, mined
 
     name, card, figures = record["name"], student.card, student.figures
     settings = params.model_dump(mode="json", by_alias=True)
-    origin, taken = lineage(record, params, DATA), mined(student, params, DATA)
+    origin, taken = finished.lineage(record, params, DATA), finished.count_mined(student, params, DATA)
     classifier, _ = networks.load(DATA / "fixres")
 
     def write(folder: Path, **link: str) -> None:
@@ -161,7 +156,7 @@ def _publish(client: "MlflowClient", params: Params, student: "Student", record:
         )
 
 
-def _write_onnx(file: Path, classifier: "nn.Module", params: Params, student: "Student") -> str:
+def _write_onnx(file: Path, classifier: "nn.Module", params: Params, student: finished.Student) -> str:
     """Write the student as ONNX, if that predicts what was recorded. If not, leave no file and give the reason."""
     try:
         onnx_file.write(file, classifier, registry.example(student.card["resolution"]), student.card["classes"])
@@ -176,7 +171,7 @@ def _write_onnx(file: Path, classifier: "nn.Module", params: Params, student: "S
     return difference
 
 
-def _differs(model: Any, params: Params, student: "Student", what: str) -> str:
+def _differs(model: Any, params: Params, student: finished.Student, what: str) -> str:
     """Say how the logits of what is registered differ from those recorded of the student; nothing if they do not."""
     some = slice(None, None, max(1, -(-len(student.rows) // CHECKED)))
     resolution, crop = student.card["resolution"], params.views.test_crop
@@ -184,7 +179,7 @@ def _differs(model: Any, params: Params, student: "Student", what: str) -> str:
     return differ(logits, student.logits[some], TOLERANCE_GPU if student.evaluated_on_gpu else TOLERANCE)
 
 
-def _verified_top1(client: "MlflowClient", version: "ModelVersion", params: Params, student: "Student") -> float:
+def _verified_top1(client: "MlflowClient", version: "ModelVersion", params: Params, student: finished.Student) -> float:
     """Load a version back and compare what it predicts with what was recorded; give its top-1."""
     if "top1" in version.tags:  # an earlier run got this far
         return float(version.tags["top1"])
@@ -203,7 +198,7 @@ def _verified_top1(client: "MlflowClient", version: "ModelVersion", params: Para
 
 
 def _compare(
-    client: "MlflowClient", params: Params, student: "Student", top1: float, champion: "ModelVersion | None"
+    client: "MlflowClient", params: Params, student: finished.Student, top1: float, champion: "ModelVersion | None"
 ) -> tuple[bool, str]:
     """Say whether the challenger replaces the champion, and why.
 
@@ -235,7 +230,7 @@ def _compare(
 
 
 def _ask(
-    model: Any, student: "Student", rows: np.ndarray, resolution: int, crop: float, params: Params, what: str
+    model: Any, student: finished.Student, rows: np.ndarray, resolution: int, crop: float, params: Params, what: str
 ) -> np.ndarray:
     """Give a loaded network's logits (N, C) for test images."""
     import torch

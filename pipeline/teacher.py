@@ -25,7 +25,7 @@ CHANCE = 0.01  # the probability that one that guesses passes
 
 
 def run(params: Params) -> None:
-    images = ImageSet.open(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare"))
     processes = devices.join(params.machine)
     if params.teacher.source == "fit":
         fit(params, images, processes)
@@ -38,7 +38,7 @@ def fit(params: Params, images: ImageSet, processes: Processes) -> None:
     labels = images.known_labels if params.teacher.fit_on == "withheld" else images.labels
     rows = images.rows("labelled", "unlabelled")
     wanted = params.teacher
-    classifier = networks.build_from(wanted.model, wanted.init, len(images.classes), params.seed, wanted.resolution)
+    classifier = networks.build(wanted.model, len(images.classes), params.seed, wanted.init, wanted.resolution)
     spec = ViewSpec.of(params.seed, params.views)
     task = training.Task(
         name="teacher",

@@ -125,7 +125,7 @@ def read(settings: Settings) -> Data:
         ValueError: the folder is no project, or its images are not prepared.
     """
     given = params.load()
-    images = ImageSet.open(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare"))
     labels = images.known_labels
     known = images.rows("labelled", "unlabelled")
     known = known[labels[known] >= 0]

@@ -64,7 +64,7 @@ def prepared(
         (folder / "refused.csv").write_text(as_csv(refusals))
     with (folder / "refused.csv").open() as file:
         rows = [(row["file"], row["source"], row["reason"]) for row in csv.DictReader(file)]
-    return ImageSet.open(folder), rows
+    return ImageSet(folder), rows
 
 
 def good(count: int = 12, classes: str = "ab", start: int = 0) -> dict[str, bytes]:

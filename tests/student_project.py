@@ -50,7 +50,7 @@ def write_images(folder, label, classes=CLASSES, count=24, first=0):
     folder.mkdir(parents=True)
     content = dict(zip((sample.sha256 for sample in samples), encoded, strict=True))
     image_shards.write(folder, samples, classes, 1 << 20, lambda all: ((one, content[one.sha256]) for one in all))
-    return ImageSet.open(folder)
+    return ImageSet(folder)
 
 
 def make_network(pixels, spoilt=0):
@@ -94,7 +94,7 @@ class Project:
 
     def __init__(self, root, pixels):
         self.root, self.data, self.pixels = root, root / "data", pixels
-        self.images = ImageSet.open(self.data / "prepare")
+        self.images = ImageSet(self.data / "prepare")
 
     def register(self, if_missing=False, margin=0.0):
         content = yaml.safe_load((ROOT / "params.yaml").read_text())

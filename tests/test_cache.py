@@ -31,7 +31,7 @@ def stored_views():
 
 
 def test_every_view_is_there_once(cached_project):
-    images = ImageSet.open(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare"))
     assert stored_views() == 2 * (len(images.rows("labelled")) + len(images.rows("unlabelled")))
     labels = SoftLabels(Path("data/cache"), teaching.description(settings(), networks.read_card(Path("data/teacher"))))
     assert len(labels) == stored_views()
@@ -152,7 +152,7 @@ def test_labels_of_other_views_are_refused_by_name(cached_project):
 
 def test_cached_and_online_differ_by_rounding_alone(cached_project):
     params = settings()
-    images = ImageSet.open(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare"))
     views = Views(images, ViewSpec.of(params.seed, params.views))
     rows = images.rows("labelled", "unlabelled")
     batch = views[rows, np.ones(len(rows), np.int64)]

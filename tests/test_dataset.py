@@ -39,13 +39,13 @@ def copy(folder, tmp_path):
 def test_ids_are_the_hash_of_the_bytes(folder):
     content = png(1)
     assert format(sample_id(content), "016x") == hashlib.sha256(content).hexdigest()[:16]
-    images = ImageSet.open(folder)
+    images = ImageSet(folder)
     assert [sample_id(images.encoded(row)) for row in range(len(images))] == images.ids.tolist()
     assert images.ids.tolist() == sorted(images.ids.tolist())
 
 
 def test_types_and_shapes(folder):
-    images = ImageSet.open(folder)
+    images = ImageSet(folder)
     assert len(images) == 24 + 6 + 6 + 8
     for column, kind in ((images.ids, np.uint64), (images.labels, np.int32), (images.withheld, np.int32)):
         assert column.dtype == kind
@@ -55,7 +55,7 @@ def test_types_and_shapes(folder):
 
 
 def test_rows_of_splits_are_ascending_and_share_out_all_images(folder):
-    images = ImageSet.open(folder)
+    images = ImageSet(folder)
     rows = [images.rows(split) for split in dataset.SPLITS]
     assert sorted(np.concatenate(rows).tolist()) == list(range(len(images)))
     both = images.rows("test", "val")
@@ -67,7 +67,7 @@ def test_rows_of_splits_are_ascending_and_share_out_all_images(folder):
 
 
 def test_rows_of_ids(folder):
-    images = ImageSet.open(folder)
+    images = ImageSet(folder)
     rows = np.array([5, 0, 5, len(images) - 1])
     assert images.row_of(images.ids[rows]).tolist() == rows.tolist()
     assert images.row_of([]).tolist() == []
@@ -77,13 +77,13 @@ def test_rows_of_ids(folder):
 
 
 def test_images_have_the_pixels_that_their_files_had(folder):
-    images = ImageSet.open(folder)
+    images = ImageSet(folder)
     row = [images.source(row) for row in range(len(images))].index("pool/deep/er/3.png")
     assert (np.asarray(images.image(row)) == pixels(90_003)).all()
 
 
 def test_shards_are_plain_tar_archives_in_the_manifest_s_order(folder):
-    images = ImageSet.open(folder)
+    images = ImageSet(folder)
     shards = sorted(folder.glob("images-*.tar"))
     assert len(shards) > 2
     row = 0
@@ -112,7 +112,7 @@ def test_layout_fills_shards_to_the_limit():
 
 
 def test_a_pickled_set_reads_the_same(folder):
-    images = ImageSet.open(folder)
+    images = ImageSet(folder)
     images.encoded(0)
     again = pickle.loads(pickle.dumps(images))
     assert len(pickle.dumps(images)) < 1000  # the files are mapped again, not copied
@@ -122,7 +122,7 @@ def test_a_pickled_set_reads_the_same(folder):
 
 def test_more_shards_than_may_be_open_at_once(folder, monkeypatch):
     monkeypatch.setattr(dataset, "OPEN_SHARDS", 2)
-    images = ImageSet.open(folder)
+    images = ImageSet(folder)
     for row in (*range(len(images)), *reversed(range(len(images)))):
         assert sample_id(images.encoded(row)) == images.ids[row]
     assert len(images._maps) <= 2
@@ -131,7 +131,7 @@ def test_more_shards_than_may_be_open_at_once(folder, monkeypatch):
 def test_the_digest_says_what_is_in_the_set_and_not_where_it_lies(folder):
     manifest = read_manifest(folder)
     classes = ("a", "b")
-    first = ImageSet.open(folder).digest
+    first = ImageSet(folder).digest
     assert dataset.digest(manifest, classes) == first
     assert dataset.digest(manifest, ("a", "c")) != first
     moved = pa.Table.from_pylist([row | {"offset": 0, "source": "x"} for row in manifest.to_pylist()], manifest.schema)
@@ -150,9 +150,9 @@ def test_the_digest_is_that_of_the_columns_one_after_another(folder, monkeypatch
         values = [row[name] for row in rows]
         text = name in ("sha256", "split")
         whole.update("\n".join(values).encode() if text else np.array(values, kinds[name]).tobytes())
-    assert ImageSet.open(folder).digest == whole.hexdigest()
+    assert ImageSet(folder).digest == whole.hexdigest()
     monkeypatch.setattr(dataset, "DIGEST_ROWS", 7)
-    assert ImageSet.open(folder).digest == whole.hexdigest()
+    assert ImageSet(folder).digest == whole.hexdigest()
 
 
 def test_a_training_run_holds_few_bytes_an_image(tmp_path):
@@ -164,10 +164,10 @@ def test_a_training_run_holds_few_bytes_an_image(tmp_path):
     dataset.write_manifest(tmp_path, columns)
     (tmp_path / "images-00000.tar").write_bytes(bytes(dataset.shard_size(513)))
     (tmp_path / "classes.json").write_text('["one", "two"]')
-    ImageSet.open(tmp_path).rows("labelled")  # what libraries keep from their first use on
+    ImageSet(tmp_path).rows("labelled")  # what libraries keep from their first use on
     tracemalloc.start()
     arrow = pa.total_allocated_bytes()
-    images = ImageSet.open(tmp_path)
+    images = ImageSet(tmp_path)
     assert images.digest
     views = Views(images, ViewSpec(0, 8, (1, 1), (1, 1), 0, 0, 0, 0, 0, 0))
     order = TrainingOrder(images.rows("labelled", "unlabelled"), 10, 0, 1)
@@ -189,21 +189,21 @@ def test_ranks_depend_on_seed_purpose_and_sample_alone():
 
 def test_a_missing_folder_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"no such folder; .*dvc repro prepare.*dvc pull"):
-        ImageSet.open(tmp_path / "nothing")
+        ImageSet(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("name", ["manifest.arrow", "classes.json", "images-00001.tar"])
 def test_a_missing_file_is_named(copy, name):
     (copy / name).unlink()
     with pytest.raises(ValueError, match=rf"{name}: missing; .*dvc pull"):
-        ImageSet.open(copy)
+        ImageSet(copy)
 
 
 @pytest.mark.parametrize("name", ["manifest.arrow", "classes.json"])
 def test_a_cut_off_file_is_found_on_opening(copy, name):
     (copy / name).write_bytes((copy / name).read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"damaged .*dvc pull"):
-        ImageSet.open(copy)
+        ImageSet(copy)
 
 
 @pytest.mark.parametrize("change", [-1, 1, -5000])
@@ -212,11 +212,11 @@ def test_a_shard_of_another_size_is_found_on_opening(copy, change):
     content = path.read_bytes() + b"x"
     path.write_bytes(content[: len(content) - 1 + change])
     with pytest.raises(ValueError, match=r"images-00001.tar: \d+ bytes instead of \d+; .*dvc pull"):
-        ImageSet.open(copy)
+        ImageSet(copy)
 
 
 def test_a_wrong_byte_is_found_on_reading(copy):
-    images = ImageSet.open(copy)
+    images = ImageSet(copy)
     _, offset, length = (int(column[0]) for column in images._place)
     path = copy / "images-00000.tar"
     content = bytearray(path.read_bytes())
@@ -233,7 +233,7 @@ def test_a_manifest_in_several_batches_is_refused(copy):
         with pa.OSFile(str(copy / "manifest.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table[:rows], max_chunksize=30)
         with pytest.raises(ValueError, match=rf"manifest.arrow: {batches} record batches instead of one; .*dvc pull"):
-            ImageSet.open(copy)
+            ImageSet(copy)
 
 
 def test_more_than_a_manifest_holds_is_refused(copy, tmp_path):
@@ -249,4 +249,4 @@ def test_more_than_a_manifest_holds_is_refused(copy, tmp_path):
 def test_a_manifest_of_another_version_is_refused(copy):
     feather.write_feather(read_manifest(copy).drop_columns(["withheld"]), copy / "manifest.arrow")
     with pytest.raises(ValueError, match=r"columns are not this version's .*withheld"):
-        ImageSet.open(copy)
+        ImageSet(copy)

@@ -196,7 +196,7 @@ def share_of_steps(rank, world, prepared_folder, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world)
     for dtype in FIFTY_STEPS:
-        losses = fifty_steps(ImageSet.open(prepared_folder), folder / "run", Processes(CPU, rank, world), dtype)
+        losses = fifty_steps(ImageSet(prepared_folder), folder / "run", Processes(CPU, rank, world), dtype)
         if rank == 0:
             np.save(folder / f"{dtype}.npy", losses)
     rows = sequences()[rank::world].requires_grad_()

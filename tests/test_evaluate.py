@@ -53,7 +53,7 @@ def write_images(folder: Path, test: int) -> None:
 
 def write_network(name: str, classes: list[str] = CLASSES) -> None:
     """Make a network of random weights whose classifier is fitted to the labelled images: it is often right."""
-    seed, images = list(RESOLUTIONS).index(name), ImageSet.open(Path("data/prepare"))
+    seed, images = list(RESOLUTIONS).index(name), ImageSet(Path("data/prepare"))
     classifier = networks.build("test_resnet", len(classes), seed).eval()
     rows = images.rows("labelled")
     rendered = [views.render_test(images.image(row), RESOLUTIONS[name], 1.0).copy() for row in rows]
@@ -94,7 +94,7 @@ def project(made, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def asked(made):
     """What each network says to each test image, asked one image at a time: (N, C) logits."""
-    images = ImageSet.open(made / "data/prepare")
+    images = ImageSet(made / "data/prepare")
     said = {}
     for name, resolution in RESOLUTIONS.items():
         classifier, _ = networks.load(made / "data" / name)

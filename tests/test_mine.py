@@ -124,7 +124,7 @@ def test_mining_again_gives_the_same_bytes(scored):
 def test_a_pool_without_images_is_mined_in_vain(tmp_path, monkeypatch):
     prepared(tmp_path, monkeypatch)
     prepare.run(tiny(**{"prepare.unlabelled": None, "prepare.labels_per_class": None}))
-    write_scores(ImageSet.open(Path("data/prepare")))
+    write_scores(ImageSet(Path("data/prepare")))
     mine.run(tiny())
     assert len(teaching.mined_ids(Path("data/mine"))) == 0
     assert json.loads(Path("data/mine/summary.json").read_text())["per_class"] == dict.fromkeys(CLASSES, 0)
@@ -187,7 +187,7 @@ def test_a_sheet_shows_every_tile_inside_the_page():
     page = sheet.draw(
         lambda row: Image.new("RGB", (8, 8), colours[row]),
         "A sheet",
-        [sheet.Section("Some", "of them", [sheet.Line(tiles, "a name " * 20)])],
+        [sheet.Part("Some", "of them", [sheet.Line(tiles, "a name " * 20)])],
     )
     pixels = np.asarray(page).reshape(-1, 3)
     for at, colour in enumerate(colours):

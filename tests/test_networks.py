@@ -40,27 +40,27 @@ def test_a_students_first_weights_may_be_of_other_classes(tmp_path, capsys):
     source = networks.build("ResNet18_vd", 4, seed=3)
     networks.save(tmp_path, source, {"model": "ResNet18_vd", "classes": list("abcd"), "resolution": 16})
     file = str(tmp_path / "weights.safetensors")
-    same, other = (networks.build_from("ResNet18_vd", file, classes, seed=7) for classes in (4, 6))
+    same, other = (networks.build("ResNet18_vd", classes, seed=7, init=file) for classes in (4, 6))
     assert networks.digest(same) == networks.digest(source)
     fresh, given, now = (it.network.state_dict() for it in (networks.build("ResNet18_vd", 6, 7), source, other))
     for key, value in now.items():
         assert torch.equal(value, (fresh if key.startswith("fc.") else given)[key]), key
     assert capsys.readouterr().out.count("made for 4 classes, not 6: fc.") == 2
     with pytest.raises(ValueError, match="of another network"):
-        networks.build_from("ResNet34_vd", file, 6, seed=7)
+        networks.build("ResNet34_vd", 6, seed=7, init=file)
 
 
 def test_a_classifier_that_is_a_convolution_starts_anew_too(tmp_path, capsys):
     source = networks.build("resnetv2_50", 7, seed=3)
     torch.save(source.network.state_dict(), tmp_path / "weights.pth")
-    networks.build_from("resnetv2_50", str(tmp_path / "weights.pth"), 5, seed=7)
+    networks.build("resnetv2_50", 5, seed=7, init=str(tmp_path / "weights.pth"))
     assert capsys.readouterr().out.count("made for 7 classes, not 5: head.fc.") == 2
 
 
 def test_first_weights_see_what_they_were_trained_on(tmp_path):
     source = networks.build("test_resnet", 4, seed=3)
     networks.save(tmp_path, source, {"model": "test_resnet", "classes": list("abcd"), "resolution": 16})
-    student = networks.build_from("test_resnet", str(tmp_path / "weights.safetensors"), 4, seed=0)
+    student = networks.build("test_resnet", 4, seed=0, init=str(tmp_path / "weights.safetensors"))
     assert (student.mean / 255).flatten().tolist() == pytest.approx(models.build("test_resnet").pretrained_cfg["mean"])
 
 
@@ -70,9 +70,7 @@ def test_first_weights_may_be_timms(tmp_path, monkeypatch):
     create = timm.create_model
     here = {"file": str(tmp_path / "timms.pth"), "num_classes": 7, "hf_hub_id": None, "url": ""}  # not the net's
     monkeypatch.setattr(timm, "create_model", lambda *args, **more: create(*args, **more, pretrained_cfg_overlay=here))
-    begun, again, other = (
-        networks.build_from("test_resnet", "timm", 4, seed).network.state_dict() for seed in (7, 7, 8)
-    )
+    begun, again, other = (networks.build("test_resnet", 4, seed, "timm").network.state_dict() for seed in (7, 7, 8))
     for key, value in source.state_dict().items():
         if key.startswith("fc."):  # for 4 classes, not 7: it starts anew
             assert len(begun[key]) == 4
@@ -111,7 +109,7 @@ def test_a_damaged_card_is_named(tmp_path):
 
 
 def test_a_network_may_see_images_larger_than_it_is_given(tmp_path):
-    made = networks.build_from(MODEL, None, 4, seed=0, resized_to=48).eval()
+    made = networks.build(MODEL, 4, seed=0, init=None, resized_to=48).eval()
     pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     larger = F.interpolate(pixels.float(), (48, 48), mode="bicubic", antialias=True).clamp(0, 255)
     assert torch.equal(made(pixels), networks.build(MODEL, 4, seed=0).eval()(larger))
@@ -126,7 +124,7 @@ def test_a_network_may_see_images_larger_than_it_is_given(tmp_path):
 def test_a_teachers_view_is_resized_as_an_image_is(size):
     wave = np.sin(np.arange(64)[:, None] / 9 + np.arange(64) / 7)  # smooth: Pillow rounds in between
     image = np.stack([127 + 100 * wave, 127 - 100 * wave, np.full((64, 64), 255.0)], axis=2).astype(np.uint8)
-    made = networks.build_from(MODEL, None, 4, seed=0, resized_to=size)
+    made = networks.build(MODEL, 4, seed=0, init=None, resized_to=size)
     resized = made.resize(torch.from_numpy(image).permute(2, 0, 1)[None])[0]
     pillows = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     assert np.abs(resized.numpy() - pillows).max() < 1.2
@@ -204,7 +202,7 @@ def test_networks_with_a_second_classifier_for_distillation_are_taken(tmp_path, 
     assert len(models.last_layers(source.network)) == 2
     if model.startswith("deit"):
         weights.save(tmp_path / "w.safetensors", source.network.state_dict())
-        other = networks.build_from(model, str(tmp_path / "w.safetensors"), 5, seed=1)
+        other = networks.build(model, 5, seed=1, init=str(tmp_path / "w.safetensors"))
         assert [layer.out_features for layer in models.last_layers(other.network)] == [5, 5]
         assert "head_dist.weight starts anew" in capsys.readouterr().out
 

@@ -236,7 +236,7 @@ def test_first_weights_of_a_network_that_does_not_say_how_pixels_are_normalised_
     with pytest.raises(
         ValueError, match=r"^own_tensor does not say how pixels are normalised .*: give it pretrained_cfg$"
     ):
-        networks.build_from("own_tensor", str(tmp_path / "own.pth"), 4, seed=0)
+        networks.build("own_tensor", 4, seed=0, init=str(tmp_path / "own.pth"))
 
 
 @pytest.mark.parametrize(

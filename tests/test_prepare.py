@@ -309,7 +309,7 @@ def test_cifar_by_parameters_alone(tmp_path):
         max_pixels=50_000_000,
     )
     assert done.returncode == 0, done.stderr
-    images = ImageSet.open(tmp_path / "data/prepare")
+    images = ImageSet(tmp_path / "data/prepare")
     assert images.classes[:2] == ("airplane", "automobile")
     assert len(images.classes) == 10
     assert len(images.rows("labelled")) == 20

@@ -123,7 +123,7 @@ def pressed():
     ],
 )
 def test_of_several_processes_one_says_what_has_ended_them(said, tmp_path, monkeypatch, rank, told, work, line):
-    note, killed = tmp_path / "ended", []
+    note, killed = tmp_path / "failed", []
     for name, value in {
         "RANK": rank,
         "LOCAL_RANK": rank,

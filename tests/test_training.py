@@ -211,7 +211,7 @@ from pipeline.core.batches import Views, in_order, load
 from pipeline.core.dataset import ImageSet
 
 if __name__ == "__main__":
-    images = ImageSet.open(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare"))
     batches = in_order(images.rows("labelled"), 4)
     workers = 1  # torch warns of more than there are cores
     assert len(list(load(Views(images, None, 16), batches, workers, torch.device("cpu")))) == len(batches)

@@ -83,6 +83,20 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """Read a JSON file that a stage has written into its folder.
+
+    Raises:
+        ValueError: it is not there, or damaged; it says what to do.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not there; run `dvc repro {path.parent.name}`, or `dvc pull`") from None
+    except ValueError:  # no JSON, or no text
+        raise ValueError(f"{path}: damaged; run `dvc checkout {path.parent}`, or `dvc repro`") from None
+
+
 def new_array(file: Path, dtype: np.dtype | type, shape: tuple[int, ...]) -> np.memmap:
     """Make a .npy file of zeros and map it, to be filled within `replacing`; its space on the disk is allocated first.
 

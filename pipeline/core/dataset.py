@@ -91,6 +91,9 @@ class ImageSet:
         ids: (N,) uint64, ascending. Like the arrays below, it is the manifest's file in memory, and cannot be written.
         labels: (N,) int32; -1 where the student may not know it.
         withheld: (N,) int32; the known label of an image of the pool, -1 where there is none.
+
+    Raises:
+        ValueError: the folder, or a part of it, is missing or damaged.
     """
 
     def __init__(self, folder: Path):
@@ -108,15 +111,6 @@ class ImageSet:
         self._check_shards()
         self._maps: dict[int, mmap.mmap] = {}
         self._compared = bytearray(len(self.ids))  # 1: this process has seen that the bytes are what the id says
-
-    @classmethod
-    def open(cls, folder: Path) -> "ImageSet":
-        """Open a folder that `prepare` wrote.
-
-        Raises:
-            ValueError: the folder, or a part of it, is missing or damaged.
-        """
-        return cls(folder)
 
     def __len__(self) -> int:
         return len(self.ids)

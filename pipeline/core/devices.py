@@ -76,7 +76,9 @@ def choose_algorithms(cudnn_benchmark: bool, deterministic: bool) -> None:
 
 
 class _Captured(nn.Module):
-    """A network for training alone: asked itself, in validation, it computes as ever."""
+    """A network, to be recorded in its place: recording changes `forward` of what it is given, and validation asks the
+    network itself, about batches of other shapes.
+    """
 
     def __init__(self, network: nn.Module):
         super().__init__()

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
 from pipeline.core.engine import Loss
 from pipeline.core.networks import Classifier
-from pipeline.core.sections import HARD, Distill, Params
+from pipeline.core.sections import HARD, Params
 from pipeline.core.softlabels import SoftLabels, dense, make_keys
 from pipeline.core.teaching import answer, description, open_labels
 from pipeline.core.views import ViewSpec
@@ -77,18 +78,23 @@ def open_teacher(params: Params, images: ImageSet, asked_online: bool, device: t
 
 
 def train(
-    name: str,
-    recipe: Distill,
-    model: str,
-    classifier: Classifier,
-    rows: np.ndarray,
+    name: Literal["distill", "finetune"],
     params: Params,
     images: ImageSet,
     processes: Processes,
+    *,
+    model: str,
+    classifier: Classifier,
+    rows: np.ndarray,
     before: training.Before | None = None,
 ) -> None:
-    """Train a student on soft labels and write data/<name>: what distill and finetune do, on different images."""
-    spec = ViewSpec.of(params.seed, params.views)
+    """Train a student on soft labels and write data/<name>.
+
+    Args:
+        name: the stage's, and its section's in `params`.
+        model, classifier, rows, before: see `training.Task`.
+    """
+    spec, recipe = ViewSpec.of(params.seed, params.views), getattr(params, name)
     teacher, answers = open_teacher(params, images, recipe.online, processes.device)
     task = training.Task(
         name=name,

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet
 import yaml
 
-from pipeline.core import tracking
+from pipeline.core import atomic, tracking
 from pipeline.core.dataset import SPLITS, ImageSet
 from pipeline.core.sections import Params
 
@@ -53,8 +53,8 @@ def read(data: Path) -> Student:
         ValueError: something is missing, or the evaluation is of other images or classes. That it is of another
             student is seen when the version is loaded back.
     """
-    images, card = ImageSet.open(data / "prepare"), read_json(data / "fixres" / "network.json")
-    figures, speed = (read_json(data / "evaluate" / name) for name in ("metrics.json", "speed.json"))
+    images, card = ImageSet(data / "prepare"), atomic.read_json(data / "fixres" / "network.json")
+    figures, speed = (atomic.read_json(data / "evaluate" / name) for name in ("metrics.json", "speed.json"))
     table = pyarrow.parquet.read_table(data / "evaluate" / "predictions.parquet", columns=["id", "student_logits"])
     rows = images.rows("test")
     if not np.array_equal(table["id"].to_numpy(), images.ids[rows]):
@@ -86,9 +86,9 @@ def describe(student: Student, name: str, test_crop: float) -> dict[str, Any]:
     }
 
 
-def mined(student: Student, params: Params, data: Path) -> int:
+def count_mined(student: Student, params: Params, data: Path) -> int:
     """Count the images without labels whose soft labels the student learned from."""
-    views = read_json(data / "cache" / "cache.json")["wanted_views"]
+    views = atomic.read_json(data / "cache" / "cache.json")["wanted_views"]
     return views // params.cache.replicas - student.counts["labelled"]
 
 
@@ -104,8 +104,8 @@ def lineage(record: dict[str, Any], params: Params, data: Path, root: Path = Pat
     tags = {f"digest.{key}": record[key] for key in ("weights", "data", "test")}
     tags |= {
         "digest.params": digest(settings),
-        "digest.teacher": read_json(data / "teacher" / "network.json")["digest"],
-        "digest.cache": read_json(data / "cache" / "cache.json")["fingerprint"],
+        "digest.teacher": atomic.read_json(data / "teacher" / "network.json")["digest"],
+        "digest.cache": atomic.read_json(data / "cache" / "cache.json")["fingerprint"],
     }
     lock = yaml.safe_load((root / "dvc.lock").read_text()) if (root / "dvc.lock").exists() else {}
     for name in STORED:
@@ -113,20 +113,6 @@ def lineage(record: dict[str, Any], params: Params, data: Path, root: Path = Pat
         outs = lock.get("stages", {}).get(name, {}).get("outs", [])
         tags |= {f"dvc.{out['path']}": out["md5"] for out in outs if "md5" in out}
     return tags | {key: value for key, value in tracking.git_tags(root).items() if key.startswith("git.")}
-
-
-def read_json(file: Path) -> Any:
-    """Read a JSON file of an earlier stage.
-
-    Raises:
-        ValueError: it is not there, or damaged; it says what to do.
-    """
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{file}: not there; {REMAKE}, or `dvc pull`") from None
-    except json.JSONDecodeError:
-        raise ValueError(f"{file}: damaged; run `dvc checkout`, or `dvc repro`") from None
 
 
 def digest(content: Any) -> str:

@@ -22,9 +22,9 @@ class Journal:
         scratch: the folder where it lies.
         kind: of work; its file's name begins so.
         settings: of the work.
-        code: the source files that do it. The journal is named after them, the settings and the versions of
-            Pillow and simplejpeg; journals
-            of the same kind that depend on others are taken away, with what lies beside them under the same name.
+        code: the source files that do it. The journal is named after them, the settings and the versions of Pillow and
+            simplejpeg; journals of the same kind that depend on others are taken away, with what lies beside them under
+            the same name.
     """
 
     def __init__(self, scratch: Path, kind: str, settings: list[Any], code: list[str]):

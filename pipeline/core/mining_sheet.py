@@ -6,7 +6,7 @@ from PIL import Image
 from pipeline.core import ranking, sheet
 from pipeline.core.dataset import ImageSet
 from pipeline.core.ranking import ClassCount
-from pipeline.core.sheet import Line, Section, Tile
+from pipeline.core.sheet import Line, Part, Tile
 
 CLASSES = 20  # shown at most, evenly spread
 TILES = 6  # of a class: the first and the last that it took, so many of each
@@ -29,14 +29,14 @@ def draw(images: ImageSet, mined: Table, judged: Table, refused: np.ndarray, cou
     copied = judged["reason"] == "near-copy"
     like = np.argsort(-judged["similarity"], kind="stable")
     copies, others = like[copied[like]][::-1], like[~copied[like] & (judged["nearest"][like] > 0)]
-    sections = [
+    parts = [
         _classes(images, mined, counts),
-        Section(
+        Part(
             f"Refused: near-copy ({len(copies):,})",
             "Left the pool image, right the validation or test image it copies; the least alike first.",
             [Line([_pair(images, judged, at) for at in _some(copies, COPIES)])],
         ),
-        Section(
+        Part(
             "Not taken for copies: the most alike of the rest",
             "If these are copies, mine.copy_similarity is too high; if some of those above are none, it is too low.",
             [Line([_pair(images, judged, at) for at in others[:KEPT]])],
@@ -47,12 +47,12 @@ def draw(images: ImageSet, mined: Table, judged: Table, refused: np.ndarray, cou
         found = found[np.argsort(-judged["score"][found], kind="stable")]
         tiles = [_scored(images, judged, at, counts) for at in _some(found, REFUSED)]
         note = f"{WORTH} The class is the most probable one; the highest score first."
-        sections.append(Section(f"Refused: {reason} ({len(found):,})", note, [Line(tiles)]))
+        parts.append(Part(f"Refused: {reason} ({len(found):,})", note, [Line(tiles)]))
     title = f"Mining: {len(np.unique(mined['id'])):,} of {len(judged['id']):,} pool images taken"
-    return sheet.draw(images.image, title, [each for each in sections if any(line.tiles for line in each.lines)])
+    return sheet.draw(images.image, title, [each for each in parts if any(line.tiles for line in each.lines)])
 
 
-def _classes(images: ImageSet, mined: Table, counts: list[ClassCount]) -> Section:
+def _classes(images: ImageSet, mined: Table, counts: list[ClassCount]) -> Part:
     """A line a class: the first images that it took, then the last."""
     lines = []
     for number in _some(np.arange(len(counts)), CLASSES).tolist():
@@ -69,7 +69,7 @@ def _classes(images: ImageSet, mined: Table, counts: list[ClassCount]) -> Sectio
         lines.append(Line(tiles, counts[number].name, note))
     which = f"{len(lines)} of {len(counts):,} classes" if len(lines) < len(counts) else "each class"
     note = f"For {which}: the first {TILES} images that it took and the last {TILES}. {WORTH}"
-    return Section("Mined", note, lines)
+    return Part("Mined", note, lines)
 
 
 def _pair(images: ImageSet, judged: Table, at: int) -> Tile:

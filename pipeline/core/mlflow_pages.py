@@ -33,8 +33,7 @@ def main() -> None:
     if mlflow_store.is_server(uri):
         return
     print("Ctrl-C stops it.", flush=True)
-    os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    os.environ |= {"PYTHONWARNINGS": "ignore"}
+    os.environ |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONWARNINGS": "ignore"}
     where = ["--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", uri]
     how = ["--workers", "1", "--uvicorn-opts", "--log-level warning", "--artifacts-destination", "mlartifacts"]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *where, *how])

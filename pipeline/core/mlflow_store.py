@@ -19,7 +19,6 @@ KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages t
 SQLITE = "sqlite:///"
 PROBE_SECONDS = 5  # how long a server may take to answer at all
 DEFAULTS = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",

@@ -167,7 +167,7 @@ def results(figures: dict[str, Any]) -> str:
     lines = [f"| | {' | '.join(COLUMNS.values())} | parameters |", "|---|" + "---|" * (len(COLUMNS) + 1)]
     for name, words in NETWORKS.items():
         numbers = " | ".join(f"{figures[name][key]:.4f}" for key in COLUMNS)
-        lines.append(f"| {words} | {numbers} | {figures[name].get('parameters', 0):,} |")
+        lines.append(f"| {words} | {numbers} | {figures[name]['parameters']:,} |")
     return "\n".join(lines)
 
 
@@ -197,11 +197,10 @@ def in_full(
     crop = params["views"]["test_crop"]
     known = [f"`{one}`" for one in network["classes"][:MOST_CLASSES]]
     rest = network["num_classes"] - len(known)
-    agreement = figures["student"].get("agreement")
     return CARD.format(
         name=name,
         summary=summary(network, figures, teacher["model"]),
-        test=images.get("test", 0),
+        test=images["test"],
         results=results(figures),
         resolution=network["resolution"],
         crop=crop,
@@ -214,7 +213,7 @@ def in_full(
         lineage="\n".join(f"- {key}: `{value}`" for key, value in lineage.items()),
         onnx=_onnx(name, network["resolution"], no_onnx),
         elsewhere=_elsewhere(network),
-        agreement="an unknown share" if agreement is None else f"{agreement:.1%}",
+        agreement=f"{figures['student']['agreement']:.1%}",
     )
 
 

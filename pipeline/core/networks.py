@@ -6,7 +6,6 @@ else the stage that made it has to say).
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,17 +100,34 @@ def _logits(answer: Any) -> Tensor:
     return answer
 
 
-def build(name: str, num_classes: int, seed: int, pretrained: bool = False) -> Classifier:
-    """Build a network with random weights that depend on the seed alone, or with timm's pretrained ones.
+def build(name: str, num_classes: int, seed: int, init: str | None = None, resized_to: int | None = None) -> Classifier:
+    """Build a network that starts from random weights, or from some made elsewhere.
+
+    Where the weights are for another number of classes, the classifier is random. Pixels are normalised as the network
+    says of its weights.
+
+    Args:
+        seed: what random weights depend on, and they on nothing else.
+        init: None: random weights; "timm": timm's pretrained ones; else a file of weights.
+        resized_to: see `Classifier`.
 
     Raises:
-        ValueError: the name is not known; the nearest ones are named. Or its weights cannot be had.
+        ValueError: the name is not known (the nearest ones are named), the file does not fit, or timm has no such
+            weights or they cannot be had; or the network does not say how pixels are normalised.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = models.build(name, num_classes=num_classes, pretrained=pretrained)
+        network = models.build(name, num_classes=num_classes, pretrained=init == TIMM)
     small_maps.replace_convolutions(network)
-    return Classifier(network)
+    if init is None:
+        return Classifier(network, resized_to=resized_to)
+    if init != TIMM:
+        weights.load(network, Path(init), new_classifier=True)
+    if not (said := normalisation(network)):
+        raise ValueError(
+            f"{name} does not say how pixels are normalised for weights of its own: give it pretrained_cfg"
+        )
+    return Classifier(network, *said, resized_to)
 
 
 def check_takes(classifier: Classifier, name: str, resolution: int, classes: int, remedy: str = "") -> None:
@@ -137,7 +153,7 @@ def check_takes(classifier: Classifier, name: str, resolution: int, classes: int
     if any(parameter.ndim == 5 for parameter in classifier.parameters()):
         raise ValueError(f"{name} has weights of five dimensions, which the stages do not take; {instead}")
     try:
-        logits, _ = on_meta(classifier, resolution)
+        logits, _ = embed_on_meta(classifier, resolution)
     except (AssertionError, RuntimeError) as error:
         reason = (str(error).splitlines()[0] if str(error) else type(error).__name__).rstrip(".")
         if "meta" in reason:
@@ -155,9 +171,21 @@ def check_takes(classifier: Classifier, name: str, resolution: int, classes: int
         raise ValueError(f"{name} gives {tuple(logits.shape)} for an image and {classes} classes; {instead}")
 
 
-def on_meta(classifier: Classifier, resolution: int) -> tuple[Tensor, Tensor]:
+def embed_on_meta(classifier: Classifier, resolution: int) -> tuple[Tensor, Tensor]:
     """Give what `Classifier.embed` would of one square image, (1, C) and (1, D), without computing it."""
     return models.on_meta(_Embed(classifier), resolution)
+
+
+class _Embed(nn.Module):
+    """`Classifier.embed` as a network's forward pass."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.classifier = classifier
+        self.train(classifier.training)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.classifier.embed(pixels)
 
 
 def _own_size(network: nn.Module) -> int | None:
@@ -179,44 +207,6 @@ def _said(network: nn.Module) -> dict[str, Any]:
     """What a network says of itself."""
     said = getattr(network, "pretrained_cfg", None)
     return said if isinstance(said, dict) else {}
-
-
-class _Embed(nn.Module):
-    """`Classifier.embed` as a network's forward pass."""
-
-    def __init__(self, classifier: Classifier):
-        super().__init__()
-        self.classifier = classifier
-        self.train(classifier.training)
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        return self.classifier.embed(pixels)
-
-
-def build_from(name: str, init: str | None, num_classes: int, seed: int, resized_to: int | None = None) -> Classifier:
-    """Build a network that starts from weights made elsewhere, or from random ones.
-
-    Where the weights are for another number of classes, the classifier is random. Pixels are normalised as the network
-    says of its weights.
-
-    Args:
-        init: "timm" for timm's pretrained weights; else a file of weights; None: random ones, as `build` gives them.
-        resized_to: see `Classifier`.
-
-    Raises:
-        ValueError: the name is not known, the file does not fit, or timm has no such weights or they cannot be had; or
-            the network does not say how pixels are normalised.
-    """
-    network = build(name, num_classes, seed, pretrained=init == TIMM).network
-    if init is None:
-        return Classifier(network, resized_to=resized_to)
-    if init != TIMM:
-        weights.load(network, Path(init), new_classifier=True)
-    if not (said := normalisation(network)):
-        raise ValueError(
-            f"{name} does not say how pixels are normalised for weights of its own: give it pretrained_cfg"
-        )
-    return Classifier(network, *said, resized_to)
 
 
 def digest(classifier: Classifier) -> str:
@@ -274,14 +264,5 @@ def load(folder: Path, device: str | torch.device = "cpu") -> tuple[Classifier, 
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """Read what `network.json` says of the network in a folder.
-
-    Raises:
-        ValueError: there is none, or it is damaged.
-    """
-    try:
-        return json.loads((folder / "network.json").read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: no network here; run `dvc repro {folder.name}`, or `dvc pull`") from None
-    except ValueError:  # no JSON, or no text
-        raise ValueError(f"{folder / 'network.json'}: damaged; run `dvc checkout {folder}`") from None
+    """Read what `network.json` says of the network in a folder. Raises ValueError as `atomic.read_json` does."""
+    return atomic.read_json(folder / "network.json")

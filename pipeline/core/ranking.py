@@ -54,9 +54,9 @@ def best_classes(
     return classes, best
 
 
-def worth(probabilities: np.ndarray, likeness: np.ndarray) -> np.ndarray:
-    """What images are worth to a class: the teacher's probability of it times the likeness, as a logarithm."""
-    return np.log(np.maximum(probabilities, 1e-30)) + likeness  # float32 has probabilities of 0
+def worth(probabilities: np.ndarray, log_likeness: np.ndarray) -> np.ndarray:
+    """What images are worth to a class: the teacher's probability of it times the likeness, as a natural logarithm."""
+    return np.log(np.maximum(probabilities, 1e-30)) + log_likeness  # float32 has probabilities of 0
 
 
 def best_of_each_class(

@@ -25,6 +25,7 @@ Range = tuple[Positive, Positive]
 Spread = Annotated[float, Field(gt=0, le=1)]
 TIMM = "timm"  # in the place of a file of weights: timm's pretrained ones
 HARD = "hard"  # hard labels, as a loss that is weighed beside those against the teacher
+# as losses.DISTILLATION, which importing would take torch and its seconds
 LOSSES = (
     "ssld", "js", "kl", "cross_entropy", "dkd", "tckd", "nckd", "dist", "dist_inter", "dist_intra", HARD
 )  # fmt: skip
@@ -301,7 +302,7 @@ class Params(Section):
     finetune: Distill
     fixres: Fixres
     evaluate: Evaluate
-    register_: Register = Field(alias="register")
+    register_: Register = Field(alias="register")  # `register` is a method of pydantic's models
 
     @property
     def teacher_sees(self) -> int:

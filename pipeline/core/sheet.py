@@ -42,7 +42,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Section:
+class Part:
     """A heading, a sentence that says what is seen, and lines of tiles."""
 
     title: str
@@ -50,13 +50,13 @@ class Section:
     lines: list[Line]
 
 
-def draw(image: Callable[[int], Image.Image], title: str, sections: list[Section]) -> Image.Image:
+def draw(image: Callable[[int], Image.Image], title: str, parts: list[Part]) -> Image.Image:
     """Draw a sheet; the same images and words give the same pixels.
 
     Args:
         image: gives the RGB image of a row.
         title: of the sheet.
-        sections: from top to bottom.
+        parts: from top to bottom.
     """
     marks: list[Callable[[ImageDraw.ImageDraw, Image.Image], object]] = []
 
@@ -66,7 +66,7 @@ def draw(image: Callable[[int], Image.Image], title: str, sections: list[Section
     y = MARGIN
     text(MARGIN, y, title, 22, bold=True)
     y += 40
-    for section in sections:
+    for section in parts:
         text(MARGIN, y, section.title, 16, bold=True)
         text(MARGIN, y + 23, section.note, 12, PALE)
         y += 52

@@ -301,7 +301,7 @@ def _error_is_told() -> bool:
 def _note_of_an_error() -> Path | None:
     """The file by which a process that ends in an error tells the others so; None where torchrun started none."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    return Path(file).parents[1] / "ended" if file else None
+    return Path(file).parents[1] / "failed" if file else None
 
 
 def _relaunch_with_torchrun(params: Params, name: str) -> None:

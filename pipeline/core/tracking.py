@@ -16,17 +16,15 @@ if TYPE_CHECKING:  # mlflow takes seconds to import: what does not track must no
     from mlflow import MlflowClient
 
 # what a commit has to hold for a run to be repeated
-REPEATABLE_BY = [
-    *("pipeline", "models", "params.yaml", "dvc.yaml", "requirements.txt", ".dvc/config", ":(glob)**/*.dvc")
-]
+REPEATABLE_BY = ("pipeline", "models", "params.yaml", "dvc.yaml", "requirements.txt", ".dvc/config", ":(glob)**/*.dvc")
 FLOW_RUN = "SSLD_FLOW_RUN"  # the variable that names the flow run which a stage belongs to
 BATCH = 100  # parameters that MLflow takes in one request
 
 
 class TrackedRun:
-    """One MLflow run. Without a client it takes everything and does nothing."""
+    """One MLflow run."""
 
-    def __init__(self, client: "MlflowClient | None" = None, run_id: str = "", resumed: bool = False):
+    def __init__(self, client: "MlflowClient", run_id: str, resumed: bool = False):
         self.client, self.id, self.resumed = client, run_id, resumed
         self._logged: dict[str, set[int]] = {}  # per metric: the steps that the store has
         self._waiting: list[Any] = []  # metrics that the store did not take yet
@@ -36,8 +34,6 @@ class TrackedRun:
 
         A store that has gone away does not stop a training: what it missed is sent with the next step.
         """
-        if self.client is None:
-            return
         from mlflow.entities import Metric
 
         now = time.time_ns() // 1_000_000
@@ -70,8 +66,6 @@ class TrackedRun:
 
     def _try(self, action: "Callable[[MlflowClient], object]") -> bool:
         """Do something with the store; a warning is all that comes of a failure."""
-        if self.client is None:
-            return False
         try:
             with mlflow_store.speaking_plainly(self.client.tracking_uri):
                 action(self.client)
@@ -91,8 +85,6 @@ def run(
 ) -> Iterator[TrackedRun]:
     """Track a stage as one MLflow run, closed as FINISHED, FAILED (an exception) or KILLED (stopped from outside).
 
-    Under torchrun only the first process tracks; the others get a run that does nothing.
-
     Args:
         stage: the run's name.
         params: settings that went in; sections within it become dotted keys.
@@ -104,9 +96,6 @@ def run(
     Raises:
         ValueError: the store cannot be reached or used; it says what to do.
     """
-    if os.environ.get("RANK", "0") != "0":
-        yield TrackedRun()
-        return
     client = mlflow_store.connect(root)
     with mlflow_store.speaking_plainly(client.tracking_uri):
         tracked = _resume(client, resume_file) or _start(client, stage, root)
@@ -118,11 +107,8 @@ def run(
     try:
         yield tracked
         status = "FINISHED"
-    except (KeyboardInterrupt, GeneratorExit):
+    except KeyboardInterrupt:
         status = "KILLED"
-        raise
-    except SystemExit as leaving:
-        status = "KILLED" if leaving.code else "FINISHED"
         raise
     finally:
         tracked.end(status)

@@ -150,6 +150,7 @@ def labelled_loss(images: ImageSet, labels: np.ndarray, smoothing: float) -> Los
 
     def loss(network: nn.Module, batch: Batch) -> torch.Tensor:
         logits = network(batch.pixels)
+        # bfloat16 becomes float32; float64, of the golden losses, stays
         return losses.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted(batch))
 
     return loss

@@ -22,7 +22,7 @@ from scipy.special import betaincinv
 from pipeline.core import images
 from pipeline.core.augment import OPERATIONS
 from pipeline.core.images import Encoded
-from pipeline.core.sections import Views as Section
+from pipeline.core.sections import Views as Settings
 
 VERSION = 3  # of what is drawn and rendered: a change that changes pixels must raise it; stored labels are refused then
 
@@ -51,9 +51,9 @@ class ViewSpec:
     cutmix_alpha: float
 
     @classmethod
-    def of(cls, seed: int, section: Section) -> "ViewSpec":
+    def of(cls, seed: int, settings: Settings) -> "ViewSpec":
         """Take what params.yaml says of views; `test_crop` is no matter of augmentation."""
-        return cls(seed=seed, **section.model_dump(exclude={"test_crop"}))
+        return cls(seed=seed, **settings.model_dump(exclude={"test_crop"}))
 
     def description(self) -> dict[str, object]:
         """Everything that the pixels depend on besides the images, as JSON would hold it."""
