@@ -77,6 +77,12 @@ def compare(
     }
     found = {name: search(images, classes, plant, method) for name, method in others.items()}
     show({"this project's": own, **found}, half_way)
+    print("\n| the guarded image is the copy | recall of this project's |\n|---|---|")
+    originals = thumbnails(images[:plant])
+    for kind, make in KINDS.items():
+        copied = np.concatenate([thumbnails(map(make, images[:plant])), guarded[plant:]])
+        alike, which = ours(originals, copied, threshold)
+        print(f"| {kind} | {((alike >= threshold) & (which == np.arange(plant))).mean():.3f} |")
     if sheet_file:
         draw(sheet_file, images, half_way, own.similarity, own.which, threshold)
 
@@ -84,10 +90,12 @@ def compare(
 def leave_one_out(images: list[Image.Image], threshold: float) -> None:
     """Few images: all are guarded; copies are looked for among all of them, each image among all others."""
     guarded = thumbnails(images)
-    print(f"{len(images):,} images\n\n| copies | recall |\n|---|---|")
+    print(f"{len(images):,} images\n\n| copies | recall | where the guarded image is the copy |\n|---|---|---|")
     for kind, make in KINDS.items():
-        found, which = ours(thumbnails(map(make, images)), guarded, threshold)
-        print(f"| {kind} | {((found >= threshold) & (which == np.arange(len(images)))).mean():.3f} |")
+        copied = thumbnails(map(make, images))
+        answers = ours(copied, guarded, threshold), ours(guarded, copied, threshold)
+        recall = [((found >= threshold) & (which == np.arange(len(images)))).mean() for found, which in answers]
+        print(f"| {kind} | {recall[0]:.3f} | {recall[1]:.3f} |")
     highest = np.array(
         [ours(guarded[[at]], np.delete(guarded, at, axis=0), threshold)[0][0] for at in range(len(images))]
     )
@@ -126,7 +134,8 @@ def measure(images: list[Image.Image], sizes: list[int], guarded_count: int) -> 
             print(f"| {size:,} | {len(guarded):,} | {seconds:.1f} s | {rate / 1e6:.1f} million | {memory:.1f} GB |")
     whole = 14e6 * 50e3
     more = 50e3 - len(guarded)  # guarded images beyond those of the last line
-    bytes_each = 4 * (SIDE * SIDE + len(copies.ALIGNMENTS) * (copies.FREQUENCIES**2 - 1))
+    spans = {(each.guarded, each.mirrored) for each in copies.ALIGNMENTS}
+    bytes_each = 4 * (SIDE * SIDE + len(spans) * (copies.FREQUENCIES**2 - 1))
     print(
         f"| 14,000,000 | 50,000 | {duration(whole / rate)}, extrapolated | {rate / 1e6:.1f} million | "
         f"{memory + more * bytes_each / 2**30:.1f} GB, and 14 GB on the disk |"

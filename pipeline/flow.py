@@ -206,7 +206,8 @@ def environment(root: Path) -> dict[str, str]:
         uri = f"{mlflow_store.SQLITE}{root.absolute() / uri.removeprefix(mlflow_store.SQLITE)}"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     flow_run = {tracking.FLOW_RUN: runtime.flow_run.name or ""}
-    return os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", "MLFLOW_TRACKING_URI": uri} | flow_run
+    project = {"MLFLOW_TRACKING_URI": uri, mlflow_store.PROJECT: str(root.absolute())}
+    return os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1"} | project | flow_run
 
 
 def serve(url: str) -> None:

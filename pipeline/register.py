@@ -183,7 +183,7 @@ def _verified_top1(client: "MlflowClient", version: "ModelVersion", params: Para
     """Load a version back and compare what it predicts with what was recorded; give its top-1."""
     if "top1" in version.tags:  # an earlier run got this far
         return float(version.tags["top1"])
-    with registry.loaded(client, version) as (model, card):
+    with registry.loaded(client, version) as model:
         difference = _differs(model, params, student, "the version loaded back")
     if difference:
         client.set_model_version_tag(version.name, version.version, "decision", f"refused: {difference}")
@@ -191,7 +191,7 @@ def _verified_top1(client: "MlflowClient", version: "ModelVersion", params: Para
             f"{_named(version)} was loaded back from the registry, and does not predict what data/evaluate recorded "
             f"({difference}); run `dvc repro --force --single-item evaluate`, then `dvc repro`"
         )
-    top1 = top1_by_name(student.logits, card["classes"], student.labels, student.images.classes)
+    top1 = top1_by_name(student.logits, student.card["classes"], student.labels, student.images.classes)
     client.set_model_version_tag(version.name, version.version, "top1", repr(top1))
     _say(f"{_named(version)} was loaded back and predicts what was recorded: top-1 {top1:.4f}")
     return top1
@@ -207,16 +207,19 @@ def _compare(
     """
     if champion is None:
         return True, f"top-1 {top1:.4f}, and there was no champion before"
+    if not registry.is_whole(client, champion):
+        return True, f"top-1 {top1:.4f}; of the champion before, version {champion.version}, the files are gone"
+    card = registry.card_of(client, champion)
+    lost = sorted(set(card["classes"]) - set(student.images.classes))
+    if lost:
+        return False, (
+            f"the champion, version {champion.version}, knows {len(lost)} classes that this one lacks (such as "
+            f"{lost[0]!r}); give this one another register.name, or set the alias by hand"
+        )
     if champion.tags.get("digest.test") == student.test_digest and "top1" in champion.tags:
         best = float(champion.tags["top1"])
     else:
-        with registry.loaded(client, champion) as (model, card):
-            lost = sorted(set(card["classes"]) - set(student.images.classes))
-            if lost:
-                return False, (
-                    f"the champion, version {champion.version}, knows {len(lost)} classes that this one lacks (such as "
-                    f"{lost[0]!r}); give this one another register.name, or set the alias by hand"
-                )
+        with registry.loaded(client, champion) as model:
             crop = float(champion.tags.get("test_crop", params.views.test_crop))
             what = "the champion on these test images"
             logits = _ask(model, student, student.rows, card["resolution"], crop, params, what)

@@ -80,8 +80,11 @@ def guarded():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_copies_are_found(guarded, kind):
-    found = copies.nearest(thumbnails(map(KINDS[kind], guarded)), thumbnails(guarded), PHOTOGRAPHS)
+@pytest.mark.parametrize("of", ["pool", "guarded"])
+def test_copies_are_found(guarded, kind, of):
+    """Whichever of the two is the copy."""
+    pair = thumbnails(map(KINDS[kind], guarded)), thumbnails(guarded)
+    found = copies.nearest(*(pair if of == "pool" else pair[::-1]), PHOTOGRAPHS)
     assert (found.similarity >= PHOTOGRAPHS).all()
     assert found.which.tolist() == list(range(30))
 
@@ -91,6 +94,9 @@ def test_the_alignment_says_what_was_done(guarded):
     found = copies.nearest(pool, thumbnails(guarded), PHOTOGRAPHS)
     names = [copies.ALIGNMENTS[number].name for number in found.alignment]
     assert names == ["mirrored", "inner part", "without the bottom"]
+    found = copies.nearest(thumbnails(guarded), pool, PHOTOGRAPHS)
+    names = [copies.ALIGNMENTS[number].name for number in found.alignment[:2]]
+    assert names == ["mirrored", "of the pool image: inner part"]
 
 
 def test_other_images_are_no_copies(guarded):

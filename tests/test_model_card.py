@@ -46,6 +46,33 @@ def test_the_card_fits_the_registry(student):
     assert len(model_card.description(NAME, "7", network, figures, "ResNet152_vd")) < 2000
 
 
+@pytest.mark.parametrize(
+    ("init", "words"),
+    [
+        (None, "what the teacher says. The teacher was"),
+        ("timm", "But it started from timm's pretrained weights,"),
+        ("data/weights/student/a.pth", "from the weights in `data/weights/student/a.pth`,"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("dirty", "leads_back"),
+    [
+        ({"git.dirty": "false"}, "Check out the commit"),
+        ({"git.dirty": "true"}, "changes that are not in the commit"),
+        ({}, "in no commit"),
+    ],
+)
+def test_the_card_says_what_the_student_started_from_and_whether_the_commit_is_all(
+    student, init, words, dirty, leads_back
+):
+    network, figures = student
+    params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
+    params["student"]["init"] = init
+    text = model_card.in_full(NAME, network, figures, params, {"test": 24}, 0, dirty)
+    assert words in text
+    assert leads_back in text
+
+
 @pytest.mark.parametrize(("crop", "words"), [(1.0, "the largest centre square"), (0.875, "square of 0.875 of the")])
 def test_the_card_makes_an_input_of_a_file(student, tmp_path, crop, words):
     network, figures = student

@@ -263,6 +263,18 @@ def test_weights_that_dvc_does_not_watch_are_refused(data, tmp_path, section, ke
         preflight.check_files(params.check(data), tmp_path)
 
 
+@pytest.mark.parametrize("what", ["params.yaml", "photos"])
+def test_what_cannot_be_read_is_a_line(data, tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
+    if what == "photos":
+        data["prepare"]["labelled_root"] = "a" * 300  # longer than names may be: as an unreadable folder, also for root
+        Path("params.yaml").write_text(yaml.safe_dump(data))
+    else:
+        Path("params.yaml").mkdir()
+    with pytest.raises(SystemExit, match=r"^error: .*"):
+        preflight.main()
+
+
 def test_multipliers_are_looked_at_with_the_network(data, tmp_path):
     data["student"]["model"], data["distill"]["lr_multipliers"] = "vgg11", [0.1] * 5
     with pytest.raises(ValueError, match=r"^distill: lr_multipliers has 5 numbers"):

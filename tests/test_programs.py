@@ -1,7 +1,9 @@
 """The processes of a run: their output, their exit codes, and that nothing of them is left."""
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.core import mlflow_pages
 from pipeline.core.programs import Programs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,6 +101,47 @@ def test_a_python_without_the_projects_packages_is_told_in_a_line(tmp_path):
         ": activate the project's environment (`. .venv/bin/activate`), which `make install` makes\n"
     )
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def taken():
+    """A port on which another program listens."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        yield other.getsockname()[1]
+
+
+def test_mlflows_pages_are_not_shown_where_another_program_listens(taken, tmp_path):
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    command = [sys.executable, "-m", "pipeline.core.mlflow_pages", "--port", str(taken)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stdout == ""  # no links that lead to the other program
+    error = f"error: port {taken} on 127.0.0.1: Address already in use; take another with `make ui PORT="
+    assert ended.stderr.startswith(error)
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65536, 99999])
+def test_a_port_that_is_none_is_refused(port):
+    with pytest.raises(ValueError, match=f"^port {port}: ports are 1 to 65535; .*make ui PORT="):
+        mlflow_pages.check_free(port)
+
+
+def test_a_port_whose_connections_have_just_ended_is_free():
+    """As after Ctrl-C while a page is open."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as all servers do
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            connection, _ = server.accept()
+            connection.close()  # the side that closes first is the one that waits
+            assert client.recv(1) == b""
+    mlflow_pages.check_free(port)
 
 
 @pytest.mark.parametrize("options", [[], ["-S"]])

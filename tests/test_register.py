@@ -187,7 +187,7 @@ def test_a_version_goes_without_an_onnx_file_that_cannot_be_made(project, capfd,
     monkeypatch.setattr(onnx_file, "write", refuse)
     project.register()
     assert "without student.onnx: it cannot be written as ONNX: an operator is unknown" in capfd.readouterr().out
-    with registry.loaded(mlflow_store.connect(), project.versions()[1]) as (model, _):
+    with registry.loaded(mlflow_store.connect(), project.versions()[1]) as model:
         assert model(torch.zeros(5, 3, RESOLUTION, RESOLUTION)).shape == (5, 3)
     (folder,) = Path("mlartifacts").rglob("MLmodel")
     assert not (folder.parent / "student.onnx").exists()
@@ -269,6 +269,33 @@ def test_classes_are_compared_by_name(registered, made_project, classes, decisio
     assert decision in registered.versions()[2].tags["decision"]
 
 
+def test_a_champion_that_knows_a_class_without_test_images_is_not_replaced(project, made_project):
+    """The test split is the same for both, and does not show the class."""
+    shown = {at: label for at, label in made_project.labels.items() if label != 2}
+
+    def put(classes, spoilt):
+        project.images = write_images(project.data / "prepare", lambda at: shown.get(at, 0), classes=classes, count=24)
+        return project.student(spoilt)
+
+    put(CLASSES, spoilt=0.5)
+    project.register()
+    put([*CLASSES[:2], "yak"], spoilt=0.0)
+    project.register()
+    first, second = (project.versions()[number] for number in (1, 2))
+    assert first.tags["digest.test"] == second.tags["digest.test"]
+    assert project.aliases() == {"champion": 1, "challenger": 2}
+    assert "lacks (such as 'owl')" in second.tags["decision"]
+
+
+def test_a_champion_whose_files_are_gone_is_replaced_and_said_to_be(project, capfd):
+    project.register()
+    shutil.rmtree("mlartifacts")
+    project.student(spoilt=1.0)
+    project.register()
+    assert project.aliases() == {"champion": 2, "challenger": 2}
+    assert "of the champion before, version 1, the files are gone" in capfd.readouterr().out
+
+
 def test_a_version_that_predicts_something_else_is_refused(project):
     path = project.data / "evaluate" / "predictions.parquet"
     table = pyarrow.parquet.read_table(path)
@@ -294,7 +321,7 @@ def test_if_missing_registers_what_the_registry_lacks_and_nothing_else(project, 
     project.register(if_missing=True)
     assert "lacks this version" in capfd.readouterr().out
     assert project.aliases() == {"champion": 2, "challenger": 2}
-    with registry.loaded(mlflow_store.connect(), project.versions()[2]) as (model, _):
+    with registry.loaded(mlflow_store.connect(), project.versions()[2]) as model:
         assert model(torch.zeros(5, 3, RESOLUTION, RESOLUTION)).shape == (5, 3)
     project.register(if_missing=True)
     assert "nothing to do" in capfd.readouterr().out

@@ -127,6 +127,40 @@ def test_the_verdict_is_honest(student, teacher, words):
     assert words in report.render(**content(accuracy=accuracy))
 
 
+@pytest.mark.parametrize(
+    ("student", "tile", "words"),
+    [
+        (0.8992, "99 %", "That is 99 % of the gap"),  # 99.6 %
+        (0.9, "100 %", "That is the whole gap"),
+        (0.9008, "100 %", "That is more than the whole gap"),
+        (0.7008, "1 %", "That is 1 % of the gap"),
+        (0.7, "0 %", "That is 0 % of the gap"),
+        (0.6992, "0 %", "did not help"),
+    ],
+)
+def test_a_gap_is_never_rounded_to_none_or_the_whole(student, tile, words):
+    given = content()
+    for name, top1 in {"fixres": student, "baseline": 0.7, "teacher": 0.9}.items():
+        given["networks"][name]["top1"] = top1
+    text = " ".join(Page(report.render(**given)).text.split())
+    assert f"Gap recovered {tile} of the way" in text
+    assert words in text
+
+
+@pytest.mark.parametrize(
+    ("less", "before", "words"),
+    [
+        (0.5, 0.75, "50.0 % on the validation split were less than the 75.0 %"),
+        (0.98601, 0.98602, "98.601 % on the validation split were less than the 98.602 %"),
+        (0.999999, 1.0, "99.9 % on the validation split were less than the 100.0 %"),
+    ],
+)
+def test_a_kept_networks_score_is_seen_to_be_the_better_one(less, before, words):
+    given = content()
+    given["networks"]["fixres"]["kept"] = {"stage": "finetune", "val_top1": before, "instead_of": less}
+    assert words in report.render(**given)
+
+
 def test_a_small_difference_is_called_one():
     accuracy = dict.fromkeys(NAMES, 0.8) | {"fixres": 0.82, "teacher": 0.9}
     assert "too small to tell them apart" in report.render(**content(accuracy=accuracy))
@@ -188,6 +222,26 @@ def test_charts_are_xml_whatever_the_names():
         root = ElementTree.fromstring(chart)
         assert root.tag == "svg"
         assert "nan" not in chart.lower()
+
+
+@pytest.mark.parametrize("figure", [0.0, 2e-10, 1e-6, 0.5, 3e9])
+@pytest.mark.parametrize("most", [3, 6])
+def test_ticks_of_a_constant_figure_differ(figure, most):
+    ticks = charts.ticks(figure, figure, most)
+    assert ticks == sorted(set(ticks))
+    assert ticks[0] < figure < ticks[-1]
+    ElementTree.fromstring(charts.curve([(1, figure)], figure, figure, "", "loss"))
+
+
+@pytest.mark.parametrize("bins", [1, 15, 105, 1000])
+def test_columns_of_many_bins_are_seen_and_lie_within_theirs(bins):
+    diagram = metrics.reliability(np.linspace(0, 1, 4 * bins), np.ones(4 * bins, bool), bins)
+    root = ElementTree.fromstring(charts.reliability(diagram, "network"))
+    columns = [(float(rect.get("x")), float(rect.get("width"))) for rect in root.iter("rect")]
+    assert len(columns) == bins
+    assert all(width > 0 for _, width in columns)
+    ends = [x + width for x, width in columns]
+    assert all(end <= begin for end, (begin, _) in zip(ends[:-1], columns[1:], strict=True))
 
 
 @pytest.mark.parametrize(

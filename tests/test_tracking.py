@@ -16,6 +16,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import filelock
 import pytest
 import yaml
 
@@ -189,6 +190,45 @@ def test_a_stopped_process_leaves_a_killed_run(root):
     process.wait(30)
     run_id = json.loads((root / "mlflow-run").read_text())["run_id"]
     assert mlflow_store.connect(root).get_run(run_id).info.status == "KILLED"
+
+
+def test_a_deleted_experiment_is_named_and_how_to_have_it_back(root):
+    client = mlflow_store.connect(root)
+    client.delete_experiment(mlflow_store.experiment(client, root))
+    with pytest.raises(ValueError, match=r"ssld was deleted.*restore --experiment-id \d") as told:
+        mlflow_store.experiment(client, root)
+    command = str(told.value).partition("have it back: ")[2]
+    subprocess.run(command, shell=True, check=True, capture_output=True)
+    assert mlflow_store.experiment(client, root)
+
+
+def test_a_moved_project_is_told_that_its_versions_files_are_not_beside_it(root, tmp_path):
+    before, after = tmp_path / "before", tmp_path / "after"
+    shutil.copytree(root, before)
+    client = mlflow_store.connect(before)
+    assert mlflow_store.experiment(client, before) == mlflow_store.experiment(client, before)
+    (before / "mlartifacts").mkdir()
+    before.rename(after)
+    with pytest.raises(ValueError, match=f"were in file://{before}/mlartifacts, which is gone"):
+        mlflow_store.experiment(mlflow_store.connect(after), after)
+    before.symlink_to(after)
+    assert mlflow_store.experiment(mlflow_store.connect(after), after)
+
+
+def test_a_database_s_files_are_the_project_s_also_of_a_run_in_a_workspace(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite+pysqlite:///{root}/mlflow.db")
+    monkeypatch.setenv(mlflow_store.PROJECT, str(tmp_path / "project"))
+    client = mlflow_store.connect(tmp_path / "workspace")
+    found = client.get_experiment(mlflow_store.experiment(client, tmp_path / "workspace"))
+    assert found.artifact_location == (tmp_path / "project/mlartifacts").as_uri()
+
+
+def test_two_that_register_at_a_server_take_turns():
+    uri = "http://mlflow.example:5000"
+    with mlflow_store.exclusively(uri, "register"), pytest.raises(filelock.Timeout):
+        mlflow_store.exclusively(uri, "register").acquire(timeout=0)
+    with mlflow_store.exclusively(uri, "register"), mlflow_store.exclusively(f"{uri}1", "register"):
+        pass
 
 
 def test_what_the_store_did_not_take_is_sent_with_the_next_step(root, capfd, monkeypatch):

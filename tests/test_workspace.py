@@ -201,6 +201,71 @@ def test_ignored_and_dvc_added_inputs_are_there(tmp_path):
         assert (folder / "data/kept/weights").read_text() == "not in git"
 
 
+def test_files_that_have_changed_since_dvc_add_are_refused(tmp_path):
+    """DVC's cache, from which a workspace gets them, has the old ones."""
+    toy = toy_project.make(tmp_path)
+    added = toy / "data/my photos"
+    added.mkdir(parents=True)
+    (added / "one.txt").write_text("old")
+    toy_project.execute(toy, "dvc", "add", "--quiet", "data/my photos")
+    with failing(opened(toy)) as folder:
+        assert (folder / "data/my photos/one.txt").read_text() == "old"
+    (added / "one.txt").write_text("new")
+    (added / "two.txt").write_text("more")
+    words = "data/my photos.dvc: its files have changed since `dvc add`; run `dvc add 'data/my photos'` first"
+    for changes in (CHANGES, {"distill.epochs": 4}):  # a workspace that is there, and a new one
+        with pytest.raises(ValueError, match=f"^{re.escape(words)}$"), opened(toy, changes):
+            pass
+    with opened(toy, {}) as folder:
+        assert folder == toy
+    toy_project.execute(toy, "dvc", "add", "--quiet", "data/my photos")
+    with failing(opened(toy)) as folder:
+        assert {one.name: one.read_text() for one in (folder / "data/my photos").iterdir()} == {
+            "one.txt": "new",
+            "two.txt": "more",
+        }
+    shutil.rmtree(added)  # as in a clone, before `dvc pull`
+    with opened(toy, {"distill.epochs": 4}) as folder:
+        assert (folder / "data/my photos/one.txt").read_text() == "new"
+
+
+def test_a_failed_run_goes_on_without_what_the_cache_lacks(tmp_path):
+    toy = toy_project.make(tmp_path)
+    for name in ("lost", "other"):
+        (toy / "data" / name).mkdir(parents=True)
+        (toy / "data" / name / "one.txt").write_text(name)
+        toy_project.execute(toy, "dvc", "add", "--quiet", f"data/{name}")
+    with failing(opened(toy)) as folder:
+        shutil.rmtree(folder / "data/other")
+    shutil.rmtree(toy / "data/lost")
+    digest = yaml.safe_load((toy / "data/lost.dvc").read_text())["outs"][0]["md5"]
+    (toy / ".dvc/cache/files/md5" / digest[:2] / digest[2:]).unlink()
+    with opened(toy) as folder:
+        assert (folder / "data/other/one.txt").read_text() == "other"
+
+
+def test_photographs_are_linked_and_no_matter_of_git(tmp_path):
+    """README.md tells people to put them into data/photos, and that `dvc add` is up to them."""
+    toy = toy_project.make(tmp_path)
+    photo, ignored = toy / "data/photos/train/one.jpg", toy / "data/.gitignore"
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(b"photo")
+    shutil.copy(toy_project.ROOT / "data/.gitignore", ignored)
+    changes = {"prepare.labelled_root": "data/photos"}
+    with opened(toy, changes) as folder:
+        assert (folder / "data/photos").is_symlink()
+        assert (folder / "data/photos/train/one.jpg").samefile(photo)
+    toy_project.execute(toy, "git", "add", ".")
+    assert "data/photos" not in toy_project.execute(toy, "git", "ls-files")
+    toy_project.execute(toy, "dvc", "add", "--quiet", "data/photos")
+    assert ignored.read_text() == (toy_project.ROOT / "data/.gitignore").read_text()
+    toy_project.execute(toy, "git", "add", ".")
+    assert "data/photos.dvc" in toy_project.execute(toy, "git", "ls-files").splitlines()
+    with opened(toy, changes) as folder:
+        assert not (folder / "data/photos").is_symlink()
+        assert (folder / "data/photos/train/one.jpg").read_bytes() == b"photo"
+
+
 def test_a_failed_run_goes_on_in_the_same_workspace_and_a_good_one_leaves_none(reproduced):
     said = []
     with failing(opened(reproduced, said=said)) as folder:
@@ -307,6 +372,19 @@ def test_without_git_it_says_so(tmp_path):
     (tmp_path / "params.yaml").write_text((toy_project.ROOT / "params.yaml").read_text())
     with pytest.raises(ValueError, match="git"), opened(tmp_path):
         pass
+
+
+def test_in_a_folder_of_another_repository_it_says_so(tmp_path):
+    toy = toy_project.make(tmp_path)
+    shutil.rmtree(toy / ".git")
+    shutil.rmtree(toy / ".dvc")
+    toy_project.execute(tmp_path, "git", "init", "--quiet")
+    toy_project.execute(toy, "dvc", "init", "--quiet", "--subdir")
+    words = f"{toy}: a folder of the git repository {tmp_path}, but a run with changes needs "
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}.*; a run without changes, and dvc, "), opened(toy):
+        pass
+    with opened(toy, {}) as folder:
+        assert dvc.outdated(folder) == set(toy_project.EDGES)
 
 
 def test_graph_of_stages(reproduced):

@@ -19,7 +19,8 @@ LONGEST_NAME = 18  # characters of a class name that a chart shows; the whole na
 def ticks(low: float, high: float, most: int) -> list[float]:
     """Round numbers from at or below `low` to at or above `high`, about `most` steps at the most."""
     if high - low < 1e-9:  # an axis needs a length, also where all figures are the same
-        low, high = low - 0.1 * (abs(low) or 1), high + 0.1 * (abs(high) or 1)
+        room = 0.1 * max(abs(low), 1e-6) if low else 0.1  # more than the rounding below
+        low, high = low - room, high + room
     return [round(float(value), 10) for value in MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
 
 
@@ -68,9 +69,10 @@ def reliability(diagram: Reliability, label: str) -> Markup:
     _add(svg, "text", "accuracy, %", x=10, y=top + side / 2, transform=centre, text_anchor="middle")
     shares = diagram.count / max(1, diagram.count.sum())
     width = side / len(shares)
+    drawn = max(width - 2, width / 2)  # a gap of 2 between columns, less where there are many
     for at in np.flatnonzero(diagram.count):
-        height = side * shares[at]
-        _add(svg, "rect", x=left + at * width + 1, y=top + side - height, width=width - 2, height=height, class_="mass")
+        x, height = left + (at + 0.5) * width - drawn / 2, side * shares[at]
+        _add(svg, "rect", x=x, y=top + side - height, width=drawn, height=height, class_="mass")
     _add(svg, "line", x1=left, y1=top + side, x2=left + side, y2=top, class_="diagonal")
     filled = [
         (left + side * diagram.confidence[at], top + side * (1 - diagram.accuracy[at]), at)

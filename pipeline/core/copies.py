@@ -44,7 +44,7 @@ def _cut(left: float, top: float, right: float, bottom: float) -> Span:
 
 # A crop loses up to a tenth at all borders, at two that face each other, or at one. A caption covers up to a fifth of
 # the height, or adds to it: what the other four fifths show depends on which of the two, and on the caption's height.
-ALIGNMENTS = (
+_POOL_IMAGE_CHANGED = (
     Alignment("whole", WHOLE, WHOLE),
     Alignment("mirrored", WHOLE, WHOLE, mirrored=True),
     *(Alignment("inner part", WHOLE, _cut(cut, cut, cut, cut)) for cut in (0.05, 0.1)),
@@ -54,6 +54,12 @@ ALIGNMENTS = (
     *(Alignment("without the bottom", _cut(0, 0, 0, 0.2), _cut(0, 0, 0, cut)) for cut in (0, 0.06, 0.13, 0.2)),
     *(Alignment("without the top", _cut(0, 0.2, 0, 0), _cut(0, cut, 0, 0)) for cut in (0, 0.06, 0.13, 0.2)),
 )
+_GUARDED_IMAGE_CHANGED = (
+    Alignment(f"of the pool image: {each.name}", pool=each.guarded, guarded=each.pool, mirrored=each.mirrored)
+    for each in _POOL_IMAGE_CHANGED
+    if each.pool != each.guarded
+)
+ALIGNMENTS = (*_POOL_IMAGE_CHANGED, *_GUARDED_IMAGE_CHANGED)
 MOVES = tuple((x - zoom, y - zoom, x + zoom, y + zoom) for x, y, zoom in product((-STEP, 0.0, STEP), repeat=3))
 
 
@@ -81,7 +87,7 @@ def nearest(
 ) -> Nearest:
     """Find for each pool image the guarded image that it is most likely a copy of.
 
-    A pair of images takes 20 x 63 multiplications and additions; memory is 10 kB for each guarded image, and 200 MB;
+    A pair of images takes 36 x 63 multiplications and additions; memory is 10 kB for each guarded image, and 200 MB;
     on a GPU 700 MB.
 
     Args:
@@ -95,7 +101,8 @@ def nearest(
     if not len(guarded):
         return found
     flat = _flatten(guarded, device)
-    targets = [describe(flat, each.guarded, each.mirrored) for each in ALIGNMENTS]
+    described = {key: describe(flat, *key) for key in {(each.guarded, each.mirrored) for each in ALIGNMENTS}}
+    targets = [described[each.guarded, each.mirrored] for each in ALIGNMENTS]
     moved = [_moved(each, device) for each in ALIGNMENTS]
     size, _ = BLOCKS[flat.device.type]
     for start in range(0, len(pool), size):

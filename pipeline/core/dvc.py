@@ -1,5 +1,6 @@
 """DVC, as the flow needs it: the graph of stages, which of them are not up to date, and the command that runs one."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,6 +84,23 @@ def upstream(graph: Graph, stages: list[str]) -> Graph:
         if stage in wanted:
             wanted.update(graph[stage])
     return {stage: reads for stage, reads in graph.items() if stage in wanted}
+
+
+def edited(folder: Path) -> list[tuple[str, str]]:
+    """Name what is no longer what its .dvc file says: that file, and the path to give to `dvc add`.
+
+    What is absent (a clone before `dvc pull`) is not edited. DVC's state makes this quick where nothing has changed.
+
+    Raises:
+        ValueError: see `graph`.
+    """
+    with _repo(folder) as repo:
+        return [
+            (stage.path_in_repo, os.path.relpath(out.fs_path, repo.root_dir))
+            for stage in sorted(repo.index.stages, key=_name)
+            for out in stage.outs
+            if stage.is_data_source and "modified" in out.workspace_status().values()
+        ]
 
 
 def inputs_and_outputs(folder: Path) -> tuple[set[Path], set[Path]]:

@@ -8,9 +8,29 @@ Where MLFLOW_TRACKING_URI names a server, that has pages of its own, and their a
 
 import argparse
 import os
+import socket
 import sys
+from pathlib import Path
 
 from pipeline.core import mlflow_store, params
+
+
+def check_free(port: int) -> None:
+    """Make sure that a server can listen there: another program's pages would be shown in place of MLflow's.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not 1 <= port <= 65535:
+        raise ValueError(f"port {port}: ports are 1 to 65535; give one with `make ui PORT=5001`")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as MLflow's server does: one may just have ended
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            other = 5001 if port != 5001 else 5002
+            why = f"port {port} on 127.0.0.1: {error.strerror}"
+            raise ValueError(f"{why}; take another with `make ui PORT={other}`") from None
 
 
 def main() -> None:
@@ -23,7 +43,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=5000, help="default: 5000")
     port = parser.parse_args().port
     try:
-        name, client = params.load().register_.name, mlflow_store.connect()
+        name = params.load().register_.name
+        if not mlflow_store.is_server(mlflow_store.default_uri(Path())):
+            check_free(port)
+        client = mlflow_store.connect()
         uri, experiment = client.tracking_uri, mlflow_store.experiment(client)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -4,10 +4,12 @@ MLFLOW_TRACKING_URI names it; where that is not set, it is an SQLite file, `mlfl
 runs' files in `mlartifacts/` beside it.
 """
 
+import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:  # mlflow takes seconds to import: what does not use it must n
 EXPERIMENT = "ssld"
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages then show what belongs to training
 SQLITE = "sqlite:///"
+PROJECT = "SSLD_PROJECT"  # the variable that names the project to a stage that runs in a workspace, which goes
 PROBE_SECONDS = 5  # how long a server may take to answer at all
 DEFAULTS = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -74,8 +77,13 @@ def connect(root: Path = Path(".")) -> "MlflowClient":
 
 
 def experiment(client: "MlflowClient", root: Path = Path(".")) -> str:
-    """Give the id of the one experiment that all runs belong to; it is made where it is missing."""
+    """Give the id of the one experiment that all runs belong to; it is made where it is missing.
+
+    Raises:
+        ValueError: it was deleted; or the files of its runs and versions were left behind when the project moved.
+    """
     from mlflow.exceptions import MlflowException
+    from mlflow.utils.file_utils import local_file_uri_to_path
 
     with speaking_plainly(client.tracking_uri):
         found = client.get_experiment_by_name(EXPERIMENT)
@@ -86,14 +94,30 @@ def experiment(client: "MlflowClient", root: Path = Path(".")) -> str:
                 found = client.get_experiment_by_name(EXPERIMENT)
                 if found is None:
                     raise
-        return found.experiment_id
+    if found.lifecycle_stage == "deleted":
+        command = f"mlflow experiments restore --experiment-id {found.experiment_id}"
+        raise ValueError(
+            f"MLflow at {shown(client.tracking_uri)}: the experiment {EXPERIMENT} was deleted, with all runs; to have "
+            f"it back: MLFLOW_TRACKING_URI={shown(client.tracking_uri)} {command}"
+        )
+    place, wanted = found.artifact_location, _artifacts(client.tracking_uri, root)
+    if wanted and place != wanted and place.startswith("file:") and not Path(local_file_uri_to_path(place)).exists():
+        raise ValueError(
+            f"MLflow at {shown(client.tracking_uri)}: the files of its runs and versions were in {place}, which is "
+            "gone, as after a move of the project: move it back, link it from there, or move mlflow.db and mlartifacts "
+            "away to begin a new registry"
+        )
+    return found.experiment_id
 
 
 def exclusively(uri: str, what: str) -> AbstractContextManager[Any]:
-    """Hold a lock beside a local store's file; a server sees to its own order."""
+    """Hold a lock: beside a local store's file, or, of another store, among this user's processes on this machine."""
     from filelock import FileLock
 
-    return FileLock(f"{_sqlite_file(uri)}.{what}.lock") if uri.startswith(SQLITE) else nullcontext()
+    if uri.startswith(SQLITE):
+        return FileLock(f"{_sqlite_file(uri)}.{what}.lock")
+    name = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    return FileLock(Path(tempfile.gettempdir()) / f"ssld-{os.getuid()}-{name}.{what}.lock")
 
 
 @contextmanager
@@ -121,10 +145,11 @@ def _sqlite_file(uri: str) -> Path:
 
 
 def _artifacts(uri: str, root: Path) -> str | None:
-    """Say where the runs' files go: beside a local store; a server has a place of its own."""
+    """Say where the runs' files go: beside a local store's file, or into the project; a server has its own place."""
     if is_server(uri):
         return None
-    beside = _sqlite_file(uri).parent if uri.startswith(SQLITE) else Path(root).resolve()
+    root = Path(os.environ.get(PROJECT, root)).resolve()
+    beside = _sqlite_file(uri).parent if uri.startswith(SQLITE) else root
     return (beside / "mlartifacts").as_uri()
 
 

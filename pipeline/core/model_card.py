@@ -28,6 +28,13 @@ FITTED_ON = {
     "withheld": "with the labels of all training images, of those too, if any, that the student saw without",
     "labelled": "with the same labels",
 }
+COMMIT = {  # by what the tag git.dirty says
+    "false": "Check out the commit, put these two in place of its own, and `dvc pull` brings those very files back, "
+    "where they were pushed.",
+    "true": "Code, settings or images had changes that are not in the commit (`git.dirty`), so the commit alone does "
+    "not bring all of this back.",
+    None: "The code was in no commit.",
+}
 MOST_CLASSES = 20  # whose names are written out
 
 ONNX = """`student.onnx` is
@@ -103,7 +110,7 @@ Without it, {elsewhere}.
 
 {data}
 
-Only the labelled images' labels reached the student; of all others it learned what the teacher says. {teacher}
+Only the labelled images' labels reached the student; of all others it learned what the teacher says. {start}{teacher}
 
 ## Recipe
 
@@ -115,8 +122,7 @@ Only the labelled images' labels reached the student; of all others it learned w
 {lineage}
 
 `params.yaml` beside this card holds every setting, `dvc.lock` (where the pipeline ran through DVC) the digest of every
-file that went in. Check out the commit, put these two in place of its own, and `dvc pull` brings those very files back,
-where they were pushed.
+file that went in. {commit}
 
 ## Limits
 
@@ -129,7 +135,7 @@ where they were pushed.
 ## Licence
 
 The code has the project's licence. The weights were learned from the images and from the teacher's answers: what their
-licences ask for (the images', and the teacher's weights' where they were pretrained) holds for these weights as well.
+licences ask for (the images', and that of weights which teacher or student started from) holds for these weights, too.
 """
 
 
@@ -208,13 +214,23 @@ def in_full(
         count=network["num_classes"],
         classes=", ".join(known) + (f" and {rest:,} more (`network.json`)" if rest else ""),
         data="\n".join(f"- {count:,} images {SPLITS[split].format(mined=mined)}" for split, count in images.items()),
+        start=_start(params["student"]["init"]),
         teacher=_teacher(teacher),
+        commit=COMMIT[lineage.get("git.dirty")],
         recipe=yaml.safe_dump({key: params[key] for key in RECIPE}, sort_keys=False, allow_unicode=True),
         lineage="\n".join(f"- {key}: `{value}`" for key, value in lineage.items()),
         onnx=_onnx(name, network["resolution"], no_onnx),
         elsewhere=_elsewhere(network),
         agreement=f"{figures['student']['agreement']:.1%}",
     )
+
+
+def _start(init: str | None) -> str:
+    """Say what weights the student started from, if any."""
+    if init is None:
+        return ""
+    weights = "timm's pretrained weights" if init == TIMM else f"the weights in `{init}`"
+    return f"But it started from {weights}, and so from what those had learned, labels included. "
 
 
 def _teacher(settings: dict[str, Any]) -> str:

@@ -210,7 +210,7 @@ def main() -> None:
     """Check params.yaml, and what it names."""
     try:
         check(params.load(), Path())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.core import mlflow_store
+from pipeline.core import atomic, mlflow_store
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import: looking a version up should not wait for both
     from mlflow import MlflowClient
@@ -130,16 +130,15 @@ def find(client: "MlflowClient", name: str, key: str) -> "ModelVersion | None":
 
 
 def by_alias(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | None":
-    """Give the version that has an alias, if there is one and its files are still there."""
+    """Give the version that has an alias, if there is one; its files may be gone."""
     from mlflow.exceptions import MlflowException
 
     try:
-        version = client.get_model_version_by_alias(name, alias)
+        return client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
         if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
             return None
         raise
-    return version if is_whole(client, version) else None
 
 
 def is_whole(client: "MlflowClient", version: "ModelVersion") -> bool:
@@ -150,9 +149,23 @@ def is_whole(client: "MlflowClient", version: "ModelVersion") -> bool:
     return any(Path(file.path).name == "MLmodel" for file in files)
 
 
+def card_of(client: "MlflowClient", version: "ModelVersion") -> dict[str, Any]:
+    """Read a version's network.json, and nothing else of its files.
+
+    Raises:
+        ValueError: it is not there, or damaged.
+    """
+    import mlflow.artifacts
+
+    with tempfile.TemporaryDirectory(prefix="register-") as scratch:
+        file = f"{_address(client, version)}/network.json"
+        mlflow.artifacts.download_artifacts(file, dst_path=scratch, tracking_uri=client.tracking_uri)
+        return atomic.read_json(Path(scratch) / "network.json")
+
+
 @contextmanager
-def loaded(client: "MlflowClient", version: "ModelVersion") -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Load a version back from the registry: (pixels -> logits, its network.json). Nothing is unpickled.
+def loaded(client: "MlflowClient", version: "ModelVersion") -> Iterator[Any]:
+    """Load a version back from the registry: pixels -> logits. Nothing is unpickled.
 
     Raises:
         ValueError: it cannot be loaded.
@@ -168,10 +181,9 @@ def loaded(client: "MlflowClient", version: "ModelVersion") -> Iterator[tuple[An
         )
         try:
             model = mlflow.pytorch.load_model(folder)
-            card = json.loads((Path(folder) / "network.json").read_text())
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"{where}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-        yield model, card
+        yield model
 
 
 def _address(client: "MlflowClient", version: "ModelVersion") -> str:

@@ -175,7 +175,7 @@ def verdict(networks: dict[str, dict[str, Any]], total: int, paired: tuple[int, 
     elif gap == 1:
         outcome = "That is the whole gap between baseline and teacher."
     else:
-        outcome = f"That is {100 * gap:.0f} % of the gap between baseline and teacher."
+        outcome = f"That is {whole_percent(gap)} % of the gap between baseline and teacher."
     if only_student + only_baseline == 0:
         doubt = "Student and baseline are right on the very same images."
     else:
@@ -185,6 +185,21 @@ def verdict(networks: dict[str, dict[str, Any]], total: int, paired: tuple[int, 
             "(exact McNemar test)."
         )
     return {"gap": gap, "outcome": outcome, "doubt": doubt, "unsure": chance > 0.05}
+
+
+def whole_percent(share: float) -> int:
+    """Round a share to a percentage; what is more than nothing and less than all stays so."""
+    value = round(100 * share)
+    return min(max(value, 1), 99) if 0 < share < 1 else value
+
+
+def apart(one: float, other: float) -> tuple[str, str]:
+    """Write two shares as percentages, with one decimal or as many as tell them apart; they are kept with six."""
+    for decimals in range(1, 5):
+        texts = charts.percent(one, decimals), charts.percent(other, decimals)
+        if texts[0] != texts[1]:
+            break
+    return texts
 
 
 def _chance(p: float) -> str:
@@ -298,4 +313,6 @@ def render(
         data=data,
         speed=speed,
         params=_sections(params),
+        whole_percent=whole_percent,
+        apart=apart,
     )

@@ -18,10 +18,11 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import mode
 from typing import Any
@@ -62,7 +63,8 @@ def opened(root: Path, changes: dict[str, Any], say: Callable[[str], None]) -> I
         say: called with a line about what goes on.
 
     Raises:
-        ValueError: the project is not under git, or DVC or git refused.
+        ValueError: the project is not under git, or in a subfolder of a repository; files have changed since their
+            `dvc add`; or DVC or git refused.
     """
     home = (root / SCRATCH / "workspaces" / (name(changes) if changes else "tree")).absolute()
     home.parent.mkdir(parents=True, exist_ok=True)
@@ -70,6 +72,7 @@ def opened(root: Path, changes: dict[str, Any], say: Callable[[str], None]) -> I
         if not changes:
             yield root
             return
+        _check_tree(root)
         folder = home.joinpath(*root.absolute().parts[1:])
         if not (home / "complete").exists():
             shutil.rmtree(home, ignore_errors=True)
@@ -84,7 +87,7 @@ def opened(root: Path, changes: dict[str, Any], say: Callable[[str], None]) -> I
             unlink_inputs(folder)  # else what follows would write through the links, into the user's own folders
             copy_tree(root, folder, keep=("dvc.lock",))  # it says which stages this workspace has done
             if added := sorted(str(file) for file in _files(folder) if str(file).endswith(".dvc")):
-                _command([sys.executable, "-m", "dvc", "checkout", "--quiet", "--force", *added], folder)
+                _check_out(folder, added)
             write_params(root, folder, changes)
         link_inputs(root, folder)
         yield folder
@@ -129,7 +132,7 @@ def set_up(root: Path, folder: Path, changes: dict[str, Any], notes: Path) -> No
     dvc.share_cache(root, folder, notes)
     if (lock := nearest_lock(root, changes)).exists():
         shutil.copy2(lock, folder / "dvc.lock")
-    _command([sys.executable, "-m", "dvc", "checkout", "--quiet", "--force", "--allow-missing"], folder)
+    _check_out(folder)
     write_params(root, folder, changes)
 
 
@@ -223,6 +226,18 @@ def unlink_inputs(folder: Path) -> None:
         link.unlink()
 
 
+def _check_tree(root: Path) -> None:
+    """Make sure that a workspace can be as the tree is: it is cloned, and gets what .dvc files name from the cache."""
+    top = _command(["git", "rev-parse", "--show-toplevel"], root).removesuffix("\n")
+    if not root.samefile(top):
+        raise ValueError(
+            f"{root}: a folder of the git repository {top}, but a run with changes needs a project that is a "
+            "repository of its own; a run without changes, and dvc, work here"
+        )
+    for file, path in dvc.edited(root):
+        raise ValueError(f"{file}: its files have changed since `dvc add`; run `dvc add {shlex.quote(path)}` first")
+
+
 @contextlib.contextmanager
 def _only_user(file: Path, say: Callable[[str], None]) -> Iterator[None]:
     with file.open("w") as lock:
@@ -272,6 +287,11 @@ def _text(to: RoundTripRepresenter, value: str) -> ScalarNode:
     except (yaml.YAMLError, ValueError):  # the latter of a month 13
         read = None
     return to.represent_scalar("tag:yaml.org,2002:str", value, style=None if read == value else '"')
+
+
+def _check_out(folder: Path, files: Iterable[str] = ()) -> None:
+    """Bring what .dvc files name, or all that DVC knows of, from its cache; what that lacks stays away."""
+    _command([sys.executable, "-m", "dvc", "checkout", "--quiet", "--force", "--allow-missing", *files], folder)
 
 
 def _bytes(folder: Path) -> int:
