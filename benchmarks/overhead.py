@@ -18,7 +18,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
 
-from pipeline.core import dvc, workspace
+from pipeline.core import dvc, params_file
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOK_EVERY = 0.05  # seconds
@@ -39,7 +39,7 @@ def main() -> None:
     print("| run | s | of them without a stage at work | again, all up to date, s |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["git", "clone", "--quiet", str(ROOT), folder], check=True)
-        workspace.write_params(ROOT, Path(folder), SHORT)
+        params_file.write(ROOT, Path(folder), SHORT)
         for name, command in RUNS.items():
             forget(Path(folder))
             took, idle = timed(command, folder, stages)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.core import devices, networks, stage, teaching
+from pipeline.core import devices, errors, networks, teaching
 from pipeline.core import params as settings
 from pipeline.core.batches import Views
 from pipeline.core.dataset import ImageSet
@@ -40,7 +40,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"audit: error: {error}")
     except (RuntimeError, MemoryError) as error:
-        if not stage.out_of_memory(error):
+        if not errors.out_of_memory(error):
             raise
         sys.exit("audit: error: out of memory: halve cache.batch_size, or set machine.device to cpu")
     except KeyboardInterrupt:

@@ -51,13 +51,12 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from pipeline import recipes
-from pipeline.core import dvc, mlflow_store, prefect_server, preflight, tracking, workspace
+from pipeline.core import dvc, errors, mlflow_store, params_file, prefect_server, preflight, tracking, workspace
 from pipeline.core.programs import Programs
 
 RETRY_DELAY = 2  # seconds; a cancelled run waits them out at worst
-STAGES_OWN_ERROR = re.compile(r"[a-z]+: error: ")  # begins the line with which a stage refuses: it would do so again
-
-STAGES_OWN_WORDS = re.compile(r"[a-z]+: (cut short|left alone): ")  # ... with which it ends by no fault of the settings
+STAGES_OWN_ERROR = re.compile(rf"[a-z]+: {errors.REFUSED}: ")  # begins the line with which a stage refuses
+STAGES_OWN_WORDS = re.compile(rf"[a-z]+: ({errors.CUT_SHORT}|{errors.LEFT_ALONE}): ")
 
 
 @flow(name="ssld", task_runner=ThreadPoolTaskRunner(), persist_result=False)
@@ -94,7 +93,7 @@ def check(root: Path, changes: dict[str, Any], stages: list[str] | None) -> None
     Raises:
         ValueError: one line that names what is wrong.
     """
-    preflight.check(workspace.check(root, changes), root)
+    preflight.check(params_file.check(root, changes), root)
     dvc.upstream(dvc.graph(root), stages or [])
 
 

@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
-import yaml
 from pydantic import Field, ValidationError
 from torch import nn
 
 import models
 from pipeline import recipes
-from pipeline.core import networks, params
+from pipeline.core import networks, params_file
 from pipeline.core.sections import Count, CountOrZero, Params, Positive, Section, nearest
 from pipeline.core.softlabels.keys import KEY
 
@@ -240,9 +239,9 @@ def read(name: str, root: Path = Path(".")) -> tuple[Params, Counts]:
     Raises:
         ValueError: no such recipe, or a wrong key or value in it.
     """
-    changed = params.with_changes(yaml.safe_load((root / "params.yaml").read_text()), recipes.changes(name, root))
+    settings = params_file.check(root, recipes.changes(name, root))
     try:
-        return params.check(changed), Counts.model_validate(recipes.read(name, root).plan)
+        return settings, Counts.model_validate(recipes.read(name, root).plan)
     except ValidationError as error:
         first = error.errors()[0]
         key, known = str(first["loc"][0]), list(Counts.model_fields)

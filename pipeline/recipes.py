@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from pipeline.core import params, workspace
+from pipeline.core import params, params_file
 from pipeline.core.sections import nearest
 
 FOLDER = "recipes"
@@ -68,9 +68,8 @@ def changes(name: str, root: Path = Path(".")) -> dict[str, Any]:
     Raises:
         ValueError: no such recipe, or a wrong key or value in it: one line that names the file and the nearest key.
     """
-    file = root / "params.yaml"
-    params.load(file)
-    data, flat = yaml.safe_load(file.read_text()), {}
+    params.load(root / "params.yaml")
+    data, flat = params_file.read(root), {}
     for each in dict.fromkeys((DEFAULT, name)):
         settings = read(each, root).settings
         try:
@@ -88,8 +87,8 @@ def apply(name: str, root: Path = Path(".")) -> dict[str, tuple[Any, Any]]:
     Raises:
         ValueError: as `changes`.
     """
-    new, before = changes(name, root), yaml.safe_load((root / "params.yaml").read_text())
-    workspace.write_params(root, root, new)
+    new, before = changes(name, root), params_file.read(root)
+    params_file.write(root, root, new)
     old = {key: before[key.partition(".")[0]][key.partition(".")[2]] for key in new}
     return {key: (old[key], value) for key, value in new.items() if value != old[key]}
 

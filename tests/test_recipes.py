@@ -13,7 +13,7 @@ from images import CLASSES, ROOT, small_settings, write_folder
 
 import models
 from pipeline import baseline, cache, distill, finetune, fixres, mine, plan, prepare, recipes, score, teacher
-from pipeline.core import networks, params, workspace
+from pipeline.core import networks, params, params_file
 from pipeline.core.dataset import ImageSet
 
 NAMES = recipes.names(ROOT)
@@ -109,7 +109,7 @@ def test_the_first_lines_say_what_it_gives_and_costs(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_applied_and_taken_back_to_the_byte(project, name):
     before = (project / "params.yaml").read_text()
-    workspace.check(project, recipes.changes(name))  # a flow run takes it so
+    params_file.check(project, recipes.changes(name))  # a flow run takes it so
     changed = recipes.apply(name)
     after = settings(project)
     for key, value in flat(name).items():

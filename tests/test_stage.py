@@ -13,7 +13,7 @@ from images import tiny
 from torch._utils import ExceptionWrapper
 
 from pipeline import baseline
-from pipeline.core import stage
+from pipeline.core import errors, stage
 
 CHANGES = {
     "machine.checkpoint_seconds": 0,
@@ -192,15 +192,15 @@ def test_what_worker_processes_say_is_one_line():
         "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
         "shared memory. Please try to raise your shared memory limit."
     )
-    assert stage.out_of_shared_memory(lost)
+    assert errors.out_of_shared_memory(lost)
     try:
         raise ValueError("images-00000.tar: the image\nat byte 512: is damaged")
     except ValueError:
         wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
     with pytest.raises(ValueError) as error:
         wrapped.reraise()
-    assert stage.in_a_line(error.value) == "images-00000.tar: the image at byte 512: is damaged"
-    assert stage.in_a_line(ValueError("two\nlines")) == "two lines"
+    assert errors.in_a_line(error.value) == "images-00000.tar: the image at byte 512: is damaged"
+    assert errors.in_a_line(ValueError("two\nlines")) == "two lines"
 
 
 @pytest.mark.parametrize(
@@ -208,9 +208,9 @@ def test_what_worker_processes_say_is_one_line():
     ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"],
 )
 def test_cudas_libraries_are_out_of_memory_in_their_own_words(words):
-    assert stage.out_of_memory(RuntimeError(words))
+    assert errors.out_of_memory(RuntimeError(words))
 
 
 def test_another_error_is_not_called_out_of_memory():
-    assert not stage.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not stage.out_of_memory(ValueError("out of memory"))
+    assert not errors.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not errors.out_of_memory(ValueError("out of memory"))

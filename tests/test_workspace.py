@@ -10,7 +10,7 @@ import pytest
 import toy_project
 import yaml
 
-from pipeline.core import dvc, params, workspace
+from pipeline.core import dvc, params, params_file, workspace
 
 CHANGES = {"distill.epochs": 3}
 
@@ -103,8 +103,8 @@ def test_the_trees_own_labels_are_of_its_last_run_whatever_its_settings_say_now(
 
 def test_a_changed_table_takes_the_place_of_the_one_before(tmp_path):
     toy = toy_project.make(tmp_path / "toy")
-    workspace.write_params(toy, toy, {"distill.loss": {"ssld": 1.0, "hard": 0.1}})
-    workspace.write_params(toy, toy, {"distill.loss": {"kl": 1.0}})
+    params_file.write(toy, toy, {"distill.loss": {"ssld": 1.0, "hard": 0.1}})
+    params_file.write(toy, toy, {"distill.loss": {"kl": 1.0}})
     assert params.load(toy / "params.yaml").distill.loss == {"kl": 1.0}
     assert "loss: {kl: 1.0}" in (toy / "params.yaml").read_text()
 
@@ -115,7 +115,7 @@ def test_a_changed_table_takes_the_place_of_the_one_before(tmp_path):
 def test_a_text_stays_a_text(tmp_path, text):
     toy = toy_project.make(tmp_path / "toy")
     for changes in ({"prepare.train": text}, {"distill.epochs": 3}):  # what stands there already is kept
-        workspace.write_params(toy, toy, changes)
+        params_file.write(toy, toy, changes)
     settings = yaml.safe_load((toy / "params.yaml").read_text())
     assert settings["prepare"]["train"] == text
     assert settings["distill"]["epochs"] == 3
@@ -365,7 +365,7 @@ def test_a_name_does_not_depend_on_how_changes_are_written():
 )
 def test_a_wrong_change_is_one_line_that_names_it(changes, words):
     with pytest.raises(ValueError, match=f"^.*{re.escape(words)}.*$"):
-        workspace.check(toy_project.ROOT, changes)
+        params_file.check(toy_project.ROOT, changes)
 
 
 def test_without_git_it_says_so(tmp_path):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from pipeline.core import atomic, params, sources, stage
+from pipeline.core import atomic, errors, params, sources
 from pipeline.core.sections import TIMM, Params
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def show_black_images(classifier: "Classifier", name: str, resolution: int) -> N
         with torch.inference_mode():
             classifier.embed(black)
     except Exception as error:  # whatever its code may raise
-        words = f"{type(error).__name__}: {stage.in_a_line(error)}"
+        words = f"{type(error).__name__}: {errors.in_a_line(error)}"
         raise ValueError(f"{name} fails on black images of {resolution} pixels ({words}); see models/own.py") from None
 
 
@@ -184,7 +184,7 @@ def check_exports(student: "Classifier", name: str, resolution: int) -> None:
         with torch.no_grad():
             torch.export.export(student, (pixels,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     except Exception as error:  # torch's own classes for it, and whatever its code may raise
-        words = f"{type(error).__name__}: {stage.in_a_line(error)}"
+        words = f"{type(error).__name__}: {errors.in_a_line(error)}"
         raise ValueError(f"{name} cannot be exported, so it could not be registered ({words[:300]})") from None
 
 

@@ -19,13 +19,13 @@ from types import FrameType
 
 import psutil
 
+from pipeline.core import errors
 from pipeline.core import params as settings
 from pipeline.core.sections import Params, TrainingRecipe
 
 SCRATCH = Path(".scratch")  # checkpoints and locks: what a stage needs to go on after it was killed
 ENDED = "ended"  # a file in the folder of a run that has its results
 
-OUT_OF_MEMORY = ("out of memory", "allocate memory", "alloc_failed", "allocation_failed")  # the latter two of CUDA
 PROFILE_STEPS = 10  # that --profile traces
 
 
@@ -78,22 +78,22 @@ def main(
         _exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, where another process has failed as well
-        mark = "error"  # the flow, as torchrun, does not start a stage again that names one
-        if out_of_shared_memory(error):
+        mark = errors.REFUSED
+        if errors.out_of_shared_memory(error):
             error = ValueError(
                 "worker processes are out of shared memory: set machine.workers to fewer (now "
                 f"{params.machine.workers}), 0 for none, or give a container more (docker run --shm-size)"
             )
-        elif out_of_memory(error):
+        elif errors.out_of_memory(error):
             error = ValueError(f"out of memory{_whats_there_to_halve(params, name)}")
         elif "does not have a deterministic implementation" in str(error):
             error = ValueError(f"{str(error).partition(',')[0]}: set machine.deterministic to false")
-        elif _left_alone(error):
-            mark, error = "left alone", ValueError(f"another process of this run has ended ({error})")
-        elif _worker_lost(error):
-            mark = "cut short"
+        elif errors.left_alone(error):
+            mark, error = errors.LEFT_ALONE, ValueError(f"another process of this run has ended ({error})")
+        elif errors.worker_lost(error):
+            mark = errors.CUT_SHORT
             error = ValueError(
-                f"{_workers_words(error)} Where memory is short, set machine.workers to fewer (now "
+                f"{errors.workers_words(error)} Where memory is short, set machine.workers to fewer (now "
                 f"{params.machine.workers}), 0 for none"
             )
         elif not isinstance(error, ValueError | OSError):
@@ -101,8 +101,8 @@ def main(
         if os.environ.get("SSLD_TRACEBACK"):
             raise
         if not _error_is_told():
-            print(f"{name}: {mark}: {in_a_line(error)}", file=sys.stderr, flush=True)
-        if mark == "error":
+            print(f"{name}: {mark}: {errors.in_a_line(error)}", file=sys.stderr, flush=True)
+        if mark == errors.REFUSED:
             _end_torchrun()
         _exit(1)
 
@@ -197,49 +197,6 @@ def code_digest() -> str:
     for file in sorted(file for file in loaded if any(file.is_relative_to(folder) for folder in folders)):
         total.update(file.read_bytes())
     return total.hexdigest()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory has run out, on a GPU (torch.OutOfMemoryError) or on the CPU."""
-    words = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(one in words for one in OUT_OF_MEMORY)
-    )
-
-
-def out_of_shared_memory(error: BaseException) -> bool:
-    """Whether an error of torch's DataLoader says that a worker process found no room to hand its batch over."""
-    words = _workers_words(error)
-    return isinstance(error, RuntimeError) and "DataLoader worker" in words and "shared memory" in words
-
-
-def in_a_line(error: BaseException) -> str:
-    """Give an error's words in one line; of one that a worker process raised, its own words alone."""
-    words = str(error)
-    if "DataLoader worker process" in words and "Original Traceback" in words:
-        words = words.rpartition(f"\n{type(error).__name__}: ")[2]
-    return " ".join(words.split())
-
-
-def _left_alone(error: BaseException) -> bool:
-    """Whether an error says that another process is not there any more, as gloo, NCCL and torch's store say it."""
-    return (
-        "RANK" in os.environ
-        and isinstance(error, RuntimeError)
-        and ("gloo/" in str(error) or type(error).__name__.startswith("Dist"))  # DistBackendError and its like
-    )
-
-
-def _worker_lost(error: BaseException) -> bool:
-    """Whether an error of torch's DataLoader says that a worker process was killed, by no fault of the settings."""
-    words = _workers_words(error)
-    killed = "exited unexpectedly" in words or "killed by signal" in words
-    return isinstance(error, RuntimeError) and "DataLoader worker" in words and killed
-
-
-def _workers_words(error: BaseException) -> str:
-    """What torch's DataLoader says of a worker: that of the signal's own error, which it hides behind another."""
-    return str(error.__cause__ if isinstance(error.__cause__, RuntimeError) else error)
 
 
 def _whats_there_to_halve(params: Params, name: str) -> str:

@@ -24,33 +24,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from statistics import mode
 from typing import Any
 
-import numpy as np
-import yaml
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.nodes import ScalarNode
-from ruamel.yaml.representer import RoundTripRepresenter
 
-from pipeline.core import archives, atomic, dvc, params
-from pipeline.core.sections import Params
+from pipeline.core import archives, atomic, dvc, params_file
 from pipeline.core.stage import SCRATCH
 
 MAKE_LABELS = ("prepare", "teacher", "mine", "cache")  # stages; what cache says counts most
 LABELS_DEPEND_ON = ("seed", "views", "teacher", "cache", "mine", "prepare")  # sections, what matters most first
 SETTINGS, SCORES = ("params.yaml", "dvc.lock"), ("data/evaluate/metrics.json", "data/evaluate/report.html")
-
-
-def check(root: Path, changes: dict[str, Any]) -> Params:
-    """Make sure that params.yaml is right, and so with the changes; give the settings with them.
-
-    Raises:
-        ValueError: one line that names the wrong key or value, and the nearest right key.
-    """
-    params.load(root / "params.yaml")
-    return params.check(_changed(root, changes), "params.yaml with the changes")
 
 
 @contextlib.contextmanager
@@ -88,7 +71,7 @@ def opened(root: Path, changes: dict[str, Any], say: Callable[[str], None]) -> I
             copy_tree(root, folder, keep=("dvc.lock",))  # it says which stages this workspace has done
             if added := sorted(str(file) for file in _files(folder) if str(file).endswith(".dvc")):
                 _check_out(folder, added)
-            write_params(root, folder, changes)
+            params_file.write(root, folder, changes)
         link_inputs(root, folder)
         yield folder
         shutil.rmtree(home)
@@ -133,7 +116,7 @@ def set_up(root: Path, folder: Path, changes: dict[str, Any], notes: Path) -> No
     if (lock := nearest_lock(root, changes)).exists():
         shutil.copy2(lock, folder / "dvc.lock")
     _check_out(folder)
-    write_params(root, folder, changes)
+    params_file.write(root, folder, changes)
 
 
 def nearest_lock(root: Path, changes: dict[str, Any]) -> Path:
@@ -143,7 +126,7 @@ def nearest_lock(root: Path, changes: dict[str, Any]) -> Path:
     DVC restores every other stage from its cache whatever the lock says, but not `cache`, which goes on from what it
     finds.
     """
-    wanted = _changed(root, changes)
+    wanted = params_file.changed(root, changes)
 
     def in_common(lock: Path) -> list[bool]:
         settings = _settings_of(lock)
@@ -186,25 +169,10 @@ def copy_tree(root: Path, folder: Path, keep: tuple[str, ...] = ()) -> None:
         shutil.copy2(root / file, folder / file, follow_symlinks=False)
 
 
-def write_params(root: Path, folder: Path, changes: dict[str, Any]) -> None:
-    """Write the tree's params.yaml with the changes into a workspace; comments stay."""
-    text = YAML()
-    text.width, text.preserve_quotes = 4096, True
-    text.representer.add_representer(str, _text)
-    text.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
-    text.representer.add_representer(float, lambda to, it: to.represent_scalar("tag:yaml.org,2002:float", _decimal(it)))
-    document, wanted = text.load((root / "params.yaml").read_text()), _changed(root, changes)
-    for name, section in wanted.items():
-        _replace(document, name, section)
-    with atomic.replacing(folder / "params.yaml") as beside, beside.open("w") as file:
-        text.dump(document, file)
-    assert yaml.safe_load((folder / "params.yaml").read_text()) == wanted
-
-
 def link_inputs(root: Path, folder: Path) -> None:
     """Link what stages read and neither git nor DVC brought: files beside the project, and ignored ones within it."""
     read, made = dvc.inputs_and_outputs(folder)
-    read |= {folder / text for text in _texts(yaml.safe_load((folder / "params.yaml").read_text()))}
+    read |= {folder / text for text in _texts(params_file.read(folder))}
 
     def link(path: Path, source: Path) -> None:
         if path in (folder, source) or any(path.is_relative_to(out) for out in made) or not source.exists():
@@ -247,46 +215,6 @@ def _only_user(file: Path, say: Callable[[str], None]) -> Iterator[None]:
             say("another such run is at work: waiting for it to end")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _changed(root: Path, changes: dict[str, Any]) -> dict[str, Any]:
-    return params.with_changes(yaml.safe_load((root / "params.yaml").read_text()), changes)
-
-
-def _replace(document: CommentedMap, name: str, new: Any) -> None:
-    """Write what differs of a section, or of a key outside of sections, into a commented document, in place."""
-    where, values = (document[name], new) if isinstance(new, dict) else (document, {name: new})
-    for key, value in values.items():
-        if where.get(key) != value:
-            where[key] = _on_one_line(value) if isinstance(value, list | dict) else value
-            _align(where, key)
-
-
-def _align(section: CommentedMap, key: str) -> None:
-    """Put a key's comment below the section's others: a value that was too long for their column may be gone."""
-    comments = {name: tokens[2] for name, tokens in section.ca.items.items() if tokens[2]}
-    if key in comments and len(comments) > 1:
-        comments[key].column = mode(comment.column for name, comment in comments.items() if name != key)
-
-
-def _on_one_line(values: list[Any] | dict[str, Any]) -> CommentedSeq | CommentedMap:
-    line = CommentedMap(values) if isinstance(values, dict) else CommentedSeq(values)
-    line.fa.set_flow_style()
-    return line
-
-
-def _decimal(value: float) -> str:
-    """Write a number without an exponent: PyYAML reads 7e-05 as text."""
-    return np.format_float_positional(value, trim="0")
-
-
-def _text(to: RoundTripRepresenter, value: str) -> ScalarNode:
-    """Write a text; in quotes where PyYAML would read something else: yes and 1:30 are no texts to it."""
-    try:
-        read = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError):  # the latter of a month 13
-        read = None
-    return to.represent_scalar("tag:yaml.org,2002:str", value, style=None if read == value else '"')
 
 
 def _check_out(folder: Path, files: Iterable[str] = ()) -> None:

@@ -1,0 +1,55 @@
+"""What kind an error is, by its words: torch and its libraries tell most apart in no other way.
+
+A stage that ends with an error says it in one line, STAGE: MARK: WORDS, on stderr.
+"""
+
+import os
+
+# Marks of that line. A stage that refuses would do so again; one that ends with another of them the flow starts again,
+# as torchrun does.
+REFUSED, LEFT_ALONE, CUT_SHORT = "error", "left alone", "cut short"
+
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "alloc_failed", "allocation_failed")  # the latter two of CUDA
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out, on a GPU (torch.OutOfMemoryError) or on the CPU."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(one in words for one in OUT_OF_MEMORY)
+    )
+
+
+def out_of_shared_memory(error: BaseException) -> bool:
+    """Whether an error of torch's DataLoader says that a worker process found no room to hand its batch over."""
+    words = workers_words(error)
+    return isinstance(error, RuntimeError) and "DataLoader worker" in words and "shared memory" in words
+
+
+def in_a_line(error: BaseException) -> str:
+    """Give an error's words in one line; of one that a worker process raised, its own words alone."""
+    words = str(error)
+    if "DataLoader worker process" in words and "Original Traceback" in words:
+        words = words.rpartition(f"\n{type(error).__name__}: ")[2]
+    return " ".join(words.split())
+
+
+def left_alone(error: BaseException) -> bool:
+    """Whether an error says that another process is not there any more, as gloo, NCCL and torch's store say it."""
+    return (
+        "RANK" in os.environ
+        and isinstance(error, RuntimeError)
+        and ("gloo/" in str(error) or type(error).__name__.startswith("Dist"))  # DistBackendError and its like
+    )
+
+
+def worker_lost(error: BaseException) -> bool:
+    """Whether an error of torch's DataLoader says that a worker process was killed, by no fault of the settings."""
+    words = workers_words(error)
+    killed = "exited unexpectedly" in words or "killed by signal" in words
+    return isinstance(error, RuntimeError) and "DataLoader worker" in words and killed
+
+
+def workers_words(error: BaseException) -> str:
+    """What torch's DataLoader says of a worker: that of the signal's own error, which it hides behind another."""
+    return str(error.__cause__ if isinstance(error.__cause__, RuntimeError) else error)

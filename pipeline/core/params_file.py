@@ -1,0 +1,93 @@
+"""params.yaml as a file: read as it stands, checked with changes, and written with them and its comments.
+
+What the stages import is params.py; no stage imports this, so a change here reruns nothing.
+"""
+
+from pathlib import Path
+from statistics import mode
+from typing import Any
+
+import numpy as np
+import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
+
+from pipeline.core import atomic, params
+from pipeline.core.sections import Params
+
+
+def read(root: Path) -> dict[str, Any]:
+    """Give what a tree's params.yaml holds, unchecked."""
+    return yaml.safe_load((root / "params.yaml").read_text())
+
+
+def changed(root: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Give what a tree's params.yaml holds, with the changes; neither is checked for more than unknown keys.
+
+    Raises:
+        ValueError: an unknown key.
+    """
+    return params.with_changes(read(root), changes)
+
+
+def check(root: Path, changes: dict[str, Any]) -> Params:
+    """Make sure that params.yaml is right, and so with the changes; give the settings with them.
+
+    Raises:
+        ValueError: one line that names the wrong key or value, and the nearest right key.
+    """
+    params.load(root / "params.yaml")
+    return params.check(changed(root, changes), "params.yaml with the changes")
+
+
+def write(root: Path, folder: Path, changes: dict[str, Any]) -> None:
+    """Write a tree's params.yaml with the changes into a folder, which may be the tree itself; comments stay."""
+    text = YAML()
+    text.width, text.preserve_quotes = 4096, True
+    text.representer.add_representer(str, _text)
+    text.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
+    text.representer.add_representer(float, lambda to, it: to.represent_scalar("tag:yaml.org,2002:float", _decimal(it)))
+    document, wanted = text.load((root / "params.yaml").read_text()), changed(root, changes)
+    for name, section in wanted.items():
+        _replace(document, name, section)
+    with atomic.replacing(folder / "params.yaml") as beside, beside.open("w") as file:
+        text.dump(document, file)
+    assert yaml.safe_load((folder / "params.yaml").read_text()) == wanted
+
+
+def _replace(document: CommentedMap, name: str, new: Any) -> None:
+    """Write what differs of a section, or of a key outside of sections, into a commented document, in place."""
+    where, values = (document[name], new) if isinstance(new, dict) else (document, {name: new})
+    for key, value in values.items():
+        if where.get(key) != value:
+            where[key] = _on_one_line(value) if isinstance(value, list | dict) else value
+            _align(where, key)
+
+
+def _align(section: CommentedMap, key: str) -> None:
+    """Put a key's comment below the section's others: a value that was too long for their column may be gone."""
+    comments = {name: tokens[2] for name, tokens in section.ca.items.items() if tokens[2]}
+    if key in comments and len(comments) > 1:
+        comments[key].column = mode(comment.column for name, comment in comments.items() if name != key)
+
+
+def _on_one_line(values: list[Any] | dict[str, Any]) -> CommentedSeq | CommentedMap:
+    line = CommentedMap(values) if isinstance(values, dict) else CommentedSeq(values)
+    line.fa.set_flow_style()
+    return line
+
+
+def _decimal(value: float) -> str:
+    """Write a number without an exponent: PyYAML reads 7e-05 as text."""
+    return np.format_float_positional(value, trim="0")
+
+
+def _text(to: RoundTripRepresenter, value: str) -> ScalarNode:
+    """Write a text; in quotes where PyYAML would read something else: yes and 1:30 are no texts to it."""
+    try:
+        read = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError):  # the latter of a month 13
+        read = None
+    return to.represent_scalar("tag:yaml.org,2002:str", value, style=None if read == value else '"')
