@@ -5,6 +5,7 @@ import struct
 import zlib
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 
@@ -36,6 +37,26 @@ def several(kind: str, seed: int, count: int = 3) -> bytes:
     return encode(frames[0], kind, save_all=True, append_images=frames[1:])
 
 
+def grey_tiff(rows: bytes, width: int, bits: int, interpretation: int) -> bytes:
+    """A TIFF file of one row of grey pixels, as PIL does not write it.
+
+    Args:
+        rows: the row's bytes.
+        width: in pixels.
+        bits: of a pixel.
+        interpretation: 0: 0 is white; 1: 0 is black.
+    """
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: interpretation, 273: 0, 277: 1, 278: 1, 279: len(rows)}
+    tags[273] = 8 + 2 + 12 * len(tags) + 4  # where the row is
+    listed = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())  # 4: 32-bit numbers
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + listed + bytes(4) + rows
+
+
+def ycck_jpeg(seed: int) -> bytes:
+    """A JPEG file of four colours, three of them stored as YCbCr, as printers' programs write it."""
+    return simplejpeg.encode_jpeg(np.array(picture(seed, 60, 80).convert("CMYK")), 90, "CMYK", "420")
+
+
 def rotated_jpeg(seed: int) -> bytes:
     """A JPEG file that its EXIF data turns by a quarter, as phones write them."""
     exif = Image.Exif()
@@ -47,6 +68,11 @@ def zero_filled(content: bytes) -> bytes:
     """A file whose second half was lost: its place was reserved on the disk, and never written."""
     half = len(content) // 2
     return content[:half] + bytes(len(content) - half)
+
+
+def half_lost(content: bytes) -> bytes:
+    """A JPEG file without the second half, but with the marker that ends it."""
+    return content[: len(content) // 2] + b"\xff\xd9"
 
 
 def with_flipped_bit(content: bytes, at: int) -> bytes:

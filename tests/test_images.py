@@ -11,6 +11,8 @@ import simplejpeg
 from made_images import (
     chunk,
     encode,
+    grey_tiff,
+    half_lost,
     picture,
     pixels,
     png,
@@ -18,15 +20,21 @@ from made_images import (
     rotated_jpeg,
     several,
     with_flipped_bit,
+    ycck_jpeg,
     zero_filled,
 )
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline.core import images
 from pipeline.core.images import Unreadable
 
 JPEG = encode(picture(0, 60, 80), "JPEG")
 PROGRESSIVE = encode(picture(0, 60, 80), "JPEG", progressive=True)
+OTHER_COLOURS = {  # JPEG files whose pixels are PIL's
+    "CMYK": encode(picture(0, 60, 80).convert("CMYK"), "JPEG"),
+    "YCCK": ycck_jpeg(0),
+    "RGB": encode(picture(0, 60, 80), "JPEG", keep_rgb=True),
+}
 LIMIT = 10_000_000
 
 
@@ -80,13 +88,53 @@ def test_damaged_exif_data_leaves_the_pixels_as_stored():
     assert decoded(content[:at] + b"XXXX" + content[at + 4 :]).shape == (20, 30, 3)
 
 
+@pytest.mark.parametrize("damaged", [bytes(8), b"II*\0\x08\0"])
+def test_what_prepare_takes_with_damaged_exif_data_is_decoded_for_views_too(damaged):
+    plain = encode(picture(1), "JPEG", dpi=(72, 72))  # with a density PIL does not look at EXIF data on its own
+    exif = b"Exif\0\0" + damaged
+    content = plain[:20] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + plain[20:]
+    for shrink in (0.1, 1.0):
+        view = images.pixels(images.Encoded(content, 30, 20), shrink)
+        assert np.array_equal(view, images.pixels(images.Encoded(plain, 30, 20), shrink))
+    assert (decoded(content) == decoded(plain)).all()
+
+
+@pytest.mark.parametrize(
+    ("holder", "name", "error", "content"),
+    [
+        (images, "to_rgb", MemoryError(), png(1)),
+        (ImageOps, "exif_transpose", MemoryError(), rotated_jpeg(1)),
+        (simplejpeg, "decode_jpeg", ValueError("Insufficient memory (case 4)"), PROGRESSIVE),
+    ],
+)
+def test_that_memory_is_short_is_not_said_of_the_image(monkeypatch, holder, name, error, content):
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(holder, name, fail)
+    with pytest.raises(MemoryError):
+        images.decode(content)
+
+
 def test_sixteen_bit_grey_is_scaled_and_not_clipped():
     values = np.array([[0, 256, 257, 30_000, 65_535]], np.uint16)
     wanted = np.round(values / 65_535 * 255)
     for kind in ("PNG", "TIFF"):
         assert (decoded(encode(Image.fromarray(values), kind))[..., 0] == wanted).all()
+    for compression in ("raw", "tiff_lzw"):  # PIL decodes them apart
+        white_is_0 = encode(Image.fromarray(values), "TIFF", compression=compression, tiffinfo={262: 0})
+        assert (decoded(white_is_0)[..., 0] == 255 - wanted).all()
     as_pgm = b"P5 5 1 65535\n" + values.astype(">u2").tobytes()
     assert (decoded(as_pgm)[..., 0] == wanted).all()
+
+
+def test_tiff_grey_of_8_12_and_16_bits_is_scaled_whether_zero_is_black_or_white():
+    ramp = bytes([0, 85, 170, 255])
+    wide = np.array([0, 21_845, 43_690, 65_535], "<u2").tobytes()
+    for interpretation, wanted in ((1, list(ramp)), (0, list(ramp)[::-1])):
+        assert decoded(grey_tiff(ramp, 4, 8, interpretation))[0, :, 0].tolist() == wanted
+        assert decoded(grey_tiff(wide, 4, 16, interpretation))[0, :, 0].tolist() == wanted
+    assert decoded(grey_tiff(bytes.fromhex("000555aaafff"), 4, 12, 1))[0, :, 0].tolist() == list(ramp)
 
 
 def test_grey_and_one_bit_images_get_three_equal_channels():
@@ -123,6 +171,15 @@ def test_cmyk_jpeg_has_the_colours_of_its_rgb_original():
     assert np.abs(decoded(encode(flat.convert("CMYK"), "JPEG", quality=95)) - [200, 100, 50]).max() <= 6
 
 
+@pytest.mark.parametrize("colours", OTHER_COLOURS)
+def test_whole_jpeg_files_of_other_colours_have_pils_pixels(colours):
+    content = OTHER_COLOURS[colours]
+    assert simplejpeg.decode_jpeg_header(content)[2] == colours
+    wanted = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    assert (decoded(content) == wanted).all()
+    assert np.array_equal(images.pixels(images.Encoded(content, 80, 60)), wanted)
+
+
 def test_palette_image():
     palette = picture(5).convert("P")
     assert (decoded(encode(palette, "PNG")) == np.asarray(palette.convert("RGB"))).all()
@@ -145,7 +202,8 @@ BAD = {
     "jpeg, two bytes short": (JPEG[:-2], "truncated"),
     "jpeg, only the header": (JPEG[:100], "truncated"),
     "jpeg, zeros for a half": (zero_filled(JPEG), "truncated"),
-    "jpeg, half, then an end": (JPEG[: len(JPEG) // 2] + b"\xff\xd9", "unreadable"),
+    "jpeg, half, then an end": (half_lost(JPEG), "unreadable"),
+    **{f"{colours} jpeg, half": (half_lost(content), "unreadable") for colours, content in OTHER_COLOURS.items()},
     "progressive jpeg, half": (PROGRESSIVE[: len(PROGRESSIVE) // 2], "truncated"),
     "progressive jpeg, zeros": (zero_filled(PROGRESSIVE), "truncated"),
     "png, half": (png(1)[:900], "truncated"),
@@ -159,6 +217,7 @@ BAD = {
     "avif": (encode(picture(1), "AVIF")[:-100], "truncated"),
     "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50), "unreadable"),
     "floating point": (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "unreadable"),
+    "32 bit, small values": (encode(Image.fromarray(np.full((4, 4), 255, np.int32)), "TIFF"), "unreadable"),
     "32 bit": (encode(Image.fromarray(np.full((4, 4), 10**6, np.int32)), "TIFF"), "unreadable"),
     "bomb": (png_bomb(), "too many pixels"),
     "text bomb": (png(1)[:33] + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**7))) + png(1)[33:], "unreadable"),

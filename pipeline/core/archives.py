@@ -29,6 +29,7 @@ DAMAGE = (
     OSError,
     UnicodeDecodeError,
 )
+NAMELESS = "(no name)"  # in the place of an empty name, which no list of files can show
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class Tree:
     def add(self, name: str, size: int, read: Callable[[], bytes]) -> None:
         """Note a file; hidden files and what macOS puts into archives are passed over."""
         if not hidden(name):
-            self.entries.append(Entry(name, size, read))
+            self.entries.append(Entry(name or NAMELESS, size, read))
             self.add_folder(posixpath.dirname(name))
 
 
@@ -159,13 +160,27 @@ def _size(item: os.DirEntry) -> int:
 def _open_zip(path: Path) -> Tree:
     tree = Tree()
     archive = zipfile.ZipFile(path)
+    _check_zip_count(archive)
     for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
-        name = plain(info.filename)
-        if not info.is_dir():
+        # zipfile cuts a name off at a zero byte, and what is left may be nothing, or a folder's.
+        written = info.orig_filename if "\0" in info.orig_filename else info.filename
+        name = plain(written)
+        if info.file_size or not written.endswith(("/", "\\")):  # programs of Windows write backslashes
             tree.add(name, info.file_size, partial(_from_archive, archive.read, info))
         elif not hidden(name):
             tree.add_folder(name)
     return tree
+
+
+def _check_zip_count(archive: zipfile.ZipFile) -> None:
+    """Find entries that were lost: where one says that its name or comment is longer, zipfile skips those behind it."""
+    # It is private, but how ZipFile itself has found its list; ZipFile keeps neither the count nor where it stands.
+    signature, *_, count = zipfile._EndRecData(archive.fp)[:5]
+    listed = len(archive.infolist())
+    if signature == zipfile.stringEndArchive:  # not the one of zip64: it has 16 bits for the count
+        listed %= 1 << 16
+    if listed != count:
+        raise zipfile.BadZipFile(f"it should list {count:,} files and folders, and lists {listed:,}")
 
 
 def _open_tar(path: Path) -> Tree:
@@ -180,18 +195,25 @@ def _open_tar(path: Path) -> Tree:
             tree.add(name, size, partial(_from_archive, partial(_tar_member, archive), member))
         elif not hidden(name):
             tree.add_folder(name)
-    _check_tar_end(archive.fileobj, archive.offset)
+    _check_tar_end(path, archive.fileobj, archive.offset)
     return tree
 
 
-def _check_tar_end(file: IO[bytes], end: int) -> None:
-    """Find the empty block that ends an archive: without it tarfile takes a torn archive for a whole one."""
+def _check_tar_end(path: Path, file: IO[bytes], end: int) -> None:
+    """Find the empty block that ends an archive: without it tarfile takes a torn archive for a whole one.
+
+    It also takes what is in front of the first such block for all there is.
+    """
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE or block.strip(b"\0"):
         raise tarfile.ReadError("the block that ends a tar archive is missing")
-    while file.read(1 << 20):  # a compressed file has its checksum at the end
-        pass
+    while block := file.read(1 << 20):  # to the very end: a compressed file has its checksum there
+        if block.strip(b"\0"):
+            raise ValueError(
+                f"{path}: more stands behind the block that ends a tar archive: these are several archives, one behind "
+                "another (tar -xif unpacks them all), or a damaged one (fetch it again)"
+            )
 
 
 def _tar_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -8,6 +8,7 @@ import io
 import math
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,11 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", "
 
 JPEG = b"\xff\xd8"
 ORIENTATION = 0x112  # EXIF's tag
+BITS_PER_SAMPLE, INTERPRETATION, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags, and a value of the second
+# How a JPEG file may store colours, and what simplejpeg then makes of them: PIL's very pixels, or what only libjpeg's
+# complaints are wanted of.
+AS_PIL_DOES = {"YCbCr": "RGB", "Gray": "RGB"}
+ONLY_TO_CHECK = {"RGB": "RGB", "CMYK": "CMYK", "YCCK": "CMYK"}
 
 # PIL's own limit is one number for the whole process; `max_pixels` below is checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
@@ -87,13 +93,14 @@ def decode_first(encoded: bytes, max_pixels: int | None = None) -> tuple[Image.I
             raise Unreadable("too many pixels", f"{image.width} x {image.height}")
         stored = _decode_jpeg(encoded)
         if stored is None:
+            _decode_jpeg(encoded, ONLY_TO_CHECK)
             rgb = _decode_with_pillow(image)
         else:
             rgb = Image.fromarray(stored)
             rgb.info.update(image.info)  # with its orientation
             rgb = _upright(rgb)
         return rgb, getattr(image, "n_frames", 1)
-    except Unreadable:
+    except (Unreadable, MemoryError):  # how much memory is free says nothing about the bytes
         raise
     except UnidentifiedImageError:
         raise _not_opened(encoded) from None
@@ -144,8 +151,13 @@ def _decode_with_pillow(image: Image.Image) -> Image.Image:
     return to_rgb(_upright(image))
 
 
-def _decode_jpeg(content: bytes, **least_sides: int) -> np.ndarray | None:
+def _decode_jpeg(content: bytes, wanted: dict[str, str] = AS_PIL_DOES, **least_sides: int) -> np.ndarray | None:
     """Decode a grey or YCbCr JPEG file as PIL does, but faster, and as it is stored; None where PIL has to decide.
+
+    Args:
+        content: of any file.
+        wanted: the colours to decode, and what to.
+        least_sides: of the smallest size that will do.
 
     Raises:
         Unreadable: libjpeg's first complaint is that it made up pixels in place of damaged data. PIL hears of none.
@@ -154,9 +166,11 @@ def _decode_jpeg(content: bytes, **least_sides: int) -> np.ndarray | None:
         return None
     try:
         *_, colours, _ = simplejpeg.decode_jpeg_header(content)
-        if colours in ("YCbCr", "Gray"):
-            return simplejpeg.decode_jpeg(content, "RGB", **least_sides)
+        if colours in wanted:
+            return simplejpeg.decode_jpeg(content, wanted[colours], **least_sides)
     except ValueError as error:
+        if str(error).startswith("Insufficient memory"):
+            raise MemoryError(str(error)) from None
         # PIL reads on after stray bytes, which good files have, too, and so do damaged ones, of which nothing more is
         # known then.
         if str(error).startswith("Corrupt JPEG data") and "extraneous bytes" not in str(error):
@@ -199,7 +213,9 @@ def _turned(content: bytes) -> bool:
     scan = _scan(content)
     if content.find(b"Exif\0\0", 0, scan) < 0 and content.find(b"http://ns.adobe.com/xap/", 0, scan) < 0:
         return False
-    return _open(content).getexif().get(ORIENTATION, 1) != 1
+    with _unless_damaged():
+        return _open(content).getexif().get(ORIENTATION, 1) != 1
+    return False
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -227,16 +243,32 @@ def encode_png(image: Image.Image) -> bytes:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    with contextlib.suppress(Exception):  # metadata that cannot be read says nothing about the pixels
+    with _unless_damaged():
         ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
+@contextlib.contextmanager
+def _unless_damaged() -> Iterator[None]:
+    """Leave off where metadata cannot be read, which says nothing about the pixels."""
+    try:
+        yield
+    except MemoryError:  # not so: the image would lie on its side where memory is short
+        raise
+    except Exception:  # PIL lets all kinds of exceptions out
+        return
+
+
 def _from_16_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)  # (H, W)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+    tags = getattr(image, "tag_v2", {})  # a TIFF file's
+    bits = max(tags.get(BITS_PER_SAMPLE, (16,)))  # PIL's mode I is that of 32 bits, and of other formats' 16
+    most = 2**bits - 1  # PIL leaves 12 bits as they are
+    if image.mode == "F" or bits > 16 or values.min() < 0 or values.max() > most:
         raise Unreadable("unreadable", f"pixels of 32 bits have no known range (PIL's mode {image.mode})")
-    grey = np.round(values / 257).astype(np.uint8)  # 65535 / 257 = 255
+    if tags.get(INTERPRETATION) == WHITE_IS_ZERO:  # PIL heeds it up to 8 bits only
+        values = most - values
+    grey = np.round(values / (most / 255)).astype(np.uint8)
     if isinstance(image.info.get("transparency"), int):
         grey[values == image.info["transparency"]] = 255
     return Image.fromarray(grey)
