@@ -114,8 +114,8 @@ def run_stages(graph: dvc.Graph, outdated: set[str], programs: Programs, retries
     wait(list(futures.values()))
     states = [future.state for future in futures.values()]
     if not all(state.is_completed() for state in states):
-        errors = [state.message or "" for state in states if state.is_failed() or state.is_crashed()]
-        raise ValueError("; ".join(errors) or "the run was stopped")
+        messages = [state.message or "" for state in states if state.is_failed() or state.is_crashed()]
+        raise ValueError("; ".join(messages) or "the run was stopped")
 
 
 def program(

@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # torch and mlflow take seconds to import: --help and --if-mi
     from torch import nn
 
 DATA = Path("data")
-CHECKED = 5000  # test images, at most, on which what is registered is compared with what was recorded
+CHECKED = 5000  # test images, at most, on which the version that is loaded back is compared with what was recorded
+CHECKED_ONNX = 500  # ... on which the ONNX file is compared with the student
 RECORD = DATA / "register" / "version.json"
 TOLERANCE, TOLERANCE_GPU = 1e-4, 2e-2  # of logits, relative to the largest one; GPUs round to TF32 on the way
 TEXT = "Image classifiers from SSLD distillation. `champion` is the best version so far, `challenger` the latest."
@@ -157,35 +158,37 @@ def _publish(
 
 
 def _write_onnx(file: Path, classifier: "nn.Module", params: Params, student: finished.Student) -> str:
-    """Write the student as ONNX, if that predicts what was recorded. If not, leave no file and give the reason."""
+    """Write the student as ONNX, if that answers as the student does. If not, leave no file and give the reason."""
+    rows, resolution, crop = _some(student.rows, CHECKED_ONNX), student.card["resolution"], params.views.test_crop
+    wanted = _ask(classifier, student, rows, resolution, crop, params, "the student")
     try:
-        onnx_file.write(file, classifier, registry.example(student.card["resolution"]), student.card["classes"])
-        difference = _differs(onnx_file.load(file), params, student, file.name)
+        onnx_file.write(file, classifier, registry.example(resolution), student.card["classes"])
+        found = _ask(onnx_file.load(file), student, rows, resolution, crop, params, file.name)
+        reason = differ(found, wanted, TOLERANCE)
     except ValueError as error:
-        difference = str(error)
-    if difference:
+        reason = str(error).rstrip(".")
+    if reason:
         file.unlink(missing_ok=True)
-        _say(f"the version goes without {file.name}: {difference}")
+        _say(f"the version goes without {file.name}: {reason}")
     else:
-        _say(f"{file.name} predicts what was recorded")
-    return difference
+        _say(f"{file.name} answers as the student does")
+    return reason
 
 
-def _differs(model: Any, params: Params, student: finished.Student, what: str) -> str:
-    """Say how the logits of what is registered differ from those recorded of the student; nothing if they do not."""
-    some = slice(None, None, max(1, -(-len(student.rows) // CHECKED)))
-    resolution, crop = student.card["resolution"], params.views.test_crop
-    logits = _ask(model, student, student.rows[some], resolution, crop, params, what)
-    return differ(logits, student.logits[some], TOLERANCE_GPU if student.evaluated_on_gpu else TOLERANCE)
+def _some(rows: np.ndarray, most: int) -> np.ndarray:
+    """Take at most so many of an array's rows, spread evenly."""
+    return rows[:: max(1, -(-len(rows) // most))]
 
 
 def _verified_top1(client: "MlflowClient", version: "ModelVersion", params: Params, student: finished.Student) -> float:
     """Load a version back and compare what it predicts with what was recorded; give its top-1."""
     if "top1" in version.tags:  # an earlier run got this far
         return float(version.tags["top1"])
+    rows, resolution, crop = _some(student.rows, CHECKED), student.card["resolution"], params.views.test_crop
     with registry.loaded(client, version) as model:
-        difference = _differs(model, params, student, "the version loaded back")
-    if difference:
+        logits = _ask(model, student, rows, resolution, crop, params, "the version loaded back")
+    tolerance = TOLERANCE_GPU if student.evaluated_on_gpu else TOLERANCE
+    if difference := differ(logits, _some(student.logits, CHECKED), tolerance):
         client.set_model_version_tag(version.name, version.version, "decision", f"refused: {difference}")
         raise ValueError(
             f"{_named(version)} was loaded back from the registry, and does not predict what data/evaluate recorded "

@@ -13,7 +13,7 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 @cache
 def imports_of(file: Path) -> frozenset[Path]:
-    """The project's files that a file imports itself, the packages on the way included."""
+    """The project's files that a file imports itself, the packages on the way and its templates included."""
     found: set[Path] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -27,7 +27,7 @@ def imports_of(file: Path) -> frozenset[Path]:
             for length in range(1, len(parts) + 1):
                 path = ROOT.joinpath(*parts[:length])
                 found |= {f for f in (path.with_suffix(".py"), path / "__init__.py") if f.is_file()}
-    return frozenset(found)
+    return frozenset(found) | {template for template in file.parent.glob("*.j2") if template.name in file.read_text()}
 
 
 def sources_of(stage: str) -> list[str]:
@@ -37,13 +37,13 @@ def sources_of(stage: str) -> list[str]:
         file = waiting.pop()
         if file not in seen:
             seen.add(file)
-            waiting.extend(imports_of(file))
+            waiting.extend(imports_of(file) if file.suffix == ".py" else ())
     return sorted(str(file.relative_to(ROOT)) for file in seen)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_deps_are_what_the_stage_imports(stage):
-    named = [dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")]
+    named = [dep for dep in STAGES[stage]["deps"] if dep.startswith(("pipeline/", "models/"))]
     assert named == sources_of(stage), "dvc.yaml's deps of this stage should list exactly these files, in this order"
 
 

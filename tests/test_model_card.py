@@ -58,7 +58,7 @@ def test_the_card_fits_the_registry(student):
     ("dirty", "leads_back"),
     [
         ({"git.dirty": "false"}, "Check out the commit"),
-        ({"git.dirty": "true"}, "changes that are not in the commit"),
+        ({"git.dirty": "true"}, "had changes that are in no commit (`git.dirty`)"),
         ({}, "in no commit"),
     ],
 )

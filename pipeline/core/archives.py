@@ -163,9 +163,9 @@ def _open_zip(path: Path) -> Tree:
     _check_zip_count(archive)
     for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
         # zipfile cuts a name off at a zero byte, and what is left may be nothing, or a folder's.
-        written = info.orig_filename if "\0" in info.orig_filename else info.filename
-        name = plain(written)
-        if info.file_size or not written.endswith(("/", "\\")):  # programs of Windows write backslashes
+        cut_off = "\0" in info.orig_filename
+        name = plain(info.orig_filename if cut_off else info.filename)
+        if cut_off or not info.filename.endswith(("/", "\\")):  # programs of Windows write backslashes
             tree.add(name, info.file_size, partial(_from_archive, archive.read, info))
         elif not hidden(name):
             tree.add_folder(name)

@@ -54,7 +54,8 @@ _POOL_IMAGE_CHANGED = (
     *(Alignment("without the bottom", _cut(0, 0, 0, 0.2), _cut(0, 0, 0, cut)) for cut in (0, 0.06, 0.13, 0.2)),
     *(Alignment("without the top", _cut(0, 0.2, 0, 0), _cut(0, cut, 0, 0)) for cut in (0, 0.06, 0.13, 0.2)),
 )
-_GUARDED_IMAGE_CHANGED = (
+# The same, where the guarded image is the copy.
+_GUARDED_IMAGE_CHANGED = tuple(
     Alignment(f"of the pool image: {each.name}", pool=each.guarded, guarded=each.pool, mirrored=each.mirrored)
     for each in _POOL_IMAGE_CHANGED
     if each.pool != each.guarded

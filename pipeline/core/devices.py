@@ -76,8 +76,8 @@ def choose_algorithms(cudnn_benchmark: bool, deterministic: bool) -> None:
 
 
 class _Captured(nn.Module):
-    """A network, to be recorded in its place: recording changes `forward` of what it is given, and validation asks the
-    network itself, about batches of other shapes.
+    """A wrapper that is recorded in a network's place: recording changes `forward`, and validation calls the network
+    itself, with batches of other shapes.
     """
 
     def __init__(self, network: nn.Module):

@@ -1,4 +1,4 @@
-"""What kind an error is, by its words: torch and its libraries tell most apart in no other way.
+"""Kinds of errors, told apart by their words: torch and its libraries have no classes for most of them.
 
 A stage that ends with an error says it in one line, STAGE: MARK: WORDS, on stderr.
 """

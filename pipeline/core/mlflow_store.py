@@ -7,6 +7,7 @@ runs' files in `mlartifacts/` beside it.
 import hashlib
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +20,7 @@ if TYPE_CHECKING:  # mlflow takes seconds to import: what does not use it must n
 EXPERIMENT = "ssld"
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages then show what belongs to training
 SQLITE = "sqlite:///"
-PROJECT = "SSLD_PROJECT"  # the variable that names the project to a stage that runs in a workspace, which goes
+PROJECT = "SSLD_PROJECT"  # the variable that names the project to stages in a workspace, which is removed afterwards
 PROBE_SECONDS = 5  # how long a server may take to answer at all
 DEFAULTS = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -72,7 +73,10 @@ def connect(root: Path = Path(".")) -> "MlflowClient":
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
+        try:
+            client.search_experiments(max_results=1)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"MLflow at {shown(uri)}: this kind of store needs a package: {error.name}") from None
     return client
 
 
@@ -85,6 +89,7 @@ def experiment(client: "MlflowClient", root: Path = Path(".")) -> str:
     from mlflow.exceptions import MlflowException
     from mlflow.utils.file_utils import local_file_uri_to_path
 
+    where = shown(client.tracking_uri)
     with speaking_plainly(client.tracking_uri):
         found = client.get_experiment_by_name(EXPERIMENT)
         if found is None:
@@ -97,15 +102,15 @@ def experiment(client: "MlflowClient", root: Path = Path(".")) -> str:
     if found.lifecycle_stage == "deleted":
         command = f"mlflow experiments restore --experiment-id {found.experiment_id}"
         raise ValueError(
-            f"MLflow at {shown(client.tracking_uri)}: the experiment {EXPERIMENT} was deleted, with all runs; to have "
-            f"it back: MLFLOW_TRACKING_URI={shown(client.tracking_uri)} {command}"
+            f"MLflow at {where}: the experiment {EXPERIMENT} was deleted, with all runs; to have it back: "
+            f"MLFLOW_TRACKING_URI={shlex.quote(where)} {command}"
         )
-    place, wanted = found.artifact_location, _artifacts(client.tracking_uri, root)
-    if wanted and place != wanted and place.startswith("file:") and not Path(local_file_uri_to_path(place)).exists():
+    place = found.artifact_location
+    if place.startswith("file:") and not (folder := Path(local_file_uri_to_path(place)).parent).exists():
         raise ValueError(
-            f"MLflow at {shown(client.tracking_uri)}: the files of its runs and versions were in {place}, which is "
-            "gone, as after a move of the project: move it back, link it from there, or move mlflow.db and mlartifacts "
-            "away to begin a new registry"
+            f"MLflow at {where}: the files of its versions belong into {folder}, which is gone, as after a move of the "
+            f"project: move it back, or link it from there (`ln -s {shlex.quote(str(Path(root).resolve()))} "
+            f"{shlex.quote(str(folder))}`), or begin a new registry elsewhere (MLFLOW_TRACKING_URI)"
         )
     return found.experiment_id
 
@@ -128,8 +133,6 @@ def speaking_plainly(uri: str) -> Iterator[None]:
 
     try:
         yield
-    except ModuleNotFoundError as error:
-        raise ValueError(f"MLflow at {shown(uri)}: this kind of store needs a package: {error.name}") from None
     except (MlflowException, SQLAlchemyError) as error:
         words = str(error).replace("<database_uri>", shown(uri)).split("\n[SQL")[0].split("\n(Background")[0]
         hint = f"; if {_sqlite_file(uri)} is damaged, move it away: a new one is made" if uri.startswith(SQLITE) else ""

@@ -28,11 +28,12 @@ FITTED_ON = {
     "withheld": "with the labels of all training images, of those too, if any, that the student saw without",
     "labelled": "with the same labels",
 }
+BACK = """Check out the commit, put these two in place of its own, and `dvc pull` brings those very files back, where
+they were pushed."""
 COMMIT = {  # by what the tag git.dirty says
-    "false": "Check out the commit, put these two in place of its own, and `dvc pull` brings those very files back, "
-    "where they were pushed.",
-    "true": "Code, settings or images had changes that are not in the commit (`git.dirty`), so the commit alone does "
-    "not bring all of this back.",
+    "false": BACK,
+    "true": f"{BACK} But settings, code, packages or .dvc files had changes that are in no commit (`git.dirty`); of "
+    "those, the settings alone are here.",
     None: "The code was in no commit.",
 }
 MOST_CLASSES = 20  # whose names are written out
@@ -43,7 +44,7 @@ the same network for where torch is not: for ONNX Runtime, TensorRT, OpenVINO an
 ```python
 import mlflow, numpy as np, onnxruntime
 file = mlflow.artifacts.download_artifacts("models:/{name}@champion/student.onnx")
-session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])  # "CUDAExecutionProvider": on a GPU
 (logits,) = session.run(["logits"], {{"pixels": np.zeros((7, 3, {resolution}, {resolution}), np.float32)}})
 ```"""
 

@@ -107,7 +107,7 @@ def build(name: str, num_classes: int, seed: int, init: str | None = None, resiz
     says of its weights.
 
     Args:
-        seed: what random weights depend on, and they on nothing else.
+        seed: random weights depend on it alone.
         init: None: random weights; "timm": timm's pretrained ones; else a file of weights.
         resized_to: see `Classifier`.
 

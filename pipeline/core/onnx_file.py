@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+MOST_GIGABYTES = 1.9  # of weights; a protobuf file holds 2
+
 if TYPE_CHECKING:  # torch takes seconds to import: who looks a version up should not wait for it
     from torch import Tensor, nn
 
@@ -36,6 +38,9 @@ def write(file: Path, network: "nn.Module", example: np.ndarray, classes: list[s
 
     network = copy.deepcopy(network)
     small_maps.restore_convolutions(network)
+    gigabytes = sum(value.numel() * value.element_size() for value in network.state_dict().values()) / 1e9
+    if gigabytes > MOST_GIGABYTES:
+        raise ValueError(f"it cannot be written as one ONNX file: its weights take {gigabytes:.1f} GB")
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # what they speak of is torch's own
@@ -47,20 +52,21 @@ def write(file: Path, network: "nn.Module", example: np.ndarray, classes: list[s
                 input_names=["pixels"],
                 output_names=["logits"],
                 verbose=False,
+                external_data=False,
             )
-    except torch.onnx.OnnxExporterError as error:
+    except Exception as error:  # the exporter's own, and what its optimizer lets through
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"it cannot be written as ONNX: {reason[:300]}") from None
     ClearMetadataAndDocStringPass()(program.model)  # every node has the paths of the code that it came from
     program.model.metadata_props["classes"] = json.dumps(classes)
-    program.save(file)
+    program.save(file, external_data=False)
 
 
 def load(file: Path) -> "Callable[[Tensor], Tensor]":
     """Read an ONNX file: pixels (B, 3, R, R) float32 -> logits (B, C), on the CPU, through ONNX Runtime.
 
     Raises:
-        ValueError: ONNX Runtime does not take it; so does the function that is given back.
+        ValueError: ONNX Runtime does not take the file, or, from the function given back, the pixels.
     """
     import onnxruntime
     import torch

@@ -88,9 +88,10 @@ def check_networks(settings: Params, root: Path) -> None:
     weights = {"teacher.source": settings.teacher.source, **_starts(settings)}
     from_timm = [key for key, value in weights.items() if value == TIMM]
     multipliers = {name: getattr(settings, name).lr_multipliers for name in ("baseline", "distill", "finetune")}
-    code = [file.read_text() for file in sorted((PROJECT / "models").glob("*.py"))]
+    core = (PROJECT / "pipeline/core" / name for name in ("preflight.py", "networks.py", "small_maps.py"))
+    code = [file.read_text() for file in (*sorted((PROJECT / "models").glob("*.py")), *core)]
     check_own_file(PROJECT)
-    made_by = [version("timm"), hashlib.sha256("".join(code).encode()).hexdigest()]
+    made_by = [version("timm"), version("torch"), hashlib.sha256("".join(code).encode()).hexdigest()]
     asked = {**wanted, "from timm": from_timm, "lr_multipliers": multipliers, "made by": made_by}
     asked = json.loads(json.dumps(asked))  # as the note gives it back: with lists for tuples
     with contextlib.suppress(OSError, ValueError):  # no note, or none that can be read
@@ -111,8 +112,9 @@ def check_networks(settings: Params, root: Path) -> None:
                 networks.check_takes(built[who], name, resolution, CLASSES, remedies[who])
                 if models.is_own(name):
                     show_black_images(built[who], name, resolution)
-    with _named("student.model"):
-        check_exports(built["student"], settings.student.model, fixres)
+    for resolution in {views, fixres}:  # the student may end with either
+        with _named("student.model"):
+            check_exports(built["student"], settings.student.model, resolution)
     for key in from_timm:
         model = wanted[key.partition(".")[0]][0]
         if not models.has_pretrained(model):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.core import atomic, mlflow_store
+from pipeline.core import mlflow_store
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import: looking a version up should not wait for both
     from mlflow import MlflowClient
@@ -157,10 +157,17 @@ def card_of(client: "MlflowClient", version: "ModelVersion") -> dict[str, Any]:
     """
     import mlflow.artifacts
 
+    file = f"{_address(client, version)}/network.json"
     with tempfile.TemporaryDirectory(prefix="register-") as scratch:
-        file = f"{_address(client, version)}/network.json"
-        mlflow.artifacts.download_artifacts(file, dst_path=scratch, tracking_uri=client.tracking_uri)
-        return atomic.read_json(Path(scratch) / "network.json")
+        try:
+            with mlflow_store.speaking_plainly(client.tracking_uri):
+                mlflow.artifacts.download_artifacts(file, dst_path=scratch, tracking_uri=client.tracking_uri)
+            return json.loads((Path(scratch) / "network.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise ValueError(
+                f"models:/{version.name}/{version.version}: its network.json is missing or damaged; give its aliases "
+                "to another version, or take them away"
+            ) from None
 
 
 @contextmanager
