@@ -6,7 +6,7 @@ data/mine: mined.parquet (id, class, score, likeness; an image that serves sever
 refused.parquet (id, reason, class, score, likeness, similarity, nearest, alignment), classes.csv (what each class was
 offered and took), summary.json, and sheet.png, which shows some images, mined and refused. A score is the teacher's
 probability of the class; likeness is a natural logarithm, 0 where images are ranked by probability alone; alignment
-says what of the two was found to be the same ("inner part": the image is that of the one it is like).
+says what of the two is alike ("inner part": the image is that of the nearest one; "its inner part": the reverse).
 Run: python -m pipeline.mine
 """
 

@@ -96,7 +96,7 @@ def test_the_alignment_says_what_was_done(guarded):
     assert names == ["mirrored", "inner part", "without the bottom"]
     found = copies.nearest(thumbnails(guarded), pool, PHOTOGRAPHS)
     names = [copies.ALIGNMENTS[number].name for number in found.alignment[:2]]
-    assert names == ["mirrored", "of the pool image: inner part"]
+    assert names == ["mirrored", "its inner part"]
 
 
 def test_other_images_are_no_copies(guarded):

@@ -56,7 +56,9 @@ _POOL_IMAGE_CHANGED = (
 )
 # The same, where the guarded image is the copy.
 _GUARDED_IMAGE_CHANGED = tuple(
-    Alignment(f"of the pool image: {each.name}", pool=each.guarded, guarded=each.pool, mirrored=each.mirrored)
+    Alignment(
+        each.name if each.name.startswith("without") else f"its {each.name}", each.guarded, each.pool, each.mirrored
+    )
     for each in _POOL_IMAGE_CHANGED
     if each.pool != each.guarded
 )
