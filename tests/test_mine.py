@@ -77,11 +77,11 @@ def tables():
 
 
 def test_every_pool_image_is_mined_or_refused_for_a_reason(scored, capsys):
-    mine.run(tiny(**{"mine.per_class": 3, "mine.min_score": 0.4, "mine.copy_similarity": 0.97}))
+    mine.run(tiny(**{"mine.per_class": 3, "mine.min_score": 0.4, "mine.copy_similarity": 0.98}))
     taken, refused = tables()
     assert sorted(taken["id"] + refused["id"]) == scored.ids[scored.rows("unlabelled")].tolist()
     for reason, score, like in zip(refused["reason"], refused["score"], refused["similarity"], strict=True):
-        assert reason == ("near-copy" if like >= 0.97 else "low score" if score < 0.4 else "class is full")
+        assert reason == ("near-copy" if like >= 0.98 else "low score" if score < 0.4 else "class is full")
     assert set(refused["reason"]) == {"near-copy", "low score", "class is full"}
     assert min(taken["score"]) >= 0.4
     assert teaching.mined_ids(Path("data/mine")).tolist() == sorted(taken["id"])

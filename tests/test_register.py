@@ -54,6 +54,12 @@ def made_project(tmp_path_factory):
 
 
 @pytest.fixture
+def no_onnx(monkeypatch):
+    """Making the file takes seconds; tests that are not about it do without."""
+    monkeypatch.setattr(register, "_write_onnx", lambda *_: "not made in this test")
+
+
+@pytest.fixture
 def project(made_project, tmp_path, monkeypatch):
     """A copy of the project, as the working folder."""
     shutil.copytree(made_project.root, tmp_path, dirs_exist_ok=True)
@@ -201,6 +207,7 @@ def test_an_onnx_file_that_predicts_something_else_is_left_out(project, capfd, m
     assert not list(Path("mlartifacts").rglob("student.onnx"))
 
 
+@pytest.mark.usefixtures("no_onnx")
 def test_the_same_student_again_gives_no_new_version(registered, capfd):
     record = (registered.data / "register" / "version.json").read_bytes()
     shutil.rmtree(registered.data / "register")  # as DVC does before it runs a stage
@@ -210,6 +217,7 @@ def test_the_same_student_again_gives_no_new_version(registered, capfd):
     assert "no new version" in capfd.readouterr().out
 
 
+@pytest.mark.usefixtures("no_onnx")
 def test_only_a_better_student_becomes_champion(project):
     worse, best = project.student(spoilt=1.0), None
     assert worse < 1.0
@@ -232,12 +240,14 @@ def test_only_a_better_student_becomes_champion(project):
     assert sorted(project.versions()) == [1, 2, 3]
 
 
+@pytest.mark.usefixtures("no_onnx")
 def test_an_equal_student_does_not_replace_the_champion(registered):
     assert registered.student(spoilt=1e-4) == 1.0
     registered.register()
     assert registered.aliases() == {"champion": 1, "challenger": 2}
 
 
+@pytest.mark.usefixtures("no_onnx")
 def test_a_champion_of_other_test_images_is_tested_anew(registered, made_project, capfd):
     champion = make_network(made_project.pixels)
     # Labels in reverse order make no sense of these images: the champion must do badly on them.
@@ -257,6 +267,7 @@ def test_a_champion_of_other_test_images_is_tested_anew(registered, made_project
     ("classes", "decision"),
     [(["owl", "cat", "dog"], "does not beat version 1's 1.0000"), (["cat", "dog", "yak"], "lacks (such as 'owl')")],
 )
+@pytest.mark.usefixtures("no_onnx")
 def test_classes_are_compared_by_name(registered, made_project, classes, decision):
     """Another order of classes makes no difference; a champion that knows a class which the challenger lacks stays."""
     order = {old: classes.index(name) if name in classes else 2 for old, name in enumerate(CLASSES)}
@@ -269,6 +280,7 @@ def test_classes_are_compared_by_name(registered, made_project, classes, decisio
     assert decision in registered.versions()[2].tags["decision"]
 
 
+@pytest.mark.usefixtures("no_onnx")
 def test_a_champion_that_knows_a_class_without_test_images_is_not_replaced(project, made_project):
     """The test split is the same for both, and does not show the class."""
     shown = {at: label for at, label in made_project.labels.items() if label != 2}
@@ -287,6 +299,7 @@ def test_a_champion_that_knows_a_class_without_test_images_is_not_replaced(proje
     assert "lacks (such as 'owl')" in second.tags["decision"]
 
 
+@pytest.mark.usefixtures("no_onnx")
 def test_a_champion_whose_files_are_gone_is_replaced_and_said_to_be(project, capfd):
     project.register()
     shutil.rmtree("mlartifacts")
@@ -296,6 +309,7 @@ def test_a_champion_whose_files_are_gone_is_replaced_and_said_to_be(project, cap
     assert "of the champion before, version 1, the files are gone" in capfd.readouterr().out
 
 
+@pytest.mark.usefixtures("no_onnx")
 def test_a_version_that_predicts_something_else_is_refused(project):
     path = project.data / "evaluate" / "predictions.parquet"
     table = pyarrow.parquet.read_table(path)
@@ -309,6 +323,7 @@ def test_a_version_that_predicts_something_else_is_refused(project):
     assert not (project.data / "register").exists()
 
 
+@pytest.mark.usefixtures("no_onnx")
 def test_if_missing_registers_what_the_registry_lacks_and_nothing_else(project, capfd, tmp_path_factory, monkeypatch):
     with pytest.raises(ValueError, match="nothing was registered yet"):
         project.register(if_missing=True)
@@ -340,6 +355,7 @@ def test_if_missing_registers_what_the_registry_lacks_and_nothing_else(project, 
         project.register(if_missing=True)
 
 
+@pytest.mark.usefixtures("no_onnx")
 def test_what_does_not_fit_together_is_refused(project):
     write_images(project.data / "prepare", lambda at: 0, first=100)
     with pytest.raises(ValueError, match="other test images"):
