@@ -106,7 +106,8 @@ def experiment(client: "MlflowClient", root: Path = Path(".")) -> str:
             f"MLFLOW_TRACKING_URI={shlex.quote(where)} {command}"
         )
     place = found.artifact_location
-    if place.startswith("file:") and not (folder := Path(local_file_uri_to_path(place)).parent).exists():
+    here = place.startswith("file:") and not is_server(client.tracking_uri)
+    if here and not (folder := Path(local_file_uri_to_path(place)).parent).exists():
         raise ValueError(
             f"MLflow at {where}: the files of its versions belong into {folder}, which is gone, as after a move of the "
             f"project: move it back, or link it from there (`ln -s {shlex.quote(str(Path(root).resolve()))} "

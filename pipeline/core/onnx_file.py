@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-MOST_GIGABYTES = 1.9  # of weights; a protobuf file holds 2
-
 if TYPE_CHECKING:  # torch takes seconds to import: who looks a version up should not wait for it
     from torch import Tensor, nn
+
+MOST_GIGABYTES = 1.9  # of weights; a protobuf file holds 2
 
 
 def write(file: Path, network: "nn.Module", example: np.ndarray, classes: list[str]) -> None:
@@ -54,6 +54,8 @@ def write(file: Path, network: "nn.Module", example: np.ndarray, classes: list[s
                 verbose=False,
                 external_data=False,
             )
+    except MemoryError:
+        raise
     except Exception as error:  # the exporter's own, and what its optimizer lets through
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"it cannot be written as ONNX: {reason[:300]}") from None
