@@ -168,6 +168,7 @@ def test_a_version_leads_back_and_has_everything_beside_it(project, capfd):
     names = {"MLmodel", "README.md", "network.json", "report.html", "metrics.json", "params.yaml", "dvc.lock"}
     names |= {"student.onnx"}
     assert names <= {file.name for file in folder.iterdir()}
+    assert b".py" not in (folder / "data/model.pt2").read_bytes()  # nor where the code lies that it came from
     classifier, _ = networks.load(folder)
     assert classifier.network.get_classifier().out_features == 3
     assert settings.load(folder / "params.yaml").register_.name == NAME

@@ -43,6 +43,7 @@ the same network for where torch is not: for ONNX Runtime, TensorRT, OpenVINO an
 
 ```python
 import mlflow, numpy as np, onnxruntime
+mlflow.set_tracking_uri("sqlite:///mlflow.db")  # or the server's address
 file = mlflow.artifacts.download_artifacts("models:/{name}@champion/student.onnx")
 session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])  # "CUDAExecutionProvider": on a GPU
 (logits,) = session.run(["logits"], {{"pixels": np.zeros((7, 3, {resolution}, {resolution}), np.float32)}})
@@ -104,7 +105,7 @@ def pixels_of(file):  # an image of 8 bits a channel; gives (1, 3, {resolution},
 Both are an exported program: it runs on the CPU, and cannot be trained further. {onnx}
 
 The weights alone are in `weights.safetensors`, and `network.json` says what they are of. With this project's code they
-make a network that can be moved to a GPU and trained further: `pipeline.core.networks.load(folder, device="cuda")`.
+make a network that can be moved to a GPU and trained further: `pipeline.core.networks.load(folder, device="cuda")[0]`.
 Without it, {elsewhere}.
 
 ## What it was trained on

@@ -60,9 +60,20 @@ def pack(folder: Path, network: "nn.Module", resolution: int, classes: list[str]
         serialization_format="pt2",
         pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", f"numpy=={np.__version__}"],
     )
+    _forget_origins(folder / "data" / "model.pt2")
     # An exported program stays on the device it was exported on; pyfunc would insist on CUDA where there is one.
     model.flavors["python_function"]["config"]["device"] = "cpu"
     model.save(str(folder / "MLmodel"))
+
+
+def _forget_origins(file: Path) -> None:
+    """Take out of an exported program where on this machine the code lies that each step of it came from."""
+    import torch
+
+    program = torch.export.load(file)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    torch.export.save(program, file)
 
 
 def example(resolution: int) -> np.ndarray:
