@@ -10,7 +10,7 @@ import pytest
 import toy_project
 import yaml
 
-from pipeline.core import dvc, params, params_file, workspace
+from pipeline.core import dvc, workspace
 
 CHANGES = {"distill.epochs": 3}
 
@@ -99,26 +99,6 @@ def test_the_trees_own_labels_are_of_its_last_run_whatever_its_settings_say_now(
     assert workspace.nearest_lock(toy, {"distill.epochs": 4}) == toy / "dvc.lock"
     settings.write_text(re.sub(r"flip: \S+", "flip: 0.25", settings.read_text()))
     assert workspace.nearest_lock(toy, {"distill.epochs": 4}) == kept / "dvc.lock"
-
-
-def test_a_changed_table_takes_the_place_of_the_one_before(tmp_path):
-    toy = toy_project.make(tmp_path / "toy")
-    params_file.write(toy, toy, {"distill.loss": {"ssld": 1.0, "hard": 0.1}})
-    params_file.write(toy, toy, {"distill.loss": {"kl": 1.0}})
-    assert params.load(toy / "params.yaml").distill.loss == {"kl": 1.0}
-    assert "loss: {kl: 1.0}" in (toy / "params.yaml").read_text()
-
-
-@pytest.mark.parametrize(
-    "text", ["yes", "no", "1:30", "7e-5", "a: b", "'", "null", "{", "2024-13-01", "a\x85b", "photos"]
-)
-def test_a_text_stays_a_text(tmp_path, text):
-    toy = toy_project.make(tmp_path / "toy")
-    for changes in ({"prepare.train": text}, {"distill.epochs": 3}):  # what stands there already is kept
-        params_file.write(toy, toy, changes)
-    settings = yaml.safe_load((toy / "params.yaml").read_text())
-    assert settings["prepare"]["train"] == text
-    assert settings["distill"]["epochs"] == 3
 
 
 def test_a_runs_results_take_the_place_of_those_of_that_name(tmp_path):
@@ -354,18 +334,6 @@ def test_a_name_does_not_depend_on_how_changes_are_written():
     assert one != workspace.name({"seed": 1, "distill": {"lr": 0.1, "epochs": 4}})
     mixed = {"ssld": 1.0, "hard": 0.5}
     assert workspace.name({"distill.loss": mixed}) == workspace.name({"distill": {"loss": mixed}})
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"distill.epoch": 2}, "distill.epoch: unknown key; did you mean distill.epochs?"),
-        ({"distill": {"epochs": -1}}, "distill.epochs: should be greater than or equal to 1"),
-    ],
-)
-def test_a_wrong_change_is_one_line_that_names_it(changes, words):
-    with pytest.raises(ValueError, match=f"^.*{re.escape(words)}.*$"):
-        params_file.check(toy_project.ROOT, changes)
 
 
 def test_without_git_it_says_so(tmp_path):
