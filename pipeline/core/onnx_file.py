@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.core import errors
+
 if TYPE_CHECKING:  # torch takes seconds to import: who looks a version up should not wait for it
     from torch import Tensor, nn
 
@@ -57,8 +59,7 @@ def write(file: Path, network: "nn.Module", example: np.ndarray, classes: list[s
     except MemoryError:
         raise
     except Exception as error:  # the exporter's own, and what its optimizer lets through
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"it cannot be written as ONNX: {reason[:300]}") from None
+        raise ValueError(f"it cannot be written as ONNX: {errors.in_a_line(error.__cause__ or error)[:300]}") from None
     ClearMetadataAndDocStringPass()(program.model)  # every node has the paths of the code that it came from
     program.model.metadata_props["classes"] = json.dumps(classes)
     program.save(file, external_data=False)
@@ -91,4 +92,4 @@ def _speaking_plainly() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"ONNX Runtime does not take it: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"ONNX Runtime does not take it: {errors.in_a_line(error)[:300]}") from None

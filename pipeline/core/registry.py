@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.core import mlflow_store
+from pipeline.core import errors, mlflow_store
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import: looking a version up should not wait for both
     from mlflow import MlflowClient
@@ -200,7 +200,7 @@ def loaded(client: "MlflowClient", version: "ModelVersion") -> Iterator[Any]:
         try:
             model = mlflow.pytorch.load_model(folder)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"{where}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+            raise ValueError(f"{where}: cannot be loaded: {errors.in_a_line(error)[:300]}") from None
         yield model
 
 
