@@ -52,6 +52,13 @@ def test_the_best_classes_are_those_of_the_softmax(monkeypatch):
     assert ranking.best_classes(logits, 99)[0].shape == (20, 6)
 
 
+def test_an_image_is_worth_its_probability_times_its_likeness():
+    assert ranking.worth(np.float32([0.5, 0.2]), np.float32([1, -2])) == pytest.approx(
+        [np.log(0.5) + 1, np.log(0.2) - 2]
+    )
+    assert np.isfinite(ranking.worth(np.float32([0.0]), np.float32([1]))).all()
+
+
 @pytest.fixture
 def scored(tmp_path, monkeypatch) -> ImageSet:
     """The shapes, with made-up scores."""
@@ -94,6 +101,11 @@ def test_every_pool_image_is_mined_or_refused_for_a_reason(scored, capsys):
     short = [row for row in rows if row["missing"] != "0"]
     assert [int(row["mined"]) for row in rows] == list(counts["per_class"].values())
     assert all(int(row["mined"]) == min(3, int(row["offered"])) for row in rows)
+    full = [each for each, reason in zip(refused["class"], refused["reason"], strict=True) if reason == "class is full"]
+    for number, row in enumerate(rows):
+        scores = [score for score, each in zip(taken["score"], taken["class"], strict=True) if each == number]
+        assert int(row["offered"]) == len(scores) + full.count(number)
+        assert float(row["lowest_score"]) == pytest.approx(min(scores), abs=5e-5)
     assert 0 < len(short) == counts["classes_short"]
     said = capsys.readouterr().out
     assert all(f"{row['class']} ({row['mined']})" in said for row in short)
@@ -151,6 +163,34 @@ def test_ranked_by_probability_each_class_takes_its_surest_images(scored):
         assert min(of_class) >= max(left, default=0)
 
 
+def test_ranked_by_likeness_each_class_takes_what_is_worth_most(scored):
+    ids, embeddings = np.load("data/score/ids.npy"), np.load("data/score/embeddings.npy")
+    pool, validation = np.isin(ids, scored.ids[scored.rows("unlabelled")]), np.isin(ids, scored.ids[scored.rows("val")])
+    expected = dict(zip(ids[pool], likeness(embeddings[pool], embeddings[validation], ids[pool]), strict=True))
+    mine.run(tiny(**{"mine.per_class": 4, "mine.copy_similarity": 1.0}))
+    worth = []
+    for table in tables():
+        assert table["likeness"] == pytest.approx([expected[each] for each in table["id"]], abs=1e-6)
+        worth.append(np.log(table["score"]) + table["likeness"])
+    taken, refused = (np.array(table["class"]) for table in tables())
+    for number in range(4):
+        assert (taken == number).sum() == 4
+        assert worth[0][taken == number].min() >= worth[1][refused == number].max(initial=-np.inf)
+
+
+def test_a_near_copy_is_named_with_the_image_that_it_copies(scored):
+    thumbs, ids = np.load("data/score/thumbnails.npy"), np.load("data/score/ids.npy")
+    copied = int(np.flatnonzero(ids == scored.ids[scored.rows("test")][2])[0])
+    thumbs[5] = thumbs[copied]
+    np.save("data/score/thumbnails.npy", thumbs)
+    mine.run(tiny(**{"mine.copy_similarity": 0.9999}))
+    refused = tables()[1]
+    found = [
+        (each, refused["nearest"][at]) for at, each in enumerate(refused["id"]) if refused["similarity"][at] > 0.9999
+    ]
+    assert (ids[5], ids[copied]) in found
+
+
 def foreign_pool(foreign: int = 600):
     """Embeddings of a pool (600 images belong, the others differ in some directions) and of validation; ids; truth."""
     random = np.random.default_rng(0)
@@ -168,17 +208,28 @@ def test_likeness_tells_what_belongs_without_having_been_told():
     assert belongs[np.argsort(-ratio)[:300]].mean() > 0.97
 
 
+def test_likeness_is_the_same_in_parts_and_in_other_units(monkeypatch):
+    pool, validation, ids, _ = foreign_pool()
+    whole = likeness(pool, validation, ids)
+    units = 10.0 ** (np.arange(32) % 5)
+    assert np.allclose(likeness(pool * units, validation * units, ids), whole, atol=1e-4)
+    monkeypatch.setattr("pipeline.core.likeness.ROWS", 100)
+    assert np.allclose(likeness(pool, validation, ids), whole, atol=1e-5)
+
+
 def test_likeness_does_not_know_the_images_it_was_fitted_to(monkeypatch):
     monkeypatch.setattr("pipeline.core.likeness.STRENGTH", 1.0)  # enough to learn 120 images by heart
     random = np.random.default_rng(0)
     pool, validation = random.normal(size=(2, 120, 32))
-    ratio = likeness(pool, validation, np.arange(120, dtype=np.uint64))
+    ratio = likeness(pool, validation, random.integers(0, 2**63, 120, dtype=np.uint64))
     assert 0.4 < (ratio > 0).mean() < 0.6  # both sides are alike; in what it was fitted to, it is 0.3
 
 
 def test_likeness_needs_images_to_learn_from():
     with pytest.raises(ValueError, match="there are 600 pool and 9 validation images"):
         likeness(np.zeros((600, 4)), np.zeros((9, 4)), np.arange(600, dtype=np.uint64))
+    with pytest.raises(ValueError, match="there are 9 pool and 600 validation images"):
+        likeness(np.zeros((9, 4)), np.zeros((600, 4)), np.arange(9, dtype=np.uint64))
 
 
 def test_a_sheet_shows_every_tile_inside_the_page():

@@ -201,6 +201,7 @@ def test_what_worker_processes_say_is_one_line():
         wrapped.reraise()
     assert errors.in_a_line(error.value) == "images-00000.tar: the image at byte 512: is damaged"
     assert errors.in_a_line(ValueError("two\nlines")) == "two lines"
+    assert errors.in_a_line(MemoryError()) == "MemoryError"
 
 
 @pytest.mark.parametrize(

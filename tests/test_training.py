@@ -17,7 +17,7 @@ from runs import MODEL, run
 from torch import nn
 
 import models
-from pipeline.core import checkpoints, networks, stage, training
+from pipeline.core import checkpoints, engine, networks, stage, training
 from pipeline.core.batches import TrainingOrder, Views, in_order, load, spare_cores
 from pipeline.core.devices import Processes
 from pipeline.core.optimizers import learning_rate, optimizer_of
@@ -64,6 +64,51 @@ def test_a_killed_run_ends_in_the_same_bytes(images, tmp_path, ema, optimizer):
         whole.classifier.state_dict().items(), resumed.classifier.state_dict().values(), strict=True
     ):
         assert torch.equal(a, b), name
+
+
+def test_an_epochs_figures_are_of_its_own_steps_and_of_the_network_that_is_kept(images, tmp_path):
+    real, found, validated = labelled_loss(images, images.labels, 0.1), [], []
+
+    def loss(network, batch):
+        found.append(real(network, batch))
+        assert network.training  # though a validation sets it to eval mode
+        return found[-1]
+
+    def validate(classifier):
+        validated.append({name: value.clone() for name, value in classifier.eval().state_dict().items()})
+        return {"val_top1": 0.0}
+
+    training = run(images, tmp_path, loss, part=lambda classifier: classifier, epochs=3, ema_decay=0.7, lr=0.01)
+    training.validate = validate
+    training.train()
+    means = torch.stack(found).detach().reshape(3, 2).mean(1)
+    assert [epoch["train_loss"] for epoch in training.history] == pytest.approx(means.tolist())
+    for name, value in training.classifier.state_dict().items():
+        assert torch.equal(value, validated[-1][name]), name
+
+
+def test_the_network_that_is_kept_is_the_average_of_the_steps(images, tmp_path):
+    training = run(images, tmp_path, epochs=3, ema_decay=0.7, lr=0.01)
+    weight, average = training.classifier.network.fc.weight, None
+    for step in training.step_by_step():
+        decay = min(1 - step ** (-2 / 3), 0.7)  # timm's ModelEmaV3 warms it up so
+        average = decay * (weight if average is None else average) + (1 - decay) * weight.detach().clone()
+    torch.testing.assert_close(training.classifier.network.fc.weight, average)
+
+
+def test_each_step_has_random_numbers_of_its_own(images, tmp_path):
+    """Of which dropout is made; and they are the same ones after a kill."""
+    real, drawn = labelled_loss(images, images.labels, 0.1), []
+    training = run(images, tmp_path, lambda *it: (drawn.append(torch.rand(()).item()), real(*it))[1], epochs=3)
+    training.train()
+    assert len(set(drawn)) == len(drawn) == 6
+
+
+def test_a_checkpoint_is_written_when_the_time_has_passed_and_not_before(images, tmp_path, monkeypatch):
+    training = run(images, tmp_path, epochs=4, machine={"checkpoint_seconds": 3, "keep_checkpoints": 9})
+    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: training.step))
+    training.train()
+    assert sorted(int(file.name[:9]) for file in checkpoints.files(tmp_path)) == [3, 6]
 
 
 STAGES = ("conv1.", "bn1."), ("layer1.",), ("layer2.",), ("layer3.",), ("layer4.",)  # and the classifier, fc
@@ -121,9 +166,11 @@ def test_only_the_part_is_trained(images, tmp_path):
     trained.train()
     changed = {name for name, value in trained.classifier.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"network.fc.weight", "network.fc.bias"}
+    assert {name for name, value in trained.classifier.named_parameters() if value.grad is not None} == changed
 
 
-def test_weights_that_the_last_step_spoilt_are_not_kept(images, tmp_path):
+@pytest.mark.parametrize("spoilt", ["fc.bias", "bn1.running_var"])
+def test_weights_that_the_last_step_spoilt_are_not_kept(images, tmp_path, spoilt):
     """The loss of a step is that of the weights before it: only a look at the weights finds what the last one did."""
     training = run(images, tmp_path, epochs=2)
     network, step = training.classifier.network, training.optimizer.step
@@ -132,7 +179,7 @@ def test_weights_that_the_last_step_spoilt_are_not_kept(images, tmp_path):
     def spoil():
         step()
         if training.step == 3:
-            network.fc.bias.data[0] = torch.nan
+            network.state_dict()[spoilt][0] = torch.nan
 
     training.optimizer.step = spoil
     with pytest.raises(ValueError, match=r"^weights are not finite after step 4 of 4, though its loss was; a smaller"):
@@ -262,25 +309,27 @@ def test_partners_are_labelled_and_named(images):
 
 def test_the_network_before_is_kept_only_where_it_is_better_on_validation(images, capsys):
     params, cpu = tiny(), torch.device("cpu")
-    validate = validator(params, images, 16, Processes(cpu))
-    networks_of_seeds = [networks.build(MODEL, 4, seed) for seed in range(6)]
-    networks_of_seeds.sort(key=lambda classifier: validate(classifier)["val_top1"])
+    validate, larger = (validator(params, images, side, Processes(cpu)) for side in (16, 24))
+    networks_of_seeds = [networks.build(MODEL, 4, seed) for seed in range(12)]
+    networks_of_seeds.sort(key=lambda it: validate(it)["val_top1"] + larger(it)["val_top1"])
     worst, best = networks_of_seeds[0], networks_of_seeds[-1]
-    assert validate(worst)["val_top1"] < validate(best)["val_top1"]
+    assert max(top1(worst)["val_top1"] for top1 in (validate, larger)) < larger(best)["val_top1"]
+    assert larger(best) != validate(best)
 
-    def chosen(trained, before):
-        kept = Before("distill", before, 16)
+    def chosen(trained, before, resolution=24):
+        kept = Before("distill", before, resolution)
         views = SimpleNamespace(images=images)
         task = SimpleNamespace(name="finetune", classifier=trained, resolution=16, before=kept, views=views)
-        return better(task, [validate(trained)], params, cpu)
+        return better(task, [{"val_top1": 1.0}, validate(trained)], params, cpu)
 
     assert chosen(best, before=worst) == (best, 16, None)
-    assert chosen(worst, before=worst) == (worst, 16, None)
+    assert chosen(worst, before=worst, resolution=16) == (worst, 16, None)
     assert "is kept" not in capsys.readouterr().out
-    network, _, kept = chosen(worst, before=best)
-    assert network is best
+    network, resolution, kept = chosen(worst, before=best)
+    assert (network, resolution) == (best, 24)
     assert kept["stage"] == "distill"
-    assert kept["val_top1"] > kept["instead_of"]
+    assert kept["val_top1"] == pytest.approx(larger(best)["val_top1"])
+    assert kept["instead_of"] == pytest.approx(validate(worst)["val_top1"])
     assert "of distill: its network is kept" in capsys.readouterr().out
 
 

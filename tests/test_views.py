@@ -83,6 +83,12 @@ def test_every_field_is_in_the_digest(field):
     assert dataclasses.replace(SPEC).digest == SPEC.digest
 
 
+def test_views_that_are_drawn_otherwise_have_another_digest(monkeypatch):
+    before = SPEC.digest
+    monkeypatch.setattr(views, "VERSION", views.VERSION + 1)
+    assert SPEC.digest != before
+
+
 def test_seed_sample_and_replica_each_matter():
     base = drawn(SPEC, 5, 0)
     for other in (drawn(SPEC, 6, 0), drawn(SPEC, 5, 1), drawn(dataclasses.replace(SPEC, seed=8), 5, 0)):
@@ -113,6 +119,8 @@ def test_partners_come_from_the_list_and_are_never_the_sample_itself():
     for sample in PARTNERS.tolist():
         assert all(views.draw(SPEC, sample, replica, PARTNERS).partner != sample for replica in range(50))
     assert all(views.draw(SPEC, s, 0, np.zeros(0, np.uint64)).partner is None for s in range(50))
+    mixed = dataclasses.replace(SPEC, mix_probability=1.0)  # and the ring of ids is closed
+    assert {views.draw(mixed, int(PARTNERS[1]), r, PARTNERS[:2]).partner for r in range(50)} == {int(PARTNERS[0])}
     alone = PARTNERS[:1]
     assert all(views.draw(SPEC, int(alone[0]), r, alone).partner is None for r in range(50))
 
@@ -160,6 +168,12 @@ def test_crops_lie_in_the_image_whatever_its_shape():
             left, top, right, bottom = view.crops.box(*size)
             assert -1e-6 <= left < right <= size[0] + 1e-6
             assert -1e-6 <= top < bottom <= size[1] + 1e-6
+            if max(size) == 500:  # no try fits: torchvision's fallback
+                short = {(10, 500): "width", (500, 10): "height"}[size]
+                assert (right - left, bottom - top) == pytest.approx(
+                    (10, 10 / 0.75) if short == "width" else (13.333, 10)
+                )
+                assert (left + right, top + bottom) == pytest.approx(size)
 
 
 def test_the_test_view_is_torchvisions_centre_crop():

@@ -16,6 +16,7 @@ from lzma import LZMAError
 from pathlib import Path
 from typing import IO
 
+from pipeline.core import errors
 from pipeline.core.images import SUFFIXES, Unreadable
 
 # What libraries raise on a damaged archive. RuntimeError: an encrypted member; NotImplementedError: its compression.
@@ -84,10 +85,9 @@ def open_archive(path: Path) -> Tree:
     except PermissionError:
         raise
     except DAMAGE as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{path}: not a whole archive ({reason}); it may be cut off: compare its size with the original's, "
-            "or fetch it again"
+            f"{path}: not a whole archive ({errors.in_a_line(error)}); it may be cut off: compare its size with the "
+            "original's, or fetch it again"
         ) from None
 
 

@@ -199,7 +199,7 @@ class Run:
                 losses.append(self._gradients(network, part, share=len(part.rows) / len(batch.rows)))
         self.optimizer.step()
         if self.ema:
-            self.ema.update(self.classifier, step=self.step)
+            self.ema.update(self.classifier, step=self.step + 1)
         mean = torch.stack(losses).sum()
         if self.processes.world > 1:
             dist.all_reduce(mean)

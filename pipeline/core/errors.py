@@ -27,11 +27,11 @@ def out_of_shared_memory(error: BaseException) -> bool:
 
 
 def in_a_line(error: BaseException) -> str:
-    """Give an error's words in one line; of one that a worker process raised, its own words alone."""
+    """Give an error's words in one line, of one without words its kind; of a worker process's, its own words alone."""
     words = str(error)
     if "DataLoader worker process" in words and "Original Traceback" in words:
         words = words.rpartition(f"\n{type(error).__name__}: ")[2]
-    return " ".join(words.split())
+    return " ".join(words.split()) or type(error).__name__
 
 
 def left_alone(error: BaseException) -> bool:

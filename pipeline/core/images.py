@@ -15,6 +15,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipeline.core import errors
+
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")  # JPEG includes MPO
 # How those formats (and HEIC, which cannot be read here) begin: offset, bytes. A file that begins like an image but
 # cannot be opened is a damaged image; any other is not an image.
@@ -105,7 +107,7 @@ def decode_first(encoded: bytes, max_pixels: int | None = None) -> tuple[Image.I
     except UnidentifiedImageError:
         raise _not_opened(encoded) from None
     except Exception as error:  # PIL's decoders let all kinds of exceptions out on damaged bytes
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = errors.in_a_line(error)
         raise Unreadable("truncated" if "truncated" in message.lower() else "unreadable", message) from error
 
 
