@@ -30,6 +30,7 @@ __all__ = [
     "Network",
     "build",
     "canonical",
+    "class_axes",
     "has_pretrained",
     "is_own",
     "last_layers",
@@ -99,6 +100,23 @@ def build(name: str, num_classes: int = 1000, pretrained: bool = False, **kwargs
         if not pretrained or not isinstance(error, OSError | RuntimeError):
             raise
         raise ValueError(f"{name}: its pretrained weights cannot be had (no network?): {reason}") from None
+
+
+def class_axes(name: str, num_classes: int) -> dict[str, int]:
+    """Say which weights a network has more of where it has one class more: names, and the axis that is longer.
+
+    Raises:
+        ValueError: as of `build`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        own, more = (build(name, count).state_dict() for count in (num_classes, num_classes + 1))
+    return {
+        key: next(
+            axis for axis, (size, larger) in enumerate(zip(value.shape, more[key].shape, strict=True)) if size < larger
+        )
+        for key, value in own.items()
+        if value.shape != more[key].shape
+    }
 
 
 def has_pretrained(name: str) -> bool:

@@ -28,7 +28,7 @@ from pipeline.core.progress import Progress
 from pipeline.core.reading import in_threads
 from pipeline.core.reencoding import ENCODED, Reencoded
 from pipeline.core.refusals import FURTHER_FRAMES, Refusal, as_csv, check_share, in_words, reasons
-from pipeline.core.sections import Params
+from pipeline.core.sections import LEAST_TO_LEARN, Params
 from pipeline.core.sources import Source, SourceFile, class_names, names, open_source
 
 OUT = Path("data/prepare")
@@ -72,6 +72,12 @@ def run(params: Params) -> None:
     print(f"prepare: {summary['images']:,} images of {summary['classes']:,} classes: {counts}; refused: {refused or 0}")
     for split, missing in without(summary).items():
         print(f"prepare: warning: no {split} image of class {names(missing)}: nothing will be known of it there")
+    pool, val = (summary["splits"][split]["images"] for split in ("unlabelled", "val"))
+    if params.mine.rank_by == "likeness" and pool > 0 and min(pool, val) < LEAST_TO_LEARN:
+        print(
+            f"prepare: warning: there are {pool:,} pool and {val:,} validation images, and mine.rank_by: likeness "
+            f"takes {LEAST_TO_LEARN} of each to learn what belongs: mine will stop at that; set it to probability"
+        )
 
 
 def without(summary: dict[str, Any]) -> dict[str, list[str]]:

@@ -72,7 +72,7 @@ def take(params: Params, images: ImageSet, device: torch.device) -> None:
             )
     else:
         network = models.build(wanted.model, num_classes=classes)
-        weights.load(network, Path(wanted.checkpoint))
+        weights.load(network, Path(wanted.checkpoint), (wanted.model, classes))
     listed = networks.normalisation(network) or (None, None)
     mean, std = wanted.mean or listed[0], wanted.std or listed[1]
     if mean is None or std is None:

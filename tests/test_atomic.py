@@ -65,6 +65,16 @@ def test_ctrl_c_between_the_two_renames_leaves_the_old_folder(tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_run_that_was_killed_between_the_two_renames_has_lost_nothing(tmp_path):
+    path, old = tmp_path / "out", tmp_path / ".out.old"
+    old.mkdir()
+    (old / "old").write_text("old")
+    with pytest.raises(RuntimeError), atomic.replacing_folder(path):
+        raise RuntimeError
+    assert [file.name for file in path.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_full_disk_is_told_with_the_files_name_and_what_was_there_stays(tmp_path):
     file = tmp_path / "labels.sl"
     file.write_text("before")

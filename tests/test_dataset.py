@@ -120,6 +120,15 @@ def test_a_pickled_set_reads_the_same(folder):
     assert again.digest == images.digest
 
 
+def test_labels_that_are_withheld_from_the_student_are_known(folder):
+    images = ImageSet(folder)
+    folders = [images.source(row).split("/")[-2] for row in range(len(images))]
+    assert images.known_labels.tolist() == ["ab".find(name) for name in folders]
+    withheld = images.withheld >= 0
+    assert 0 < withheld.sum() < len(images)
+    assert (images.labels[withheld] == -1).all()
+
+
 def test_more_shards_than_may_be_open_at_once(folder, monkeypatch):
     monkeypatch.setattr(dataset, "OPEN_SHARDS", 2)
     images = ImageSet(folder)

@@ -5,20 +5,22 @@ import json
 import os
 import re
 import signal
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from runs import run
+from images import tiny
+from runs import MODEL, run
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from pipeline.core import checkpoints, norms
+from pipeline.core import checkpoints, networks, norms
 from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
-from pipeline.core.training import labelled_loss
+from pipeline.core.training import labelled_loss, validator
 
 CPU = torch.device("cpu")
 
@@ -199,12 +201,19 @@ def share_of_steps(rank, world, prepared_folder, folder):
         losses = fifty_steps(ImageSet(prepared_folder), folder / "run", Processes(CPU, rank, world), dtype)
         if rank == 0:
             np.save(folder / f"{dtype}.npy", losses)
+    np.save(folder / f"validated{rank}.npy", validated(ImageSet(prepared_folder), Processes(CPU, rank, world)))
     rows = sequences()[rank::world].requires_grad_()
     shared = norms.synchronise(nn.BatchNorm1d(3).double(), CPU)
     normalised = shared(rows)
     (normalised**3).sum().backward()
     torch.save([normalised.detach(), rows.grad, shared.running_var], folder / f"norm{rank}.pt")
     dist.destroy_process_group()
+
+
+def validated(images, processes):
+    """Top-1 and NLL of a network on the validation split, 3 images a pass."""
+    with mock.patch("pipeline.core.training.IMAGES_A_PASS", 3):
+        return list(validator(tiny(), images, 16, processes)(networks.build(MODEL, 4, seed=3)).values())
 
 
 def sequences():
@@ -227,6 +236,10 @@ def test_two_processes_have_the_losses_of_one(images, tmp_path):
         assert one.std() > 0.01
         assert one.dtype == dtype
         assert np.abs(np.load(tmp_path / f"{dtype}.npy") - one).max() <= 1e-5, dtype
+
+    alone = validated(images, Processes(CPU))
+    for rank in (0, 1):
+        assert np.load(tmp_path / f"validated{rank}.npy").tolist() == pytest.approx(alone, abs=1e-6)
 
     rows, plain = sequences().requires_grad_(), nn.BatchNorm1d(3).double()
     normalised = plain(rows)
@@ -272,6 +285,9 @@ def test_the_shared_norm_is_torchs(alone, kind, shape, dtype):
 def test_a_norm_that_cannot_be_shared_is_refused():
     with pytest.raises(ValueError, match=r"BatchNorm3d cannot be shared on a CPU: set machine.processes to 1"):
         norms.synchronise(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm3d(2)), CPU)
+    for odd in ({"momentum": None}, {"affine": False}, {"track_running_stats": False}):
+        with pytest.raises(ValueError, match=r"BatchNorm2d without weights, .* cannot be shared on a CPU"):
+            norms.synchronise(nn.BatchNorm2d(2, **odd), CPU)
 
 
 def test_what_an_epoch_costs_is_told_and_is_not_history(images, tmp_path):

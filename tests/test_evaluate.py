@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, log_loss
 
 from pipeline import evaluate
-from pipeline.core import image_shards, networks, params, views
+from pipeline.core import image_shards, metrics, networks, params, views
 from pipeline.core.dataset import ImageSet
 from pipeline.core.sections import Params
 
@@ -159,6 +159,7 @@ def test_tables_say_the_same_as_the_answers(made, asked):
     matrix = confusion_matrix(labels, student, labels=range(6), normalize="true")
     listed = read_csv(folder / "per_class.csv")
     assert [row["class"] for row in listed] == CLASSES
+    assert [int(row["images"]) for row in listed] == np.bincount(labels).tolist() != np.bincount(student).tolist()
     assert [float(row["fixres"]) for row in listed] == pytest.approx(matrix.diagonal(), abs=1e-6)
     bins = read_csv(folder / "reliability.csv")
     for name in RESOLUTIONS:
@@ -169,7 +170,15 @@ def test_tables_say_the_same_as_the_answers(made, asked):
     errors = read_csv(folder / "errors.csv")
     wrong = images.ids[images.rows("test")][student != labels]
     assert {int(row["id"], 16) for row in errors} == set(wrong.tolist())
-    assert all(row["source"] == images.source(images.row_of([int(row["id"], 16)])[0]) for row in errors)
+    place = {f"{sample:016x}": at for at, sample in enumerate(images.ids[images.rows("test")].tolist())}
+    for row in errors:
+        at = place[row["id"]]
+        assert row["source"] == images.source(images.rows("test")[at])
+        assert row["actual"] == CLASSES[labels[at]]
+        for name, network in {"student": "fixres", "teacher": "teacher"}.items():
+            probabilities = torch.from_numpy(said[network][at]).softmax(0)
+            assert row[name] == CLASSES[int(probabilities.argmax())]
+            assert float(row[f"{name}_probability"]) == pytest.approx(float(probabilities.max()), abs=1e-4)
     sureness = [float(row["student_probability"]) for row in errors]
     assert sureness == sorted(sureness, reverse=True)
 
@@ -204,6 +213,29 @@ def test_where_the_teacher_is_not_ahead_there_is_no_gap():
 
     assert shown(0.9, 0.5, 0.8)["gap_recovered"] == pytest.approx(0.75)
     assert "gap_recovered" not in shown(0.5, 0.5, 0.8)
+
+
+def test_settings_of_crop_bins_and_thumbnails_are_followed(project, monkeypatch):
+    given = {}
+    monkeypatch.setattr(evaluate.report, "render", lambda **parts: given.update(parts) or "a page")
+    monkeypatch.setattr(evaluate, "MOST_THUMBNAILS", 2)
+    card = json.loads(Path("data/distill/network.json").read_text())
+    Path("data/distill/network.json").write_text(json.dumps(card | {"resized_to": 20}))
+    evaluate.run(settings(**{"views.test_crop": 0.5, "evaluate.bins": 7}))
+    assert json.loads(Path("data/evaluate/metrics.json").read_text())["distill"]["resolution"] == 20
+    images, right = ImageSet(Path("data/prepare")), {}
+    rows = images.rows("test")
+    for name in ("baseline", "fixres"):
+        classifier, _ = networks.load(Path("data") / name)
+        rendered = [views.render_test(images.image(row), RESOLUTIONS[name], 0.5).copy() for row in rows]
+        with torch.inference_mode():
+            right[name] = classifier(torch.from_numpy(np.stack(rendered))).argmax(1).numpy() == images.labels[rows]
+    assert given["paired"] == metrics.paired(right["fixres"], right["baseline"])
+    assert {len(diagram.count) for diagram in given["diagrams"].values()} == {7}
+    errors = read_csv(Path("data/evaluate/errors.csv"))
+    assert len(errors) > 2
+    surest = [images.image(images.row_of([int(error["id"], 16)])[0]) for error in errors[:2]]
+    assert given["thumbnails"] == [evaluate.report.thumbnail(image) for image in surest]
 
 
 def test_a_second_run_writes_the_same_bytes(project):
@@ -248,8 +280,9 @@ def test_one_network_at_one_resolution_has_one_speed():
         name: SimpleNamespace(card={"model": model, "resolution": resolution}, images_per_second=speed)
         for name, (model, resolution, speed) in measured.items()
     }
+    results["finetune"].card["resized_to"] = 12  # which is another size for the network
     found = evaluate.speeds(results, torch.device("cpu"), 10)["images_per_second"]
-    expected = {"teacher": 10, "baseline": 140, "distill": 140, "finetune": 140, "fixres": 40, "student": 40}
+    expected = {"teacher": 10, "baseline": 140, "distill": 140, "finetune": 90, "fixres": 40, "student": 40}
     assert found == expected
 
 

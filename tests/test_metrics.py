@@ -128,6 +128,7 @@ def test_gap_recovered():
     assert metrics.gap_recovered(0.95, 0.90, 1.00) == pytest.approx(0.5)
     assert metrics.gap_recovered(1.00, 0.90, 0.95) == pytest.approx(2.0)
     assert metrics.gap_recovered(0.95, 0.90, 0.90) is None
+    assert metrics.gap_recovered(0.95, 0.90, 0.80) is None
 
 
 def test_paired_is_the_sign_test_of_the_images_that_differ():

@@ -1,5 +1,7 @@
 """Networks as files: weights that fit and those that do not, teachers made elsewhere, first weights of a student."""
 
+import argparse
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +52,21 @@ def test_a_students_first_weights_may_be_of_other_classes(tmp_path, capsys):
         networks.build("ResNet34_vd", 6, seed=7, init=file)
 
 
-def test_a_classifier_that_is_a_convolution_starts_anew_too(tmp_path, capsys):
-    source = networks.build("resnetv2_50", 7, seed=3)
-    torch.save(source.network.state_dict(), tmp_path / "weights.pth")
-    networks.build("resnetv2_50", 5, seed=7, init=str(tmp_path / "weights.pth"))
-    assert capsys.readouterr().out.count("made for 7 classes, not 5: head.fc.") == 2
+@pytest.mark.parametrize(
+    ("model", "anew"),
+    [
+        ("resnetv2_50", ["head.fc.weight", "head.fc.bias"]),  # a convolution
+        ("shvit_s1", ["head.l.weight", "head.l.bias"]),  # behind a norm
+        ("volo_d1_224", ["aux_head.weight", "aux_head.bias", "head.weight", "head.bias"]),
+    ],
+)
+def test_whatever_depends_on_the_number_of_classes_starts_anew(tmp_path, capsys, model, anew):
+    source = networks.build(model, 7, seed=3).network.state_dict()
+    torch.save(source, tmp_path / "weights.pth")
+    state = networks.build(model, 5, seed=7, init=str(tmp_path / "weights.pth")).network.state_dict()
+    said = [line.split("made for 7 classes, not 5: ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(said) == sorted(f"{key} starts anew" for key in anew)
+    assert all(torch.equal(value, source[key]) for key, value in state.items() if key not in anew)
 
 
 def test_first_weights_see_what_they_were_trained_on(tmp_path):
@@ -135,9 +147,9 @@ def test_weights_that_do_not_fit_say_what_to_do(tmp_path):
     networks.save(tmp_path, classifier, {"model": "ResNet18_vd", "classes": list("abcd"), "resolution": 16})
     file = tmp_path / "weights.safetensors"
     with pytest.raises(ValueError, match=r"made for 4 classes, but the data has 6.*teacher.source: fit"):
-        weights.load(networks.build("ResNet18_vd", 6, 0).network, file)
+        weights.load(networks.build("ResNet18_vd", 6, 0).network, file, ("ResNet18_vd", 6))
     with pytest.raises(ValueError, match="of another network"):
-        weights.load(networks.build("ResNet34_vd", 4, 0).network, file)
+        weights.load(networks.build("ResNet34_vd", 4, 0).network, file, ("ResNet34_vd", 4))
     with pytest.raises(ValueError, match="no such file"):
         weights.load(classifier.network, Path("nowhere.pth"))
     file.write_bytes(b"junk")
@@ -160,6 +172,19 @@ def test_weights_of_a_wrapped_network_are_its_own(tmp_path, prefix):
     network = networks.build("test_resnet", 4, seed=0).network
     weights.load(network, tmp_path / "weights.pth")
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("names", [("state_dict", "state_dict_ema"), ("model", "model_ema")])  # timm's, torchvision's
+def test_of_two_sets_of_weights_the_average_is_taken_and_named(tmp_path, capsys, names):
+    plain, average = (networks.build("test_resnet", 4, seed).network.state_dict() for seed in (3, 4))
+    wrapped = {"n_averaged": torch.tensor(9)} | {f"module.{key}": value for key, value in average.items()}
+    others = {"epoch": 7, "args": argparse.Namespace(lr=0.1), "lr_scheduler": {"milestones": Counter([30])}}
+    torch.save({names[0]: plain, names[1]: wrapped, **others}, tmp_path / "weights.pth")
+    network = networks.build("test_resnet", 4, seed=0).network
+    weights.load(network, tmp_path / "weights.pth")
+    assert all(torch.equal(value, average[key]) for key, value in network.state_dict().items())
+    said = f"holds {names[1]}, {names[0]}; the weights are those of {names[1]}"
+    assert said in capsys.readouterr().out
 
 
 # In some a convolution is the classifier, in some the features are no vector before it, some have parts of two sizes.
@@ -285,7 +310,7 @@ def test_a_pickle_that_is_more_than_tensors_is_refused(tmp_path, capsys):
     classifier = networks.build("ResNet18_vd", 4, seed=3)
     file = tmp_path / "weights.pth"
     torch.save({"state_dict": classifier.network.state_dict(), "evil": Evil()}, file)
-    with pytest.raises(ValueError, match="holds more than tensors"):
+    with pytest.raises(ValueError, match="holds more than data"):
         weights.load(classifier.network, file)
     assert "this ran" not in capsys.readouterr().out
     torch.save({"state_dict": classifier.network.state_dict()}, file)

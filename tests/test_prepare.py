@@ -193,6 +193,17 @@ def test_choices_hardly_change_when_images_are_added(tmp_path):
     assert set(other.ids.tolist()) != set(before.ids.tolist())  # the seed decides
 
 
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_another_seed_draws_other_images_for_each_split(tmp_path, share):
+    root = write(tmp_path / "in", with_splits() | good(40))
+    shares = {"val_share": share, "test_share": share} if share else SPLITS
+    sets = [prepared(tmp_path / str(seed), root, labels_per_class=10, seed=seed, **shares)[0] for seed in (0, 1)]
+    for split in ("labelled", "val", "test") if share else ("labelled",):
+        one, other = (set(images.ids[images.rows(split)].tolist()) for images in sets)
+        assert len(one) == len(other) > 4
+        assert len(one & other) < 0.8 * len(one), split
+
+
 def test_shares_are_taken_of_each_class(tmp_path):
     files = good(40, "ab") | good(5, "c") | good(2, "d")
     images, _ = prepared(tmp_path / "out", write(tmp_path / "in", files), val_share=0.2, test_share=0.1)
@@ -294,6 +305,18 @@ def test_a_class_without_test_images_is_named(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "prepare: warning: no test image of class 'a': nothing will be known of it there\n" in done.stdout
     assert "no val image" not in done.stdout
+
+
+def test_too_few_images_for_likeness_are_told_before_the_teacher_is_fitted(tmp_path):
+    write(tmp_path / "in", with_splits())
+    said = []
+    for pool in ("pool", None):
+        done = stage(tmp_path, labelled_root="in", unlabelled_root="in", **SPLITS | {"unlabelled": pool})
+        assert done.returncode == 0, done.stderr
+        said.append(
+            "there are 8 pool and 6 validation images, and mine.rank_by: likeness takes 10 of each" in done.stdout
+        )
+    assert said == [True, False]
 
 
 @pytest.mark.skipif(not (DATA / "cifar10.zip").exists(), reason="SSLD_TEST_DATA has no cifar10.zip")

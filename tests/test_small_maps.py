@@ -1,10 +1,14 @@
 """Convolutions of small maps: what torch's give, to rounding, and all of the gradient."""
 
 import itertools
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
+from commands import ENVIRONMENT
+from images import ROOT
 from timm.layers import Conv2dSame, ScaledStdConv2d
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -179,3 +183,28 @@ def test_a_packed_network_takes_batches_of_any_size(tmp_path):
     for count in (1, 3, 8):
         pixels = torch.rand(count, 3, 32, 32) * 255
         torch.testing.assert_close(packed(pixels), network(pixels), rtol=1e-4, atol=1e-4)
+
+
+PROGRAM = """
+import torch
+from torch import nn
+from pipeline.core import small_maps
+
+network = nn.Sequential(nn.Conv2d({channels}, 48, 1, {stride}, bias=False)).to(memory_format=torch.channels_last)
+small_maps.replace_convolutions(network)
+x = torch.rand(3, {channels}, 256, 256).to(memory_format=torch.channels_last)
+for _ in range(20):
+    network.zero_grad()
+    network(x).sum().backward()
+expected = x[..., :: {stride}, :: {stride}].sum((0, 2, 3)).expand(48, {channels})
+torch.testing.assert_close(network[0].weight.grad[:, :, 0, 0], expected, rtol=1e-4, atol=0)
+"""
+
+
+@pytest.mark.parametrize(("channels", "stride"), [(3, 2), (13, 2), (3, 4)])
+def test_no_gradient_is_written_past_its_memory(channels, stride):
+    """torch's would: the process dies of it, or other values change."""
+    program = PROGRAM.format(channels=channels, stride=stride)
+    variables = {**ENVIRONMENT, "MALLOC_CHECK_": "3", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -114,15 +114,18 @@ def test_labelled_and_unlabelled_images_may_lie_in_different_archives(tmp_path):
     assert images.source(images.rows("unlabelled")[0]).startswith("some/where/")
 
 
-def test_a_list_may_name_files_by_their_whole_paths(tmp_path, monkeypatch):
+def test_a_list_may_name_files_by_their_whole_paths_and_in_windows_way(tmp_path, monkeypatch):
     root = write(tmp_path / "in", good())
     below = sorted(path.relative_to(root).as_posix() for path in (root / "train").rglob("*.png"))
     rows = [(name, name.split("/")[1]) for name in below]
     for file, before in (("short.csv", ""), ("whole.csv", f"{root}/")):
         (root / file).write_text("\n".join(["file,label", *(f"{before}{name},{label}" for name, label in rows)]))
+    windows = ["file,label", *(f"{name},{label}".replace("/", "\\") for name, label in rows)]
+    (root / "windows.csv").write_text("\r\n".join(windows))
     monkeypatch.chdir(tmp_path)
-    made = [prepared(tmp_path / out, Path("in"), train=f"{out}.csv") for out in ("short", "whole")]
-    assert made[0][0].digest == made[1][0].digest
+    made = [prepared(tmp_path / out, Path("in"), train=f"{out}.csv") for out in ("short", "whole", "windows")]
+    assert len(made[0][0]) == 24
+    assert made[0][0].digest == made[1][0].digest == made[2][0].digest
 
 
 def test_a_list_may_hold_images_without_a_label(tmp_path):
@@ -151,6 +154,11 @@ def test_a_list_that_names_a_missing_file(tmp_path):
         ("x.rar", "not a folder, an archive"),
         ("x.zip/trian", "no such folder or list in the archive; there are train"),
         ("bad.csv", "its first line must name the columns file and label, not path, class"),
+        ("classes.csv", "its first line must name the columns file and label, not file, class"),
+        (
+            "comma.csv",
+            r"row 2 below the heading has 3 fields, not 2; a name that holds a comma stands in quotation marks",
+        ),
         ("empty.csv", "its first line must name"),
         ("hole.csv", "row 2 below the heading names no file"),
         ("open.csv", "open.csv: not a list of images: unexpected end of data"),
@@ -167,6 +175,8 @@ def test_sources_that_are_not_there(tmp_path, train, words):
         | {
             "x.rar": b"Rar!",
             "bad.csv": b"path,class\nx,y\n",
+            "classes.csv": b"file,class\ntrain/a/00.png,a\n",
+            "comma.csv": b"file,label\ntrain/a/00.png,a,\ntrain/a/01.png,cat, small\n",
             "empty.csv": b"",
             "open.csv": b'file,label\ntrain/a/00.png,a\n"train/a/01.png,a\ntrain/a/02.png,a\n',
             "out.csv": b"file,label\n../out/x.png,a\n",

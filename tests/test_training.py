@@ -20,7 +20,7 @@ import models
 from pipeline.core import checkpoints, engine, networks, stage, training
 from pipeline.core.batches import TrainingOrder, Views, in_order, load, spare_cores
 from pipeline.core.devices import Processes
-from pipeline.core.optimizers import learning_rate, optimizer_of
+from pipeline.core.optimizers import Average, learning_rate, optimizer_of
 from pipeline.core.training import Before, _name, batches_a_pass, better, labelled_loss, validator
 from pipeline.core.views import ViewSpec
 
@@ -94,6 +94,19 @@ def test_the_network_that_is_kept_is_the_average_of_the_steps(images, tmp_path):
         decay = min(1 - step ** (-2 / 3), 0.7)  # timm's ModelEmaV3 warms it up so
         average = decay * (weight if average is None else average) + (1 - decay) * weight.detach().clone()
     torch.testing.assert_close(training.classifier.network.fc.weight, average)
+
+
+def test_a_module_that_stands_in_two_places_is_averaged_once_a_step():
+    layer = nn.BatchNorm1d(3)
+    network = nn.Sequential(layer, nn.ReLU(), layer)
+    average = Average(network, decay=0.75)
+    with torch.no_grad():
+        layer.weight.fill_(5.0)
+        layer.num_batches_tracked.fill_(8)
+    average.update(network)
+    assert average.module[0] is average.module[2]
+    assert average.module[0].weight.tolist() == [2.0, 2.0, 2.0]
+    assert average.module[0].num_batches_tracked == 8
 
 
 def test_each_step_has_random_numbers_of_its_own(images, tmp_path):
@@ -215,12 +228,18 @@ def test_no_checkpoint_holds_a_loss_that_is_not_finite(images, tmp_path):
     assert len(checkpoints.files(tmp_path)) == 1
 
 
-def test_a_run_is_named_after_its_network(images):
-    """ResNet50 and ResNet50_va have weights of the same names and shapes."""
-    params = tiny()
-    named = SimpleNamespace(recipe=params.baseline, identities={}, replicas=0, resolution=16)
-    names = {_name(SimpleNamespace(**vars(named), card={"model": it}), params) for it in ("ResNet50", "ResNet50_va")}
-    assert len(names) == 2
+def test_a_run_is_named_after_all_that_it_depends_on(monkeypatch):
+    """So that it goes on from no other's checkpoint: ResNet50's and ResNet50_va's weights have the same names."""
+    params, network = tiny(), {"model": "ResNet50"}
+    task = SimpleNamespace(recipe=params.baseline, identities={"data": "a"}, replicas=0, resolution=16, card=network)
+
+    def name(seed=0, crop=0.9, **changes):
+        return _name(SimpleNamespace(**vars(task) | changes), tiny(**{"seed": seed, "views.test_crop": crop}))
+
+    names = [name(), name(seed=1), name(crop=0.8), name(card={"model": "ResNet50_va"}), name(identities={"data": "b"})]
+    names += [name(replicas=1), name(resolution=17), name(recipe=tiny(**{"baseline.lr": 0.5}).baseline)]
+    monkeypatch.setattr(stage, "code_digest", lambda: "other code")
+    assert len({*names, name()}) == len(names) + 1
 
 
 def test_workers_render_the_same_batches(images):

@@ -99,6 +99,8 @@ def test_the_trees_own_labels_are_of_its_last_run_whatever_its_settings_say_now(
     assert workspace.nearest_lock(toy, {"distill.epochs": 4}) == toy / "dvc.lock"
     settings.write_text(re.sub(r"flip: \S+", "flip: 0.25", settings.read_text()))
     assert workspace.nearest_lock(toy, {"distill.epochs": 4}) == kept / "dvc.lock"
+    (toy / "dvc.lock").write_text("")  # as while it is written
+    assert workspace.nearest_lock(toy, {"distill.epochs": 4}) == kept / "dvc.lock"
 
 
 def test_a_runs_results_take_the_place_of_those_of_that_name(tmp_path):

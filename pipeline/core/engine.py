@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -89,7 +88,7 @@ class Run:
                 ) from None
         self.optimizer = optimizers.optimizer_of(self.part, self.recipe)
         decay = self.recipe.ema_decay
-        self.ema = ModelEmaV3(self.classifier, decay=decay, use_warmup=True) if decay else None
+        self.ema = optimizers.Average(self.classifier, decay) if decay else None
         self.meter = Meter(self.device.type)
 
     @property

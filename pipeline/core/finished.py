@@ -107,7 +107,7 @@ def lineage(record: dict[str, Any], params: Params, data: Path, root: Path = Pat
         "digest.teacher": atomic.read_json(data / "teacher" / "network.json")["digest"],
         "digest.cache": atomic.read_json(data / "cache" / "cache.json")["fingerprint"],
     }
-    lock = yaml.safe_load((root / "dvc.lock").read_text()) if (root / "dvc.lock").exists() else {}
+    lock = (yaml.safe_load((root / "dvc.lock").read_text()) if (root / "dvc.lock").exists() else None) or {}
     for name in STORED:
         # Under these names, DVC's cache and remotes keep what the stages wrote.
         outs = lock.get("stages", {}).get(name, {}).get("outs", [])

@@ -13,9 +13,10 @@ from collections.abc import Callable
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
+from pipeline.core.sections import LEAST_TO_LEARN
+
 FOLDS = 5
 SAMPLE = 20_000  # most images of each side that a regression is fitted to
-LEAST = 10  # fewest images of each side
 STRENGTH = 1e-3  # inverse of the L2 penalty, for embeddings of variance 1
 ROWS = 4096  # embeddings read at once: they may be many times the memory
 
@@ -37,10 +38,10 @@ def likeness(
     Raises:
         ValueError: there are too few images to learn from.
     """
-    if min(len(pool), len(validation)) < LEAST:
+    if min(len(pool), len(validation)) < LEAST_TO_LEARN:
         raise ValueError(
             f"mine.rank_by is likeness, but there are {len(pool)} pool and {len(validation)} validation images, and it "
-            f"takes {LEAST} of each to learn what belongs; set it to probability"
+            f"takes {LEAST_TO_LEARN} of each to learn what belongs; set it to probability"
         )
     positive, negative = (side[:SAMPLE].astype(np.float32) for side in (validation, pool))
     both = np.concatenate([positive, negative])

@@ -122,7 +122,7 @@ def build(name: str, num_classes: int, seed: int, init: str | None = None, resiz
     if init is None:
         return Classifier(network, resized_to=resized_to)
     if init != TIMM:
-        weights.load(network, Path(init), new_classifier=True)
+        weights.load(network, Path(init), (name, num_classes), new_classifier=True)
     if not (said := normalisation(network)):
         raise ValueError(
             f"{name} does not say how pixels are normalised for weights of its own: give it pretrained_cfg"

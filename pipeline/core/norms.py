@@ -25,8 +25,10 @@ def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
         return convert_sync_batchnorm(network)
     for module in network.modules():
         if isinstance(module, _BatchNorm) and type(module) not in SHARED.values():
-            if type(module) not in SHARED:
-                raise ValueError(f"{type(module).__name__} cannot be shared on a CPU: set machine.processes to 1")
+            plain = module.affine and module.track_running_stats and module.momentum is not None
+            if type(module) not in SHARED or not plain:
+                of = "" if plain else " without weights, running statistics or momentum"
+                raise ValueError(f"{type(module).__name__}{of} cannot be shared on a CPU: set machine.processes to 1")
             module.__class__ = SHARED[type(module)]
     return network
 

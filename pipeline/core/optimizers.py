@@ -1,9 +1,10 @@
-"""What moves the weights: the optimizer of a recipe, the learning rate of each network stage, and its schedule."""
+"""What moves the weights: a recipe's optimizer, the learning rate of each network stage, its schedule, the average."""
 
 import math
 
 import torch
 from timm.models import group_parameters
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from pipeline.core.sections import StudentRecipe, TrainingRecipe
@@ -59,3 +60,23 @@ def multipliers_and_weights(part: nn.Module, recipe: TrainingRecipe) -> list[tup
         if p.requires_grad:
             weights[stage_of[name]].append(p)
     return [(1.0, weights[-1]), *zip(multipliers, weights[:-1], strict=True)]
+
+
+class Average(ModelEmaV3):
+    """timm's average of a network's weights over the steps; a module that stands in several places is averaged once.
+
+    timm goes through the state dict, where such a module's weights are found under each of its names: in a CoaT, those
+    of some would be averaged nine times a step.
+    """
+
+    def __init__(self, network: nn.Module, decay: float):
+        super().__init__(network, decay, use_warmup=True)
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        """Move the average towards a network by 1 - decay; what is counted, as BatchNorm's batches, is taken over."""
+        own, new = ([*network.parameters(), *network.buffers()] for network in (self.module, model))
+        pairs = [pair for pair in zip(own, new, strict=True) if pair[0].is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], weight=1 - decay)
+        for average, value in zip(own, new, strict=True):
+            if not average.is_floating_point():
+                average.copy_(value)

@@ -216,6 +216,9 @@ class Score(Section):
     batch_size: Count
 
 
+LEAST_TO_LEARN = 10  # fewest pool and fewest validation images that `mine.rank_by: likeness` learns from
+
+
 class Mine(Section):
     per_class: Count
     classes_per_image: Count

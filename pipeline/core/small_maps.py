@@ -1,11 +1,13 @@
-"""Convolutions of small maps, on a CPU: as matrix products, which are faster, and with gradients that are right.
+"""Convolutions on a CPU: of small maps as matrix products, which are faster, and all with gradients that are right.
 
 A deep network makes of images of 32 pixels maps of 2 x 2 and 1 x 1 positions. There, a CPU's convolutions (oneDNN's) go
 through the batch image by image and read all weights for each of them; a matrix product takes the whole batch at once.
 What is added up is the same, so results differ by rounding alone. `python benchmarks/engine.py step` shows the gain.
 
 Where a convolution under bfloat16 autocast takes steps that are longer than its map's side, torch 2.15 (oneDNN 3.13)
-does not write the gradient of the taps that never lie on the map: whatever was in that memory stays, NaN among it.
+does not write the gradient of the taps that never lie on the map: whatever was in that memory stays, NaN among it. And
+of a 1 x 1 convolution of few channels that takes longer steps, it writes the gradient past the end of its memory, in
+float32 and channels-last order (oneDNN's issue 6035).
 """
 
 import functools
@@ -21,6 +23,7 @@ from torch.autograd.function import FunctionCtx
 POINTWISE = 16  # most positions of a map of which a 1 x 1 convolution is a product
 WHOLE = 2  # most positions a side of a map of which a 3 x 3 convolution is one
 FEW = 4  # fewest images for which it pays to write that convolution's matrix
+BLOCK = 16  # channels that oneDNN takes at once: of fewer, it writes past the end
 
 
 def replace_convolutions(network: nn.Module) -> None:
@@ -76,6 +79,8 @@ class SmallMapConv2d(WholeGradientConv2d):
         if x.device.type == "cpu" and x.ndim == 4 and self.groups == 1 and self.padding_mode == "zeros":
             batch, _, height, width = x.shape
             kind = self.kernel_size, self.padding, self.dilation
+            if kind[:2] == ((1, 1), (0, 0)) and self.stride != (1, 1) and self.in_channels < BLOCK:
+                return F.conv2d(x[..., :: self.stride[0], :: self.stride[1]], self.weight, self.bias)
             fits = x.dtype == self.weight.dtype or torch.is_autocast_enabled("cpu")  # else torch has a word to say
             if kind == ((1, 1), (0, 0), (1, 1)) and self.stride == (1, 1) and height * width <= POINTWISE and fits:
                 return self._pointwise(x)

@@ -86,8 +86,9 @@ def open_source(role: str, root: str, inner: str, opened: dict[Path, Tree]) -> S
         check_there(role, base, inner)
         path, inside = _locate(base, inner)
         place = f"{path}: {inside}" if inside else str(path)
+        columns = ["file"] if role == "unlabelled" else ["file", "label"]  # that a list must have
         try:
-            files, classes = _files(path, inside, base, f"prepare.{role}: {place}", opened)
+            files, classes = _files(path, inside, base, f"prepare.{role}: {place}", opened, columns)
         except FileNotFoundError as error:
             raise ValueError(f"{error}{IN_ITS_PLACE.get(role, '')}") from None
     if role == "unlabelled":
@@ -147,7 +148,7 @@ def _locate(base: Path, inner: str) -> tuple[Path, str]:
 
 
 def _files(
-    path: Path, inside: str, base: Path, where: str, opened: dict[Path, Tree]
+    path: Path, inside: str, base: Path, where: str, opened: dict[Path, Tree], columns: list[str]
 ) -> tuple[list[SourceFile], set[str]]:
     if path.is_dir():
         return _by_folder(archives.open_folder(path), "", _below(path, base))
@@ -157,7 +158,7 @@ def _files(
         tree, above = opened[path], _below(path, base)
         entries = {_nfc(entry.name): entry for entry in tree.entries} if inside.lower().endswith(".csv") else {}
         if _nfc(inside) in entries:
-            rows = _rows(entries[_nfc(inside)].read(), where)
+            rows = _rows(entries[_nfc(inside)].read(), where, columns)
             return _by_list(rows, partial(_in_archive, entries, posixpath.dirname(inside)), above)
         if inside not in tree.folders:  # but it may be there in another spelling
             inside = next((name for name in sorted(tree.folders) if _nfc(name) == _nfc(inside)), inside)
@@ -166,7 +167,7 @@ def _files(
             raise FileNotFoundError(f"{where}: no such folder or list in the archive{_some(top)}")
         return _by_folder(tree, inside, above)
     if path.suffix.lower() == ".csv":
-        return _by_list(_rows(path.read_bytes(), where), partial(_on_disk, path.parent, base, where), "")
+        return _by_list(_rows(path.read_bytes(), where, columns), partial(_on_disk, path.parent, base, where), "")
     raise ValueError(f"{where}: not a folder, an archive ({', '.join(archives.OPENERS)}) or a list (.csv)")
 
 
@@ -201,14 +202,22 @@ def _by_list(
     return files, {file.class_name for file in files if file.class_name}
 
 
-def _rows(content: bytes, where: str) -> list[tuple[str, str]]:
-    """Read a list: (file, label) of each row; the label may be empty."""
+def _rows(content: bytes, where: str, needed: list[str]) -> list[tuple[str, str]]:
+    """Read a list with at least the needed columns: (file, label) of each row; the label may be empty."""
     try:
         rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig")), skipinitialspace=True, strict=True)
         columns = rows.fieldnames or []
-        if "file" not in columns:
-            raise ValueError(f"its first line must name the columns file and label, not {', '.join(columns) or 'none'}")
-        found = [((row["file"] or "").strip(), (row.get("label") or "").strip()) for row in rows]
+        if not {*needed} <= {*columns}:
+            wanted = "columns file and label" if len(needed) > 1 else "column file"
+            raise ValueError(f"its first line must name the {wanted}, not {', '.join(columns) or 'none'}")
+        found = []
+        for number, row in enumerate(rows, start=1):
+            if any(surplus := row.get(None, [])):
+                raise ValueError(
+                    f"row {number} below the heading has {len(columns) + len(surplus)} fields, not {len(columns)}; a "
+                    'name that holds a comma stands in quotation marks: "cat, small"'
+                )
+            found.append(((row["file"] or "").strip(), (row.get("label") or "").strip()))
     except (UnicodeDecodeError, csv.Error, ValueError) as error:
         raise ValueError(f"{where}: not a list of images: {error}") from None
     for number, (name, _) in enumerate(found, start=1):
@@ -220,6 +229,8 @@ def _rows(content: bytes, where: str) -> list[tuple[str, str]]:
 
 
 def _on_disk(folder: Path, base: Path, where: str, name: str) -> Entry:
+    if "\\" in name and not os.path.lexists(folder / name):
+        name = name.replace("\\", "/")  # of a list made on Windows
     if not _inside(folder / name, base):
         raise ValueError(f"{where}: {name} lies outside {base}, which is all that DVC watches: {ONE_ROOT}")
     path = os.path.normpath(folder / name)

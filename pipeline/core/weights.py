@@ -1,5 +1,6 @@
 """State dicts as files: what comes from outside is checked, and nothing of it is run."""
 
+import argparse
 import hashlib
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 import models
 from pipeline.core import atomic
 
-HOLDERS = ("state_dict", "model_state_dict", "model")  # keys under which checkpoints of trainings hold the weights
+# Keys under which checkpoints of trainings hold the weights; first the averaged ones, which timm and torchvision score.
+HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
+COUNTED = "n_averaged"  # what torch's AveragedModel has beside the weights
 WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every key
 
 
@@ -28,10 +31,12 @@ def save(file: Path, state: dict[str, Tensor], metadata: dict[str, str] | None =
             raise OSError(f"{file}: cannot be written: {error}") from None
 
 
-def load(network: nn.Module, file: Path, new_classifier: bool = False) -> None:
-    """Load a state dict from a .safetensors file, or from a PyTorch file that holds nothing but tensors.
+def load(network: nn.Module, file: Path, built_as: tuple[str, int] | None = None, new_classifier: bool = False) -> None:
+    """Load a state dict from a .safetensors file, or from a PyTorch file that holds nothing but data.
 
     Args:
+        built_as: what `models.build` made the network from, name and number of classes: it tells a file for other
+            classes from one of another network.
         new_classifier: leave the network's classifier as it is, and say so, where the file's is for other classes.
 
     Raises:
@@ -42,7 +47,8 @@ def load(network: nn.Module, file: Path, new_classifier: bool = False) -> None:
         if file.suffix == ".safetensors":
             state = load_file(file)
         else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # a training's arguments, beside its weights
+                state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
     except OSError as error:
@@ -51,11 +57,14 @@ def load(network: nn.Module, file: Path, new_classifier: bool = False) -> None:
         raise ValueError(f"{file}: cannot be read as weights: {str(error).splitlines()[0]}") from None
     except Exception as error:  # torch.load raises pickle's many errors: whatever it is, the file is refused
         raise ValueError(
-            f"{file}: holds more than tensors, or is no PyTorch file ({type(error).__name__}); nothing of it was run. "
+            f"{file}: holds more than data, or is no PyTorch file ({type(error).__name__}); nothing of it was run. "
             "Save the state dict alone, best as .safetensors"
         ) from None
     if isinstance(state, dict):
-        state = next((state[key] for key in HOLDERS if isinstance(state.get(key), dict)), state)
+        held = [key for key in HOLDERS if isinstance(state.get(key), dict)]
+        if len(held) > 1:
+            print(f"{file}: holds {', '.join(held)}; the weights are those of {held[0]}", flush=True)
+        state = {key: value for key, value in state[held[0]].items() if key != COUNTED} if held else state
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         has = f"; it holds {', '.join(map(str, [*state][:5]))}" if isinstance(state, dict) else ""
         raise ValueError(f"{file}: not a state dict of tensors{has}: save the network's state_dict() alone")
@@ -63,20 +72,19 @@ def load(network: nn.Module, file: Path, new_classifier: bool = False) -> None:
     while not own.keys() & state.keys() and (prefix := _wrapper_of(state)):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     _check_names(own, state, file)
-    for key, classes in _other_classes(network, state).items():
+    other = [key for key, value in own.items() if value.shape != state[key].shape]
+    axes = models.class_axes(*built_as) if other and built_as else {}
+    for key in other:
+        shape, wanted, axis = tuple(state[key].shape), tuple(own[key].shape), axes.get(key)
+        if axis is None or _without(shape, axis) != _without(wanted, axis):
+            raise ValueError(f"{file}: of another network: {key} is {shape}, not {wanted}")
         if not new_classifier:
             raise ValueError(
-                f"{file}: made for {classes} classes, but the data has {own[key].shape[0]}: take a file made for these "
+                f"{file}: made for {shape[axis]} classes, but the data has {wanted[axis]}: take a file made for these "
                 "classes, or fit a teacher here (teacher.source: fit)"
             )
-        print(f"{file}: made for {classes} classes, not {own[key].shape[0]}: {key} starts anew", flush=True)
-        state = {**state, key: own[key]}
-    for key, value in own.items():
-        if value.shape != state[key].shape:
-            raise ValueError(
-                f"{file}: of another network: {key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
-            )
-    network.load_state_dict(state)
+        print(f"{file}: made for {shape[axis]} classes, not {wanted[axis]}: {key} starts anew", flush=True)
+    network.load_state_dict({**state, **{key: own[key] for key in other}})
 
 
 def _wrapper_of(state: dict[str, Tensor]) -> str:
@@ -93,12 +101,9 @@ def _check_names(own: dict[str, Tensor], state: dict[str, Tensor], file: Path) -
         raise ValueError(f"{file}: of another network: it {which} {key}; set the model's name to what the file holds")
 
 
-def _other_classes(network: nn.Module, state: dict[str, Tensor]) -> dict[str, int]:
-    """Name the last layers' weights that a file has for another number of classes, and that number."""
-    layers = [layer for layer in models.last_layers(network) if isinstance(layer, nn.Linear | nn.Conv2d)]
-    places = [parameter.data_ptr() for layer in layers for parameter in layer.parameters()]
-    own = {key: value for key, value in network.state_dict().items() if value.data_ptr() in places}
-    return {key: len(state[key]) for key, value in own.items() if state[key].shape[:1] not in ((), value.shape[:1])}
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """A tensor's shape but for one axis; a scalar's is told from that of a vector."""
+    return (len(shape), *shape[:axis], *shape[axis + 1 :])
 
 
 def file_digest(file: Path) -> str:

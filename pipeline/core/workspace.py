@@ -138,7 +138,7 @@ def nearest_lock(root: Path, changes: dict[str, Any]) -> Path:
 def _settings_of(lock: Path) -> dict[str, Any]:
     """Give the sections, or keys, of params.yaml with which a dvc.lock's soft labels were made."""
     try:
-        stages = YAML(typ="safe").load(lock.read_text()).get("stages", {})  # PyYAML reads 1e-05 as text
+        stages = (YAML(typ="safe").load(lock.read_text()) or {}).get("stages", {})  # PyYAML reads 1e-05 as text
     except FileNotFoundError:  # nothing has run yet, or another run is just writing it anew
         return {}
     made: dict[str, Any] = {}
