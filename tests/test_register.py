@@ -17,7 +17,7 @@ import yaml
 from student_project import CLASSES, NAME, RESOLUTION, ROOT, Project, make_network, put_student, write_images
 
 from pipeline import register
-from pipeline.core import mlflow_store, networks, onnx_file, registry, weights
+from pipeline.core import finished, mlflow_store, networks, onnx_file, registry, weights
 from pipeline.core import params as settings
 from pipeline.core.batches import Views, in_order
 
@@ -364,6 +364,15 @@ def test_what_does_not_fit_together_is_refused(project):
     (project.data / "evaluate" / "metrics.json").unlink()
     with pytest.raises(ValueError, match=r"metrics\.json: not there"):
         project.register()
+
+
+def test_a_version_belongs_to_how_it_was_shown_which_images(project):
+    def key(crop=1.0):
+        return finished.describe(finished.read(project.data), NAME, crop)["key"]
+
+    keys = {key(), key(crop=0.9)}
+    write_images(project.data / "prepare", lambda at: 0)  # the same images under other labels
+    assert len({*keys, key()}) == 3
 
 
 @pytest.mark.parametrize(

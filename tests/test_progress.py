@@ -1,0 +1,64 @@
+"""Progress lines, and what a step of a training costs."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline.core import progress
+from pipeline.core.progress import Meter, Progress, duration
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still, but for who moves it: its `now` is in seconds."""
+    found = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: found.now))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(9.4, "9 s"), (59.6, "1 min 00 s"), (125, "2 min 05 s"), (12_000, "3 h 20 min")]
+)
+def test_durations_are_written_as_people_say_them(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_a_resumed_runs_rate_is_that_of_its_own_work(clock, capsys):
+    with Progress(1000, "images", "train", done=600) as bar:
+        clock.now += 4
+        bar.update(100)  # too soon for a line
+        clock.now += 1
+        bar.update(100)
+        clock.now += 3
+        bar.note = "epoch 2"
+        bar.update(200)
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 800/1,000 images (80 %), 40/s, 5 s left",
+        "train: 1,000/1,000 images (100 %), 50/s, took 8 s, epoch 2",
+    ]
+
+
+def test_of_no_work_and_of_other_processes_nothing_is_said(clock, capsys):
+    for total, quiet in ((0, False), (10, True)):
+        with Progress(total, "images", "train", quiet=quiet) as bar:
+            bar.update(total)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_step_costs_its_share_of_the_time_since_the_last_restart(clock):
+    meter = Meter()
+
+    def slow():
+        for _ in range(4):
+            clock.now += 3  # a wait for images
+            yield None
+
+    for number, _ in enumerate(meter.batches(slow())):
+        clock.now += 1 if number < 2 else 2  # the step
+        if number == 1:
+            first = meter.figures(images=8)
+            meter.restart()
+    second = meter.figures(images=8)
+    assert first == pytest.approx(first | {"step_seconds": 4, "images_per_second": 2, "data_wait_share": 0.75})
+    assert second == pytest.approx(second | {"step_seconds": 5, "images_per_second": 1.6, "data_wait_share": 0.6})
+    assert 0.05 < second["memory_gb"] < 50
