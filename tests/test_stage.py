@@ -187,6 +187,24 @@ def test_what_cannot_be_computed_the_same_way_every_time_is_named(said):
     )
 
 
+@pytest.mark.usefixtures("alone")
+def test_weights_that_several_processes_cannot_learn_are_a_line(said):
+    class Auxiliary(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    def two_steps():
+        network = torch.nn.parallel.DistributedDataParallel(Auxiliary())
+        for _ in range(2):
+            network(torch.ones(1, 2)).sum().backward()
+
+    assert said(two_steps).startswith("distill: error: the network has weights that take no part in its logits: set ma")
+
+
 def test_what_worker_processes_say_is_one_line():
     lost = RuntimeError(
         "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "

@@ -88,6 +88,10 @@ def main(
             error = ValueError(f"out of memory{_whats_there_to_halve(params, name)}")
         elif "does not have a deterministic implementation" in str(error):
             error = ValueError(f"{str(error).partition(',')[0]}: set machine.deterministic to false")
+        elif "parameters that were not used in producing loss" in str(error):  # DistributedDataParallel's
+            error = ValueError(
+                "the network has weights that take no part in its logits: set machine.processes to 1, or take them out"
+            )
         elif errors.left_alone(error):
             mark, error = errors.LEFT_ALONE, ValueError(f"another process of this run has ended ({error})")
         elif errors.worker_lost(error):
