@@ -36,7 +36,7 @@ plan: .venv/installed  ## say what a recipe would cost, without running it: RECI
 	@$(BIN)/python -m pipeline.plan $(or $(RECIPE),digits)
 
 test: .venv/installed  ## run the tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: .venv/installed  ## check the code's style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
