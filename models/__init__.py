@@ -102,20 +102,22 @@ def build(name: str, num_classes: int = 1000, pretrained: bool = False, **kwargs
         raise ValueError(f"{name}: its pretrained weights cannot be had (no network?): {reason}") from None
 
 
-def class_axes(name: str, num_classes: int) -> dict[str, int]:
+def class_axes(network: nn.Module, name: str, num_classes: int) -> dict[str, int]:
     """Say which weights a network has more of where it has one class more: names, and the axis that is longer.
+
+    Args:
+        network: as `build` made it of the others.
 
     Raises:
         ValueError: as of `build`.
     """
     with torch.random.fork_rng(devices=[]):
-        own, more = (build(name, count).state_dict() for count in (num_classes, num_classes + 1))
+        more = build(name, num_classes + 1).state_dict()
     return {
-        key: next(
-            axis for axis, (size, larger) in enumerate(zip(value.shape, more[key].shape, strict=True)) if size < larger
-        )
-        for key, value in own.items()
-        if value.shape != more[key].shape
+        key: axis
+        for key, value in network.state_dict().items()
+        for axis, (size, larger) in enumerate(zip(value.shape, more[key].shape, strict=True))
+        if size < larger
     }
 
 

@@ -14,7 +14,6 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,9 +69,8 @@ def bring_up_to_date(params: Params, processes: Processes) -> None:
     images = ImageSet(Path("data/prepare"))
     classifier, card = networks.load(Path("data/teacher"), processes.device)
     network = [card["model"], card["digest"], card["mean"], card["std"], card.get("resized_to")]
-    libraries = [version(name) for name in ("torch", "timm", "pillow", "simplejpeg")]
     views = [params.views.resolution, params.views.test_crop]
-    asked = [*network, params.teacher.precision, *views, *libraries, stage.code_digest()]
+    asked = [*network, params.teacher.precision, *views, *stage.library_versions(), stage.code_digest()]
     answers = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     rows = np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])
     devices.wait_for_all(processes)  # until no other run writes what is read here

@@ -50,7 +50,7 @@ def steps(images: ImageSet, name: str, scratch: Path) -> list[float]:
         elif name.endswith("bias"):
             weight.data.zero_()
     if training.ema:
-        training.ema.module.double().load_state_dict(training.classifier.state_dict())
+        training.ema.module.load_state_dict(training.classifier.state_dict())
     found, update = [], training._update
     training._update = lambda network, batch: found.append(update(network, batch)) or found[-1]
     training.train()

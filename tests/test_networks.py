@@ -150,6 +150,10 @@ def test_weights_that_do_not_fit_say_what_to_do(tmp_path):
         weights.load(networks.build("ResNet18_vd", 6, 0).network, file, ("ResNet18_vd", 6))
     with pytest.raises(ValueError, match="of another network"):
         weights.load(networks.build("ResNet34_vd", 4, 0).network, file, ("ResNet34_vd", 4))
+    wider = {**classifier.network.state_dict(), "fc.weight": torch.zeros(6, 500), "fc.bias": torch.zeros(6)}
+    torch.save(wider, tmp_path / "wider.pth")
+    with pytest.raises(ValueError, match=r"of another network: fc.weight is \(6, 500\), not \(4, 512\)"):
+        networks.build("ResNet18_vd", 4, seed=0, init=str(tmp_path / "wider.pth"))
     with pytest.raises(ValueError, match="no such file"):
         weights.load(classifier.network, Path("nowhere.pth"))
     file.write_bytes(b"junk")
@@ -162,7 +166,10 @@ def test_weights_that_do_not_fit_say_what_to_do(tmp_path):
         weights.load(classifier.network, tmp_path / "numbers.pth")
     torch.save({**classifier.network.state_dict(), "fc.weight": torch.tensor(1.0)}, tmp_path / "scalar.pth")
     with pytest.raises(ValueError, match=r"of another network: fc.weight is \(\), not \(4, 512\)"):
-        weights.load(classifier.network, tmp_path / "scalar.pth")
+        weights.load(classifier.network, tmp_path / "scalar.pth", ("ResNet18_vd", 4))
+    torch.save({**classifier.network.state_dict(), "fc.bias": torch.tensor(1.0)}, tmp_path / "scalar.pth")
+    with pytest.raises(ValueError, match=r"of another network: fc.bias is \(\), not \(4,\)"):
+        weights.load(classifier.network, tmp_path / "scalar.pth", ("ResNet18_vd", 4))
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
@@ -172,6 +179,14 @@ def test_weights_of_a_wrapped_network_are_its_own(tmp_path, prefix):
     network = networks.build("test_resnet", 4, seed=0).network
     weights.load(network, tmp_path / "weights.pth")
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+
+
+def test_averaged_weights_may_stand_alone(tmp_path):
+    average = torch.optim.swa_utils.AveragedModel(networks.build("test_resnet", 4, seed=3).network)
+    torch.save(average.state_dict(), tmp_path / "weights.pth")
+    network = networks.build("test_resnet", 4, seed=0).network
+    weights.load(network, tmp_path / "weights.pth")
+    assert torch.equal(network.fc.weight, average.module.fc.weight)
 
 
 @pytest.mark.parametrize("names", [("state_dict", "state_dict_ema"), ("model", "model_ema")])  # timm's, torchvision's

@@ -118,7 +118,7 @@ def test_two_processes_leave_the_same_soft_labels_and_learn_from_them_alike(proj
     execute(project, "cp", "-r", str(project), str(clone))
     alone, losses = digest(clone / "data/cache"), training_losses(clone)
     change(clone, **{"machine.processes": 2})
-    execute(clone, "rm", "-r", "data/cache", "data/distill")
+    execute(clone, "rm", "-rf", "data/cache", "data/distill", ".scratch/distill")
     execute(clone, "python", "-m", "pipeline.cache")
     assert digest(clone / "data/cache") == alone
     execute(clone, "python", "-m", "pipeline.distill")

@@ -268,8 +268,9 @@ def test_nothing_to_test_on(tmp_path):
 # --- at the stage's door, and on real images -------------------------------------------------------------------------
 
 
-def stage(folder: Path, **changes: object) -> subprocess.CompletedProcess:
-    data = yaml.safe_load((ROOT / "params.yaml").read_text()) | {"seed": 0, "prepare": SETTINGS | changes}
+def stage(folder: Path, data: dict | None = None, **changes: object) -> subprocess.CompletedProcess:
+    data = data or yaml.safe_load((ROOT / "params.yaml").read_text())
+    data |= {"seed": 0, "prepare": SETTINGS | changes}
     write(folder, {"params.yaml": yaml.safe_dump(data).encode()})
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
@@ -309,14 +310,15 @@ def test_a_class_without_test_images_is_named(tmp_path):
 
 def test_too_few_images_for_likeness_are_told_before_the_teacher_is_fitted(tmp_path):
     write(tmp_path / "in", with_splits())
-    said = []
-    for pool in ("pool", None):
-        done = stage(tmp_path, labelled_root="in", unlabelled_root="in", **SPLITS | {"unlabelled": pool})
+    for pool, rank_by in (("pool", "likeness"), (None, "likeness"), ("pool", "probability")):
+        data = yaml.safe_load((ROOT / "params.yaml").read_text())
+        data["mine"]["rank_by"] = rank_by
+        chosen = {"labelled_root": "in", "unlabelled_root": "in", **SPLITS, "unlabelled": pool}
+        done = stage(tmp_path, data, **chosen)
         assert done.returncode == 0, done.stderr
-        said.append(
-            "there are 8 pool and 6 validation images, and mine.rank_by: likeness takes 10 of each" in done.stdout
-        )
-    assert said == [True, False]
+        few = "there are 8 pool and 6 validation images, and mine.rank_by: likeness takes 10 of each" in done.stdout
+        assert few == (pool == "pool" and rank_by == "likeness")
+        assert ("likeness" in done.stdout) == few
 
 
 @pytest.mark.skipif(not (DATA / "cifar10.zip").exists(), reason="SSLD_TEST_DATA has no cifar10.zip")

@@ -366,6 +366,14 @@ def test_what_does_not_fit_together_is_refused(project):
         project.register()
 
 
+def test_a_version_of_a_run_without_dvcs_record_has_no_tags_of_it(project):
+    record = finished.describe(finished.read(project.data), NAME, 1.0)
+    params = settings.load(ROOT / "params.yaml")
+    assert finished.lineage(record, params, project.data)["dvc.data/cache"] == "abc.dir"
+    Path("dvc.lock").write_text("")  # as while DVC writes it
+    assert not any(tag.startswith("dvc.") for tag in finished.lineage(record, params, project.data))
+
+
 def test_a_version_belongs_to_how_it_was_shown_which_images(project):
     def key(crop=1.0):
         return finished.describe(finished.read(project.data), NAME, crop)["key"]

@@ -138,6 +138,14 @@ def test_a_list_may_hold_images_without_a_label(tmp_path):
     assert (images.withheld == -1).all()
 
 
+def test_a_list_of_the_pool_needs_no_labels_and_a_name_may_hold_a_backslash(tmp_path):
+    root = write(tmp_path / "in", good() | {"back\\slash.png": png(1), "back/slash.png": png(2)})
+    write(root, {"pool.csv": b"file\nback\\slash.png\n"})
+    images, refused = prepared(tmp_path / "out", root, unlabelled="pool.csv")
+    assert refused == []
+    assert [images.source(row) for row in images.rows("unlabelled")] == ["back\\slash.png"]
+
+
 def test_a_list_that_names_a_missing_file(tmp_path):
     root = write(
         tmp_path / "in", good() | {"list.csv": ("file,label\n" + "".join(f"{n},{n[6]}\n" for n in good())).encode()}

@@ -27,7 +27,7 @@ def out_of_shared_memory(error: BaseException) -> bool:
 
 
 def in_a_line(error: BaseException) -> str:
-    """Give an error's words in one line, of one without words its kind; of a worker process's, its own words alone."""
+    """Give an error's message in a line, or its class where it has none; of a DataLoader worker's error, that alone."""
     words = str(error)
     if "DataLoader worker process" in words and "Original Traceback" in words:
         words = words.rpartition(f"\n{type(error).__name__}: ")[2]

@@ -74,9 +74,10 @@ class Average(ModelEmaV3):
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         """Move the average towards a network by 1 - decay; what is counted, as BatchNorm's batches, is taken over."""
-        own, new = ([*network.parameters(), *network.buffers()] for network in (self.module, model))
-        pairs = [pair for pair in zip(own, new, strict=True) if pair[0].is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], weight=1 - decay)
-        for average, value in zip(own, new, strict=True):
-            if not average.is_floating_point():
-                average.copy_(value)
+        states = (network.state_dict(keep_vars=True).values() for network in (self.module, model))
+        pairs = {id(own): (own, new) for own, new in zip(*states, strict=True)}.values()
+        moved = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._foreach_lerp_([own for own, _ in moved], [new for _, new in moved], 1 - decay)
+        for own, new in pairs:
+            if not own.is_floating_point():
+                own.copy_(new)

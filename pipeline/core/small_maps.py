@@ -6,8 +6,8 @@ What is added up is the same, so results differ by rounding alone. `python bench
 
 Where a convolution under bfloat16 autocast takes steps that are longer than its map's side, torch 2.15 (oneDNN 3.13)
 does not write the gradient of the taps that never lie on the map: whatever was in that memory stays, NaN among it. And
-of a 1 x 1 convolution of few channels that takes longer steps, it writes the gradient past the end of its memory, in
-float32 and channels-last order (oneDNN's issue 6035).
+of a 1 x 1 convolution of few channels that takes steps of more than one, in float32 and channels-last order, it writes
+past the memory that it works in (oneDNN's issue 6035): other values change, or the process dies.
 """
 
 import functools
@@ -23,7 +23,7 @@ from torch.autograd.function import FunctionCtx
 POINTWISE = 16  # most positions of a map of which a 1 x 1 convolution is a product
 WHOLE = 2  # most positions a side of a map of which a 3 x 3 convolution is one
 FEW = 4  # fewest images for which it pays to write that convolution's matrix
-BLOCK = 16  # channels that oneDNN takes at once: of fewer, it writes past the end
+BLOCK = 16  # most channels that oneDNN takes at once: with fewer, a 1 x 1 convolution in steps overruns its memory
 
 
 def replace_convolutions(network: nn.Module) -> None:
@@ -45,14 +45,24 @@ def restore_convolutions(network: nn.Module) -> None:
 
 
 class WholeGradientConv2d(nn.Conv2d):
-    """A convolution all of whose gradient is written: in float32 where torch would leave some of it as it finds it."""
+    """A convolution all of whose gradient is written, and nothing else: in another way where torch fails in that."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve features (B, C, H, W)."""
+        if self._would_overrun(x):
+            steps, self.stride = self.stride, (1, 1)
+            try:
+                return super().forward(x[..., :: steps[0], :: steps[1]])  # all that the convolution looks at
+            finally:
+                self.stride = steps
         if not self._would_leave_some(x):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
             return super().forward(x.float()).to(torch.get_autocast_dtype("cpu"))
+
+    def _would_overrun(self, x: Tensor) -> bool:
+        points = self.kernel_size == (1, 1) and self.padding in ((0, 0), "valid")
+        return x.device.type == "cpu" and points and max(self.stride) > 1 and self.in_channels < BLOCK
 
     def _would_leave_some(self, x: Tensor) -> bool:
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
@@ -79,8 +89,6 @@ class SmallMapConv2d(WholeGradientConv2d):
         if x.device.type == "cpu" and x.ndim == 4 and self.groups == 1 and self.padding_mode == "zeros":
             batch, _, height, width = x.shape
             kind = self.kernel_size, self.padding, self.dilation
-            if kind[:2] == ((1, 1), (0, 0)) and self.stride != (1, 1) and self.in_channels < BLOCK:
-                return F.conv2d(x[..., :: self.stride[0], :: self.stride[1]], self.weight, self.bias)
             fits = x.dtype == self.weight.dtype or torch.is_autocast_enabled("cpu")  # else torch has a word to say
             if kind == ((1, 1), (0, 0), (1, 1)) and self.stride == (1, 1) and height * width <= POINTWISE and fits:
                 return self._pointwise(x)

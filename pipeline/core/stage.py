@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 
@@ -189,6 +190,11 @@ def finish_first() -> Iterator[None]:
             signal.signal(signum, handler)
     if came:
         listened_to[came[0]](came[0], None)
+
+
+def library_versions() -> list[str]:
+    """Versions of the libraries on which views' pixels and networks' answers depend."""
+    return [version(name) for name in ("torch", "torchvision", "timm", "pillow", "simplejpeg", "numpy")]
 
 
 def code_digest() -> str:

@@ -10,7 +10,6 @@ import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +241,7 @@ def _name(task: Task, params: Params) -> str:
         "identities": task.identities,
         "replicas": task.replicas,
         "test view": [task.resolution, params.views.test_crop],
-        "libraries": [version(library) for library in ("torch", "timm")],
+        "libraries": stage.library_versions(),
         "code": stage.code_digest(),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -35,8 +35,8 @@ def load(network: nn.Module, file: Path, built_as: tuple[str, int] | None = None
     """Load a state dict from a .safetensors file, or from a PyTorch file that holds nothing but data.
 
     Args:
-        built_as: what `models.build` made the network from, name and number of classes: it tells a file for other
-            classes from one of another network.
+        built_as: name and number of classes, of which `models.build` made the network: they tell a file for other
+            classes from one of another network; without them, it is of another.
         new_classifier: leave the network's classifier as it is, and say so, where the file's is for other classes.
 
     Raises:
@@ -64,7 +64,7 @@ def load(network: nn.Module, file: Path, built_as: tuple[str, int] | None = None
         held = [key for key in HOLDERS if isinstance(state.get(key), dict)]
         if len(held) > 1:
             print(f"{file}: holds {', '.join(held)}; the weights are those of {held[0]}", flush=True)
-        state = {key: value for key, value in state[held[0]].items() if key != COUNTED} if held else state
+        state = {key: value for key, value in (state[held[0]] if held else state).items() if key != COUNTED}
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         has = f"; it holds {', '.join(map(str, [*state][:5]))}" if isinstance(state, dict) else ""
         raise ValueError(f"{file}: not a state dict of tensors{has}: save the network's state_dict() alone")
@@ -73,10 +73,11 @@ def load(network: nn.Module, file: Path, built_as: tuple[str, int] | None = None
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     _check_names(own, state, file)
     other = [key for key, value in own.items() if value.shape != state[key].shape]
-    axes = models.class_axes(*built_as) if other and built_as else {}
+    axes = models.class_axes(network, *built_as) if other and built_as else {}
     for key in other:
         shape, wanted, axis = tuple(state[key].shape), tuple(own[key].shape), axes.get(key)
-        if axis is None or _without(shape, axis) != _without(wanted, axis):
+        fits = axis is not None and len(shape) == len(wanted)
+        if not fits or (*shape[:axis], wanted[axis], *shape[axis + 1 :]) != wanted:
             raise ValueError(f"{file}: of another network: {key} is {shape}, not {wanted}")
         if not new_classifier:
             raise ValueError(
@@ -99,11 +100,6 @@ def _check_names(own: dict[str, Tensor], state: dict[str, Tensor], file: Path) -
     for key in sorted(own.keys() ^ state.keys()):
         which = "lacks" if key in own else "has a surplus"
         raise ValueError(f"{file}: of another network: it {which} {key}; set the model's name to what the file holds")
-
-
-def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    """A tensor's shape but for one axis; a scalar's is told from that of a vector."""
-    return (len(shape), *shape[:axis], *shape[axis + 1 :])
 
 
 def file_digest(file: Path) -> str:
