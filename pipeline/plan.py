@@ -249,6 +249,17 @@ def read(name: str, root: Path = Path(".")) -> tuple[Params, Counts]:
         raise ValueError(f"recipes/{name}.yaml: {recipes.PLAN}.{key}{told}") from None
 
 
+def check_resolutions(settings: Params, counts: Counts) -> None:
+    """Make sure that the networks take what they are shown. Raises ValueError as `networks.check_takes` does."""
+    shown = settings.views.resolution
+    own = settings.teacher.resolution
+    teacher = networks.Classifier(network(settings.teacher.model, counts.classes), resized_to=own)
+    networks.check_takes(teacher, settings.teacher.model, shown, counts.classes, networks.RESIZE_TEACHER)
+    student = networks.Classifier(network(settings.student.model, counts.classes))
+    for resolution in {shown, settings.fixres.resolution}:
+        networks.check_takes(student, settings.student.model, resolution, counts.classes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -259,11 +270,13 @@ def main() -> None:
     parser.add_argument("--student-rate", type=float, metavar="N", help="images/s that the student trains on, measured")
     arguments = parser.parse_args()
     for option in ("tflops", "teacher_rate", "student_rate"):
-        if (given := getattr(arguments, option)) is not None and given <= 0:
+        if (given := getattr(arguments, option)) is not None and not 0 < given < math.inf:
             parser.error(f"--{option.replace('_', '-')} is a number above 0")
     try:
-        print(report(*read(arguments.name), arguments))
-    except (ValueError, OSError, AssertionError) as error:  # timm asserts that a network takes the resolution
+        settings, counts = read(arguments.name)
+        check_resolutions(settings, counts)
+        print(report(settings, counts, arguments))
+    except (ValueError, OSError) as error:
         sys.exit(f"plan: error: {error}")
 
 

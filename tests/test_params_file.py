@@ -17,6 +17,19 @@ def test_a_changed_table_takes_the_place_of_the_one_before(tmp_path):
     assert "loss: {kl: 1.0}" in (toy / "params.yaml").read_text()
 
 
+@pytest.mark.parametrize("shared", ["finetune: *one", "finetune: {<<: *one, epochs: 4}"])
+def test_sections_that_share_values_are_left_as_they_are(tmp_path, shared):
+    toy = toy_project.make(tmp_path / "toy")
+    settings = yaml.safe_load((toy / "params.yaml").read_text())
+    del settings["finetune"]
+    text = yaml.safe_dump(settings).replace("distill:\n", "distill: &one\n") + shared + "\n"
+    (toy / "params.yaml").write_text(text)
+    assert params.with_changes(yaml.safe_load(text), {})["finetune"]["lr"] == settings["distill"]["lr"]
+    with pytest.raises(ValueError, match=r"^params.yaml: what its sections share .* cannot be changed in one of them"):
+        params_file.write(toy, toy, {"distill.lr": 0.5})
+    assert (toy / "params.yaml").read_text() == text
+
+
 @pytest.mark.parametrize(
     "text", ["yes", "no", "1:30", "7e-5", "a: b", "'", "null", "{", "2024-13-01", "a\x85b", "photos"]
 )

@@ -281,6 +281,20 @@ def test_a_teacher_is_fitted_at_its_own_rate_where_one_was_measured():
         assert speed["fit"] == speed["teacher"]
 
 
+def test_a_plan_of_a_network_that_does_not_take_the_images_says_so(project, monkeypatch, capsys):
+    file = project / "recipes/digits.yaml"
+    file.write_text(file.read_text().replace("model: ResNet50_vd", "model: levit_128s"))
+    monkeypatch.setattr(sys, "argv", ["plan", "digits"])
+    with pytest.raises(
+        SystemExit, match=r"^plan: error: levit_128s does not take images of 32 pixels: .* made for 224$"
+    ):
+        plan.main()
+    monkeypatch.setattr(sys, "argv", ["plan", "digits", "--tflops", "inf"])
+    with pytest.raises(SystemExit):
+        plan.main()
+    assert "--tflops is a number above 0" in capsys.readouterr().err
+
+
 def test_a_misspelt_key_of_the_plan_names_the_nearest(project):
     file = project / "recipes/digits.yaml"
     file.write_text(file.read_text().replace("  teacher_rate:", "  teacher_rat:"))

@@ -254,6 +254,10 @@ def test_what_the_store_did_not_take_is_sent_with_the_next_step(root, capfd, mon
         ("http://user:secret@127.0.0.1:9", "no MLflow server answers at http://127.0.0.1:9"),
         ("sqlite:///{folder}/not-one.db", "file is not a database"),
         ("nonsense://127.0.0.1", "Supported URI schemes"),
+        ("postgresql://user:secret@127.0.0.1/runs", "this kind of store needs a package: psycopg"),
+        ("sqlite://", "names no file, so that nothing would last"),
+        ("sqlite:///", "names no file, so that nothing would last"),
+        ("sqlite:///:memory:", "names no file, so that nothing would last"),
     ],
 )
 def test_a_store_that_cannot_be_used_is_one_line_at_once(tmp_path, monkeypatch, uri, words):

@@ -113,7 +113,9 @@ def test_a_runs_results_take_the_place_of_those_of_that_name(tmp_path):
     again = workspace.keep_results(toy, toy, "../a/b", scored=False)
     assert again == first
     assert first.parent == toy / ".scratch/runs"
-    assert workspace.keep_results(toy, toy, "..", scored=False).parent == first.parent
+    for odd in ("..", "", "ü" * 300):
+        assert workspace.keep_results(toy, toy, odd, scored=False).parent == first.parent
+    assert (first / "params.yaml").exists()
     assert not (again / "metrics.json").exists()
 
 

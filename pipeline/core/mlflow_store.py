@@ -62,6 +62,8 @@ def connect(root: Path = Path(".")) -> "MlflowClient":
         ValueError: it cannot be reached or used; it says what to do.
     """
     uri = default_uri(root)
+    if re.fullmatch(r"sqlite(\+\w+)?:(//)?/?(:memory:)?(\?.*)?", uri):
+        raise ValueError("MLFLOW_TRACKING_URI names no file, so that nothing would last: sqlite:////path/to/mlflow.db")
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     if uri.startswith(SQLITE):
@@ -69,11 +71,11 @@ def connect(root: Path = Path(".")) -> "MlflowClient":
     if is_server(uri):
         _reach_server(uri)
     with speaking_plainly(uri):
-        _reach_database(uri)
         from mlflow import MlflowClient
 
-        client = MlflowClient(tracking_uri=uri)
         try:
+            _reach_database(uri)
+            client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
         except ModuleNotFoundError as error:
             raise ValueError(f"MLflow at {shown(uri)}: this kind of store needs a package: {error.name}") from None
@@ -145,7 +147,7 @@ def is_server(uri: str) -> bool:
 
 
 def _sqlite_file(uri: str) -> Path:
-    return Path(uri.removeprefix(SQLITE)).absolute()
+    return Path(uri.removeprefix(SQLITE).partition("?")[0]).absolute()
 
 
 def _artifacts(uri: str, root: Path) -> str | None:

@@ -43,7 +43,11 @@ def check(root: Path, changes: dict[str, Any]) -> Params:
 
 
 def write(root: Path, folder: Path, changes: dict[str, Any]) -> None:
-    """Write a tree's params.yaml with the changes into a folder, which may be the tree itself; comments stay."""
+    """Write a tree's params.yaml with the changes into a folder, which may be the tree itself; comments stay.
+
+    Raises:
+        ValueError: its sections share values, so that a change of one would be one of others.
+    """
     text = YAML()
     text.width, text.preserve_quotes = 4096, True
     text.representer.add_representer(str, _text)
@@ -54,7 +58,11 @@ def write(root: Path, folder: Path, changes: dict[str, Any]) -> None:
         _replace(document, name, section)
     with atomic.replacing(folder / "params.yaml") as beside, beside.open("w") as file:
         text.dump(document, file)
-    assert yaml.safe_load((folder / "params.yaml").read_text()) == wanted
+        file.flush()
+        if yaml.safe_load(beside.read_text()) != wanted:
+            raise ValueError(
+                "params.yaml: what its sections share (&, *, <<) cannot be changed in one of them: write it out in each"
+            )
 
 
 def _replace(document: CommentedMap, name: str, new: Any) -> None:

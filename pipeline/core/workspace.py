@@ -97,13 +97,21 @@ def keep_results(folder: Path, root: Path, run: str, scored: bool) -> Path:
     Args:
         scored: the run brought the scores up to date; else those in its workspace are of another one.
     """
-    kept = root / SCRATCH / "runs" / re.sub(r"^\.|/", "_", run)
+    kept = root / SCRATCH / "runs" / _file_name(run)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing_folder(kept) as beside:
         for result in (*SETTINGS, *(SCORES if scored else ())):
             if (folder / result).exists():
                 shutil.copy2(folder / result, beside)
     return kept
+
+
+def _file_name(run: str) -> str:
+    """Give a run's name as one of a folder: of at most 200 bytes, not hidden, and not empty."""
+    name = re.sub(r"^\.|^$|/", "_", run)
+    if len(name.encode()) <= 200:
+        return name
+    return f"{name.encode()[:180].decode(errors='ignore')}-{hashlib.sha256(run.encode()).hexdigest()[:12]}"
 
 
 def set_up(root: Path, folder: Path, changes: dict[str, Any], notes: Path) -> None:

@@ -52,7 +52,7 @@ def read_header(path: Path, magic: bytes) -> tuple[dict[str, Any], int]:
         raise ValueError(f"{path}: not a file of soft labels in a version known here")
     try:
         header = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path}: its header is damaged") from None
     length = len(start) + len(text)
     return header, length + (-length % ALIGNMENT)

@@ -51,7 +51,7 @@ class Shard:
         try:
             self.views, record_bytes = int(header["views"]), int(header["record_bytes"])
             found = header["fingerprint"]
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):  # the last of infinity
             raise ValueError(f"{path}: its header is damaged") from None
         if found != fingerprint:
             raise ValueError(f"{path}: soft labels of another teacher, of other views or of another coding")
