@@ -147,6 +147,14 @@ def test_positions_of_eight_bytes_are_read(cache):
     assert same(SoftLabels(folder, DESCRIPTION).read(keys), records)
 
 
+@pytest.mark.parametrize("text", [b'{"views": Infinity, "record_bytes": 1, "fingerprint": ""}', b"[" * 200_000, b"[]"])
+def test_a_header_that_makes_no_sense_is_damage(tmp_path, text):
+    path = tmp_path / "labels-0.sl"
+    path.write_bytes(shards.MAGIC + len(text).to_bytes(4, "little") + text)
+    with pytest.raises(ValueError, match=r"labels-0.sl: its header is damaged"):
+        shards.Shard(path, DESCRIPTION.fingerprint, DESCRIPTION.coding)
+
+
 def test_a_whole_shard_in_anothers_place_is_found(cache):
     folder, keys, _ = cache
     files = [shard.path for shard in SoftLabels(folder, DESCRIPTION).shards]
