@@ -70,7 +70,7 @@ def bring_up_to_date(params: Params, processes: Processes) -> None:
     classifier, card = networks.load(Path("data/teacher"), processes.device)
     network = [card["model"], card["digest"], card["mean"], card["std"], card.get("resized_to")]
     views = [params.views.resolution, params.views.test_crop]
-    asked = [*network, params.teacher.precision, *views, *stage.library_versions(), stage.code_digest()]
+    asked = [*network, params.teacher.precision, *views, *stage.package_versions(), stage.code_digest()]
     answers = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     rows = np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])
     devices.wait_for_all(processes)  # until no other run writes what is read here

@@ -192,8 +192,8 @@ def finish_first() -> Iterator[None]:
         listened_to[came[0]](came[0], None)
 
 
-def library_versions() -> list[str]:
-    """Versions of the libraries on which views' pixels and networks' answers depend."""
+def package_versions() -> list[str]:
+    """Versions of the packages on which views' pixels and networks' answers depend."""
     return [version(name) for name in ("torch", "torchvision", "timm", "pillow", "simplejpeg", "numpy")]
 
 

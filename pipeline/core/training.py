@@ -241,7 +241,7 @@ def _name(task: Task, params: Params) -> str:
         "identities": task.identities,
         "replicas": task.replicas,
         "test view": [task.resolution, params.views.test_crop],
-        "libraries": stage.library_versions(),
+        "packages": stage.package_versions(),
         "code": stage.code_digest(),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
