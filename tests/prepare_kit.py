@@ -2,6 +2,10 @@
 
 import csv
 import hashlib
+import io
+import random
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +69,24 @@ def prepared(
     with (folder / "refused.csv").open() as file:
         rows = [(row["file"], row["source"], row["reason"]) for row in csv.DictReader(file)]
     return ImageSet(folder), rows
+
+
+def as_zip(path: Path, files: dict[str, bytes]) -> Path:
+    """Pack files into a zip archive."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def as_tar(path: Path, files: dict[str, bytes], before: str = "") -> Path:
+    """Pack files into a tar archive, compressed where its name says so; `before` stands before every name."""
+    with tarfile.open(path, "w:gz" if path.suffix in (".gz", ".tgz") else "w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(before + name)
+            info.size, info.mtime = len(content), random.randrange(10**9)
+            archive.addfile(info, io.BytesIO(content))
+    return path
 
 
 def good(count: int = 12, classes: str = "ab", start: int = 0) -> dict[str, bytes]:

@@ -1,28 +1,20 @@
 """The training loop: schedule, resuming to the same bytes, stopping where the loss is not finite."""
 
-import dataclasses
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import joblib
-import numpy as np
-import psutil
 import pytest
 import torch
-from commands import ENVIRONMENT
-from images import ROOT, prepared, tiny
+from images import tiny
 from runs import MODEL, run
 from torch import nn
 
 import models
 from pipeline.core import checkpoints, engine, networks, stage, training
-from pipeline.core.batches import TrainingOrder, Views, in_order, load, spare_cores
 from pipeline.core.devices import Processes
 from pipeline.core.optimizers import Average, learning_rate, optimizer_of
 from pipeline.core.training import Before, _name, batches_a_pass, better, labelled_loss, validator
-from pipeline.core.views import ViewSpec
 
 
 def test_the_schedule_warms_up_and_ends_near_zero():
@@ -244,90 +236,6 @@ def test_a_run_is_named_after_all_that_it_depends_on(monkeypatch):
         monkeypatch.setattr(stage, changed, lambda: "others")
         names.append(name())
     assert len(set(names)) == len(names)
-
-
-def test_workers_render_the_same_batches(images):
-    views = Views(images, ViewSpec.of(0, tiny().views))
-    batch = next(TrainingOrder(images.rows("labelled"), 8, 0, 0).batches(0, 1))
-    here = next(iter(load(views, [batch], 0, torch.device("cpu"))))
-    there = next(iter(load(views, [batch], 1, torch.device("cpu"))))
-    for field in dataclasses.fields(here):
-        a, b = getattr(here, field.name), getattr(there, field.name)
-        assert np.array_equal(np.asarray(a), np.asarray(b)), field.name
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_workers_are_as_many_as_cores_and_batches_allow(images, monkeypatch):
-    views, cpu, gpu = Views(images, None, 16), torch.device("cpu"), torch.device("cuda")
-    batches = in_order(images.rows("labelled"), 2)
-    monkeypatch.setattr(joblib, "cpu_count", lambda: 6)
-    assert load(views, batches, "auto", cpu).num_workers == 0
-    assert load(views, batches, "auto", gpu).num_workers == 5
-    assert load(views, batches[:3], "auto", gpu).num_workers == 3
-    assert load(views, iter(batches), 4, cpu).num_workers == 4
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun's: processes on this machine
-    assert load(views, batches, "auto", gpu).num_workers == 2
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert load(views, batches, "auto", gpu).num_workers == 1
-    monkeypatch.setattr(joblib, "cpu_count", lambda: 1024)
-    assert spare_cores() == 16
-
-
-PROGRAM = """
-import torch
-from pathlib import Path
-from pipeline.core import networks
-from pipeline.core.batches import Views, in_order, load
-from pipeline.core.dataset import ImageSet
-
-if __name__ == "__main__":
-    images = ImageSet(Path("data/prepare"))
-    batches = in_order(images.rows("labelled"), 4)
-    workers = 1  # torch warns of more than there are cores
-    assert len(list(load(Views(images, None, 16), batches, workers, torch.device("cpu")))) == len(batches)
-"""
-
-
-def test_workers_start_in_silence(tmp_path, monkeypatch):
-    prepared(tmp_path, monkeypatch)
-    (tmp_path / "asks.py").write_text(PROGRAM)
-    variables = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "asks"], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_workers_end_with_a_program_that_is_killed(tmp_path, monkeypatch):
-    prepared(tmp_path, monkeypatch)
-    waits = PROGRAM.partition("    workers")[0] + (
-        "    it = iter(load(Views(images, None, 16), batches, 2, torch.device('cpu')))\n"
-        "    next(it)\n    print('begun', flush=True)\n    input()\n"
-    )
-    (tmp_path / "waits.py").write_text(waits)
-    program = subprocess.Popen(
-        [sys.executable, "-m", "waits"],
-        cwd=tmp_path,
-        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert program.stdout.readline() == "begun\n"
-    below = psutil.Process(program.pid).children(recursive=True)
-    assert len(below) >= 4  # the server, two workers, and multiprocessing's own
-    program.kill()
-    assert program.communicate()[1] == ""  # as of semaphores that have leaked
-    assert psutil.wait_procs(below, timeout=20)[1] == []
-
-
-def test_partners_are_labelled_and_named(images):
-    views = Views(images, ViewSpec.of(0, tiny(**{"views.mix_probability": 1.0}).views))
-    rows = images.rows("unlabelled")
-    batch = views[rows, np.zeros(len(rows), np.int64)]
-    assert (images.splits[batch.partner_rows] == "labelled").all()
-    assert np.array_equal(views.partner_ids(rows, batch.replicas), images.ids[batch.partner_rows])
 
 
 def test_the_network_before_is_kept_only_where_it_is_better_on_validation(images, capsys):
