@@ -172,7 +172,7 @@ def test_weights_that_do_not_fit_say_what_to_do(tmp_path):
         weights.load(classifier.network, tmp_path / "scalar.pth", ("ResNet18_vd", 4))
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "student.model."])
 def test_weights_of_a_wrapped_network_are_its_own(tmp_path, prefix):
     state = networks.build("test_resnet", 4, seed=3).network.state_dict()
     torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "weights.pth")
@@ -194,7 +194,8 @@ def test_of_two_sets_of_weights_the_average_is_taken_and_named(tmp_path, capsys,
     plain, average = (networks.build("test_resnet", 4, seed).network.state_dict() for seed in (3, 4))
     wrapped = {"n_averaged": torch.tensor(9)} | {f"module.{key}": value for key, value in average.items()}
     others = {"epoch": 7, "args": argparse.Namespace(lr=0.1), "lr_scheduler": {"milestones": Counter([30])}}
-    torch.save({names[0]: plain, names[1]: wrapped, **others}, tmp_path / "weights.pth")
+    numpys = {"metric": np.float64(93.2), "best": np.float32(1), "random": np.random.get_state()}
+    torch.save({names[0]: plain, names[1]: wrapped, **others, **numpys}, tmp_path / "weights.pth")
     network = networks.build("test_resnet", 4, seed=0).network
     weights.load(network, tmp_path / "weights.pth")
     assert all(torch.equal(value, average[key]) for key, value in network.state_dict().items())

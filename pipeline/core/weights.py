@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +16,9 @@ from pipeline.core import atomic
 # Keys under which checkpoints of trainings hold the weights; first the averaged ones, which timm and torchvision score.
 HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 COUNTED = "n_averaged"  # what torch's AveragedModel has beside the weights
-WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every key
+# What trainings put beside the weights, of no use here: numpy's numbers and arrays, whose unpickling is not torch's.
+NUMPYS = [f"numpy.{core}.multiarray.{it}" for core in ("core", "_core") for it in ("scalar", "_reconstruct")]
+UNREAD = ("numpy.dtype", "numpy.ndarray", *NUMPYS)
 
 
 def save(file: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -47,7 +50,8 @@ def load(network: nn.Module, file: Path, built_as: tuple[str, int] | None = None
         if file.suffix == ".safetensors":
             state = load_file(file)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # a training's arguments, beside its weights
+            beside = [argparse.Namespace, *((_Unread, name) for name in UNREAD)]
+            with torch.serialization.safe_globals(beside):
                 state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
@@ -69,8 +73,7 @@ def load(network: nn.Module, file: Path, built_as: tuple[str, int] | None = None
         has = f"; it holds {', '.join(map(str, [*state][:5]))}" if isinstance(state, dict) else ""
         raise ValueError(f"{file}: not a state dict of tensors{has}: save the network's state_dict() alone")
     own = network.state_dict()
-    while not own.keys() & state.keys() and (prefix := _wrapper_of(state)):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    state = _unwrapped(state, own)
     _check_names(own, state, file)
     other = [key for key, value in own.items() if value.shape != state[key].shape]
     axes = models.class_axes(network, *built_as) if other and built_as else {}
@@ -88,9 +91,26 @@ def load(network: nn.Module, file: Path, built_as: tuple[str, int] | None = None
     network.load_state_dict({**state, **{key: own[key] for key in other}})
 
 
-def _wrapper_of(state: dict[str, Tensor]) -> str:
-    """The prefix of a wrapper with which all keys begin; "" where there is none."""
-    return next((it for it in WRAPPERS if state and all(key.startswith(it) for key in state)), "")
+class _Unread:
+    """Stands for what a file holds beside its weights; it takes what would make the thing, and makes nothing."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def _unwrapped(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take from all keys what a wrapper put before them (DistributedDataParallel's `module.`, torch.compile's
+    `_orig_mod.`, the attribute of a Lightning module), as far as that makes them the network's."""
+    keys = list(state)
+    while keys and not own.keys() & set(keys):
+        first, _, rest = keys[0].partition(".")
+        if not rest or not all(key.startswith(f"{first}.") for key in keys):
+            return state  # as it is, for the message
+        keys = [key.partition(".")[2] for key in keys]
+    return dict(zip(keys, state.values(), strict=True))
 
 
 def _check_names(own: dict[str, Tensor], state: dict[str, Tensor], file: Path) -> None:
