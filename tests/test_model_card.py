@@ -35,6 +35,13 @@ def test_the_card_says_what_else_takes_the_weights(model, words):
     assert words in model_card._elsewhere({"model": model, "num_classes": 10})
 
 
+def test_the_card_shows_names_with_backticks(student):
+    network, figures = student
+    params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
+    network = network | {"classes": ["cat", "a`b``"]}
+    assert "`cat`, ``` a`b`` ```" in model_card.in_full(NAME, network, figures, params, {"test": 24}, 0, {})
+
+
 def test_the_card_fits_the_registry(student):
     """MLflow keeps 5,000 characters of a description, and the card must say how its own network is loaded."""
     network, figures = student

@@ -3,6 +3,7 @@
 After Mitchell et al., "Model Cards for Model Reporting", arXiv:1810.03993.
 """
 
+import re
 from typing import Any
 
 import yaml
@@ -203,7 +204,7 @@ def in_full(
     """
     teacher = params["teacher"]
     crop = params["views"]["test_crop"]
-    known = [f"`{one}`" for one in network["classes"][:MOST_CLASSES]]
+    known = [_code(one) for one in network["classes"][:MOST_CLASSES]]
     rest = network["num_classes"] - len(known)
     return CARD.format(
         name=name,
@@ -225,6 +226,13 @@ def in_full(
         elsewhere=_elsewhere(network),
         agreement=f"{figures['student']['agreement']:.1%}",
     )
+
+
+def _code(name: str) -> str:
+    """A name as Markdown shows it unread; of backticks in it, the longest row is shorter than those around it."""
+    rows = re.findall("`+", name)
+    fence = "`" * (1 + max(map(len, rows), default=0))
+    return f"{fence} {name} {fence}" if rows else f"`{name}`"
 
 
 def _start(init: str | None) -> str:
