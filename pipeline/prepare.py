@@ -29,7 +29,7 @@ from pipeline.core.reading import in_threads
 from pipeline.core.reencoding import ENCODED, Reencoded
 from pipeline.core.refusals import FURTHER_FRAMES, Refusal, as_csv, check_share, in_words, reasons
 from pipeline.core.sections import LEAST_TO_LEARN, Params
-from pipeline.core.sources import Source, SourceFile, class_names, names, open_source
+from pipeline.core.sources import Source, SourceFile, check_apart, class_names, names, open_source
 
 OUT = Path("data/prepare")
 
@@ -94,6 +94,7 @@ def open_sources(settings: dict[str, Any]) -> list[Source]:
     for role in ("train", "val", "test", "unlabelled"):
         root = settings["unlabelled_root" if role == "unlabelled" else "labelled_root"]
         if settings[role] is not None:
+            check_apart(role, Path(root), settings[role], Path(settings["labelled_root"], settings["train"]))
             source = open_source(role, root, settings[role], opened)
             print(f"prepare: {role}: {len(source.files):,} files in {source.place}", file=sys.stderr, flush=True)
             found.append(source)

@@ -175,6 +175,26 @@ def test_sources_that_are_not_there(tmp_path, train, words):
         prepared(tmp_path / "out", root, train=train)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"train": ".", "unlabelled": "pool"},
+            r"prepare.unlabelled: .*in/pool lies in .*in, whose folders",
+        ),
+        ({"train": "x.zip", "val": "x.zip/val"}, r"prepare.val: .*x.zip/val lies in .*x.zip, whose folders"),
+        ({"unlabelled": "none"}, r"prepare.unlabelled: .*in/none: no file there; prepare.unlabelled: null is for none"),
+        ({"val": "none"}, r"prepare.val: .*in/none: no file there; prepare.val: null takes a share of train"),
+    ],
+)
+def test_sources_that_hold_nothing_or_lie_among_the_classes(tmp_path, changes, words):
+    root = write(tmp_path / "in", with_splits())
+    (root / "none").mkdir()
+    as_zip(root / "x.zip", with_splits())
+    with pytest.raises(ValueError, match=words):
+        prepared(tmp_path / "out", root, **changes)
+
+
 def test_a_list_in_an_archive_finds_files_however_their_letters_are_spelt(tmp_path):
     """macOS takes accents from their letters, and most editors do not."""
     files = {unicodedata.normalize("NFD", f"é{name}"): content for name, content in good().items()}

@@ -56,11 +56,13 @@ def check_files(settings: Params, root: Path) -> None:
         path = getattr(settings.prepare, key)
         if not _is_example(path) and not (root / path).exists():
             raise ValueError(f"prepare.{key}: {path}: no such folder or archive")
+    train = root / settings.prepare.labelled_root / settings.prepare.train
     for role in ("train", "val", "test", "unlabelled"):
         path = settings.prepare.unlabelled_root if role == "unlabelled" else settings.prepare.labelled_root
         inner = getattr(settings.prepare, role)
         if not _is_example(path) and inner is not None:
             sources.check_there(role, root / path, inner)
+            sources.check_apart(role, root / path, inner, train)
     checkpoint = settings.teacher.checkpoint if settings.teacher.source == "checkpoint" else None
     starts = {key: init for key, init in _starts(settings).items() if init != TIMM}
     for key, file in {"teacher.checkpoint": checkpoint, **starts}.items():

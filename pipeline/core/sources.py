@@ -72,7 +72,7 @@ def open_source(role: str, root: str, inner: str, opened: dict[Path, Tree]) -> S
         opened: archives that are open already, as several sources may lie in one; those opened here are added.
 
     Raises:
-        ValueError: there is no such thing, or it is damaged.
+        ValueError: there is no such thing, it is damaged, or no file is in it.
     """
     base = Path(root)
     if inner.startswith(TORCHVISION):
@@ -93,6 +93,8 @@ def open_source(role: str, root: str, inner: str, opened: dict[Path, Tree]) -> S
             raise ValueError(f"{error}{IN_ITS_PLACE.get(role, '')}") from None
     if role == "unlabelled":
         files, classes = [replace(file, class_name=None) for file in files], set()
+    if role != "train" and not files:  # of train, class_names says it
+        raise ValueError(f"prepare.{role}: {place}: no file there{IN_ITS_PLACE[role]}")
     return Source(role, place, files, classes)
 
 
@@ -109,6 +111,25 @@ def check_there(role: str, root: Path, inner: str) -> None:
     if not inner.startswith(TORCHVISION) and not path.exists():
         hint = f"{_beside(path)}{IN_ITS_PLACE.get(role, '')}"
         raise ValueError(f"prepare.{role}: {path}: no such folder, archive or list{hint}")
+
+
+def check_apart(role: str, root: Path, inner: str, train: Path) -> None:
+    """Make sure that a source is no folder among those of train's classes, and so taken for one of them.
+
+    Args:
+        role, root, inner: see `open_source`.
+        train: the path of that source.
+
+    Raises:
+        ValueError: it is.
+    """
+    path, inside = _locate(root, inner)
+    is_folder = path.is_dir() or (inside and not inside.lower().endswith(".csv"))
+    if is_folder and (above := Path(os.path.normpath(train))) in (path / inside).parents:
+        raise ValueError(
+            f"prepare.{role}: {path / inside} lies in {above}, whose folders are classes of prepare.train: put the "
+            "classes into a folder of their own, and name that one"
+        )
 
 
 def class_names(sources: list[Source]) -> list[str]:
