@@ -172,6 +172,27 @@ def test_weights_that_do_not_fit_say_what_to_do(tmp_path):
         weights.load(classifier.network, tmp_path / "scalar.pth", ("ResNet18_vd", 4))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize(
+    ("length", "words"),
+    [
+        (None, "it is a TorchScript program; save the network's state_dict() alone"),
+        (0, "it is empty or cut short"),
+        (100, "PytorchStreamReader failed reading zip archive: failed finding central directory"),
+    ],
+)
+def test_a_program_and_what_was_left_of_a_file_are_no_weights(tmp_path, recwarn, length, words):
+    file = tmp_path / "weights.pt"
+    network = torch.nn.Linear(3, 2)
+    torch.jit.save(torch.jit.script(network), file)
+    file.write_bytes(file.read_bytes()[:length])
+    recwarn.clear()
+    with pytest.raises(ValueError) as refused:
+        weights.load(network, file)
+    assert str(refused.value) == f"{file}: cannot be read as weights: {words}"
+    assert not recwarn
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "student.model."])
 def test_weights_of_a_wrapped_network_are_its_own(tmp_path, prefix):
     state = networks.build("test_resnet", 4, seed=3).network.state_dict()

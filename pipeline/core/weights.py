@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import models
-from pipeline.core import atomic
+from pipeline.core import atomic, errors
 
 # Keys under which checkpoints of trainings hold the weights; first the averaged ones, which timm and torchvision score.
 HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
@@ -51,14 +52,14 @@ def load(network: nn.Module, file: Path, built_as: tuple[str, int] | None = None
             state = load_file(file)
         else:
             beside = [argparse.Namespace, *((_Unread, name) for name in UNREAD)]
-            with torch.serialization.safe_globals(beside):
+            with torch.serialization.safe_globals(beside), warnings.catch_warnings(action="ignore"):
                 state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error.strerror or error}") from None
     except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file}: cannot be read as weights: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{file}: cannot be read as weights: {_words(error)}") from None
     except Exception as error:  # torch.load raises pickle's many errors: whatever it is, the file is refused
         raise ValueError(
             f"{file}: holds more than data, or is no PyTorch file ({type(error).__name__}); nothing of it was run. "
@@ -89,6 +90,14 @@ def load(network: nn.Module, file: Path, built_as: tuple[str, int] | None = None
             )
         print(f"{file}: made for {shape[axis]} classes, not {wanted[axis]}: {key} starts anew", flush=True)
     network.load_state_dict({**state, **{key: own[key] for key in other}})
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, EOFError):
+        return "it is empty or cut short"
+    if "TorchScript" in str(error):
+        return "it is a TorchScript program; save the network's state_dict() alone"
+    return errors.in_a_line(error).partition(". ")[0]
 
 
 class _Unread:
