@@ -41,7 +41,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import yaml
 from prefect import State, Task, flow, get_run_logger, runtime, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
@@ -51,7 +50,7 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from pipeline import recipes
-from pipeline.core import dvc, errors, mlflow_store, params_file, prefect_server, preflight, tracking, workspace
+from pipeline.core import dvc, errors, mlflow_store, params, params_file, prefect_server, preflight, tracking, workspace
 from pipeline.core.programs import Programs
 
 RETRY_DELAY = 2  # seconds; a cancelled run waits them out at worst
@@ -225,9 +224,9 @@ def serve(url: str) -> None:
 def change(text: str) -> tuple[str, Any]:
     """Read KEY=VALUE, where the value is written as in params.yaml."""
     key, equals, value = text.partition("=")
-    with contextlib.suppress(yaml.YAMLError):
+    with contextlib.suppress(ValueError):
         if equals:
-            return key, yaml.safe_load(value)
+            return key, params.parse(value)
     raise ValueError(f"-S {text}: expected KEY=VALUE, such as distill.epochs=2")
 
 

@@ -16,8 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from pipeline.core import params, params_file
 from pipeline.core.sections import nearest
 
@@ -53,9 +51,9 @@ def read(name: str, root: Path = Path(".")) -> Recipe:
         raise ValueError(f"no recipe is called {name!r}{nearest(name, known)}")
     text = (root / FOLDER / f"{name}.yaml").read_text()
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{FOLDER}/{name}.yaml: not YAML: {' '.join(str(error).split())}") from None
+        content = params.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{FOLDER}/{name}.yaml: {error}") from None
     if not isinstance(content, dict) or not all(isinstance(it, dict) for it in (*content.values(), content.get(PLAN))):
         raise ValueError(f"{FOLDER}/{name}.yaml: expected sections with keys, {PLAN!r} among them")
     plan = content.pop(PLAN)

@@ -1,10 +1,12 @@
 """Settings: what is wrong is one line that names the key and the nearest right one."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from dvc.utils.serialize import load_yaml
 
 from pipeline.core import networks, params, preflight
 
@@ -150,13 +152,20 @@ def test_a_wrong_loss_is_named(data, value, message):
 def test_a_key_that_stands_twice_is_named_with_its_lines(tmp_path):
     file = tmp_path / "p.yaml"
     for content, words in (
-        ("seed: 0\nmine: {}\nseed: 1\n", "seed: stands twice, in lines 1 and 3; remove one"),
-        ("mine:\n  per_class: 1\n  per_class: 2\n", "per_class: stands twice, in lines 2 and 3; remove one"),
+        ("seed: 0\nmine: {}\nseed: 1\n", "seed: stands twice, the second time in line 3; remove one"),
+        ("mine:\n  per_class: 1\n  per_class: 2\n", "per_class: stands twice, the second time in line 3; remove one"),
     ):
         file.write_text(content)
         with pytest.raises(ValueError) as error:
             params.load(file)
         assert str(error.value) == f"{file}: {words}"
+
+
+@pytest.mark.parametrize(("spelt", "value"), [("1e1", 10), ("010", 10), ("1_0", 10), ("0o10", 8)])
+def test_a_number_is_read_as_dvc_reads_it(tmp_path, spelt, value):
+    file = tmp_path / "params.yaml"
+    file.write_text(re.sub("randaugment_magnitude: [^ ]+", f"randaugment_magnitude: {spelt}", FILE.read_text()))
+    assert params.load(file).views.randaugment_magnitude == load_yaml(file)["views"]["randaugment_magnitude"] == value
 
 
 @pytest.mark.parametrize("content", ["[1, 2", "just words", "", "- a\n- b", "{[a]: 1}", "{[a]: 1, [a]: 1}"])

@@ -1,11 +1,14 @@
-"""params.yaml with changes: written as PyYAML reads it, and a wrong change named."""
+"""params.yaml with changes: written as DVC and the stages read it, and a wrong change named."""
 
 import re
+import shutil
 
 import pytest
 import toy_project
 import yaml
+from dvc.utils.hydra import apply_overrides
 
+from pipeline import recipes
 from pipeline.core import params, params_file
 
 
@@ -37,9 +40,33 @@ def test_a_text_stays_a_text(tmp_path, text):
     toy = toy_project.make(tmp_path / "toy")
     for changes in ({"prepare.train": text}, {"distill.epochs": 3}):  # what stands there already is kept
         params_file.write(toy, toy, changes)
-    settings = yaml.safe_load((toy / "params.yaml").read_text())
+    settings = params_file.read(toy)
     assert settings["prepare"]["train"] == text
     assert settings["distill"]["epochs"] == 3
+
+
+@pytest.mark.parametrize("spelt", ["1e-4", "7e-05", "0x10", "010", "1_000", "1.50", "'no'", "yes"])
+def test_what_is_not_changed_stays_as_it_is_spelt(tmp_path, spelt):
+    before = re.sub("weight_decay: [^ ]+", f"weight_decay: {spelt}", (toy_project.ROOT / "params.yaml").read_text())
+    (tmp_path / "params.yaml").write_text(before)
+    params_file.write(tmp_path, tmp_path, {"seed": 5})
+    assert (tmp_path / "params.yaml").read_text() == before.replace("\nseed: 0 ", "\nseed: 5 ")
+
+
+@pytest.mark.parametrize("recipe", recipes.names(toy_project.ROOT))
+def test_recipes_apply_to_a_file_that_dvc_has_written(tmp_path, recipe):
+    """`dvc exp run -S` gives a line to each number of a list, and writes 0.00005 as 5e-05."""
+    (tmp_path / "recipes").symlink_to(toy_project.ROOT / "recipes")
+    file = tmp_path / "params.yaml"
+    shutil.copy(toy_project.ROOT / "params.yaml", file)
+    recipes.apply(recipe, tmp_path)
+    wanted = file.read_text()
+    shutil.copy(toy_project.ROOT / "params.yaml", file)
+    apply_overrides(file, ["seed=3", "finetune.lr=5e-05"])
+    recipes.apply(recipe, tmp_path)
+    assert params_file.read(tmp_path) == params.parse(wanted) | {"seed": 3}
+    comments = [re.findall("# (.*)", text) for text in (wanted, file.read_text())]
+    assert comments[0] == comments[1]
 
 
 @pytest.mark.parametrize(

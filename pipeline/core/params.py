@@ -1,12 +1,14 @@
 """The settings: `params.yaml`, read and checked. A wrong key or value is one line that names it."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
+from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.constructor import DuplicateKeyError
 
 from pipeline.core.sections import Params, nearest
 
@@ -32,29 +34,30 @@ def load(path: Path = Path("params.yaml")) -> Params:
         ValueError: the file is missing or not YAML, or a key or a value is wrong: one line that names it.
     """
     try:
-        data = yaml.load(Path(path).read_text(), _EachKeyOnce)
+        data = parse(Path(path).read_text())
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; run from the project's root, or name one with --params") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not YAML: {error}; save it as UTF-8") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return check(data, str(path))
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """Refuses a key that stands twice, as DVC does; PyYAML itself takes the last."""
+def parse(text: str) -> Any:
+    """Read YAML as DVC does, which compares and writes params.yaml: YAML 1.2, where 1e-4 is a number and no is a text.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue  # which is none of ours, as will be said
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise ValueError(f"{key.value}: stands twice, in lines {lines[key.value]} and {line}; remove one")
-            lines[key.value] = line
-        return super().construct_mapping(node, deep)
+    Raises:
+        ValueError: it is not YAML, or a key stands twice: one line that says where.
+    """
+    try:
+        return YAML(typ="safe").load(text)
+    except DuplicateKeyError as error:
+        key = re.search('key "(.*?)"', error.problem)[1]
+        line = error.problem_mark.line + 1
+        raise ValueError(f"{key}: stands twice, the second time in line {line}; remove one") from None
+    except (YAMLError, ValueError) as error:  # the latter of a month 13
+        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
 
 
 def check(data: Any, where: str = "params.yaml") -> Params:

@@ -8,7 +8,6 @@ from statistics import mode
 from typing import Any
 
 import numpy as np
-import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.nodes import ScalarNode
@@ -20,7 +19,7 @@ from pipeline.core.sections import Params
 
 def read(root: Path) -> dict[str, Any]:
     """Give what a tree's params.yaml holds, unchecked."""
-    return yaml.safe_load((root / "params.yaml").read_text())
+    return params.parse((root / "params.yaml").read_text())
 
 
 def changed(root: Path, changes: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def write(root: Path, folder: Path, changes: dict[str, Any]) -> None:
     with atomic.replacing(folder / "params.yaml") as beside, beside.open("w") as file:
         text.dump(document, file)
         file.flush()
-        if yaml.safe_load(beside.read_text()) != wanted:
+        if params.parse(beside.read_text()) != wanted:
             raise ValueError(
                 "params.yaml: what its sections share (&, *, <<) cannot be changed in one of them: write it out in each"
             )
@@ -71,6 +70,8 @@ def _replace(document: CommentedMap, name: str, new: Any) -> None:
     for key, value in values.items():
         if where.get(key) != value:
             where[key] = _on_one_line(value) if isinstance(value, list | dict) else value
+            if key in where.ca.items:
+                where.ca.items[key][3] = None  # what stood between the key and a list of a line each
             _align(where, key)
 
 
@@ -88,14 +89,14 @@ def _on_one_line(values: list[Any] | dict[str, Any]) -> CommentedSeq | Commented
 
 
 def _decimal(value: float) -> str:
-    """Write a number without an exponent: PyYAML reads 7e-05 as text."""
+    """Write a number without an exponent, which not every reader of YAML takes for one: to PyYAML, 7e-05 is a text."""
     return np.format_float_positional(value, trim="0")
 
 
 def _text(to: RoundTripRepresenter, value: str) -> ScalarNode:
-    """Write a text; in quotes where PyYAML would read something else: yes and 1:30 are no texts to it."""
+    """Write a text; in quotes where without them it would be read as something else."""
     try:
-        read = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError):  # the latter of a month 13
+        read = params.parse(value)
+    except ValueError:
         read = None
     return to.represent_scalar("tag:yaml.org,2002:str", value, style=None if read == value else '"')

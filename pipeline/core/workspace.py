@@ -26,9 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
-from pipeline.core import archives, atomic, dvc, params_file
+from pipeline.core import archives, atomic, dvc, params, params_file
 from pipeline.core.stage import SCRATCH
 
 MAKE_LABELS = ("prepare", "teacher", "mine", "cache")  # stages; what cache says counts most
@@ -146,7 +144,7 @@ def nearest_lock(root: Path, changes: dict[str, Any]) -> Path:
 def _settings_of(lock: Path) -> dict[str, Any]:
     """Give the sections, or keys, of params.yaml with which a dvc.lock's soft labels were made."""
     try:
-        stages = (YAML(typ="safe").load(lock.read_text()) or {}).get("stages", {})  # PyYAML reads 1e-05 as text
+        stages = (params.parse(lock.read_text()) or {}).get("stages", {})
     except FileNotFoundError:  # nothing has run yet, or another run is just writing it anew
         return {}
     made: dict[str, Any] = {}
