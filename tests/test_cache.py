@@ -14,7 +14,7 @@ from cached_project import go, settings
 from images import write_folder
 
 from pipeline import audit, cache, mine, prepare, score, teacher
-from pipeline.core import distillation, networks, softlabels, teaching
+from pipeline.core import distillation, networks, recheck, softlabels, teaching
 from pipeline.core.batches import Views
 from pipeline.core.dataset import ImageSet
 from pipeline.core.softlabels import SoftLabels, sealed
@@ -237,7 +237,8 @@ def test_an_audit_spreads_its_views(total, count):
 def test_an_audit_finds_the_teachers_answers_and_notices_others(cached_project):
     params = settings()
     findings = audit.audit(params, share=1.0, seed=0)
-    assert len(findings.same) == stored_views()
+    assert len(set(zip(findings.samples.tolist(), findings.replicas.tolist(), strict=True))) == stored_views()
+    assert set(findings.replicas) == set(range(params.cache.replicas))
     assert findings.same.mean() > 0.99
     assert not findings.wrong.any()
     # Labels that hold together, but are not this teacher's answers to these views: another's are written.
@@ -250,3 +251,10 @@ def test_an_audit_finds_the_teachers_answers_and_notices_others(cached_project):
     findings = audit.audit(params, share=1.0, seed=0)
     assert findings.wrong.sum() >= len(keys[0]) // 2
     assert "wrong: sample " in audit.report(findings)
+    assert len(audit.audit(params, share=0.01, seed=0).same) == min(audit.LEAST_VIEWS, stored_views())
+
+
+def test_what_the_coding_loses_is_not_wrong_and_what_is_no_number_is():
+    views = np.arange(3)
+    findings = recheck.Findings(views, views, views > 3, np.array([0.5, 0.5, np.nan]), np.array([0.4999, 0.4, 0.4]))
+    assert findings.wrong.tolist() == [False, True, True]

@@ -160,6 +160,13 @@ def test_a_version_leads_back_and_has_everything_beside_it(project, capfd):
     run = client.get_run(version.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["register.name"] == NAME
+    assert {f"{who}.top1" for who in ("teacher", "baseline", "student")} <= set(run.data.metrics)
+    assert run.data.tags.items() >= {"digest.weights": digest, "digest.data": project.images.digest}.items()
+    (logged,) = client.search_logged_models([run.info.experiment_id])  # what MLflow's pages show of it
+    assert logged.status == "READY"
+    assert {metric.key: metric.value for metric in logged.metrics}["student.top1"] == 1.0
+    assert json.loads(logged.tags["mlflow.modelVersions"]) == [{"name": NAME, "version": "1"}]
+    assert [one.model_id for one in run.outputs.model_outputs] == [logged.model_id]
 
     import mlflow.artifacts
 
@@ -215,7 +222,10 @@ def test_the_same_student_again_gives_no_new_version(registered, capfd):
     registered.register()
     assert list(registered.versions()) == [1]
     assert (registered.data / "register" / "version.json").read_bytes() == record
-    assert "no new version" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "no new version" in said
+    assert "is the champion already" in said
+    assert registered.versions()[1].tags["decision"].startswith("promoted: ")
 
 
 @pytest.mark.usefixtures("no_onnx")
@@ -308,6 +318,18 @@ def test_a_champion_whose_files_are_gone_is_replaced_and_said_to_be(project, cap
     project.register()
     assert project.aliases() == {"champion": 2, "challenger": 2}
     assert "of the champion before, version 1, the files are gone" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_a_version_that_lacks_a_file_is_named(project):
+    project.register()
+    client, version = mlflow_store.connect(), project.versions()[1]
+    for file, words in (("model.pt2", "cannot be loaded: "), ("network.json", "its network.json is missing or dam")):
+        next(Path("mlartifacts").rglob(file)).unlink()
+        with pytest.raises(ValueError, match=f"^models:/{NAME}/1: {words}"):
+            registry.card_of(client, version)
+            with registry.loaded(client, version):
+                pass
 
 
 @pytest.mark.usefixtures("no_onnx")

@@ -57,6 +57,16 @@ def test_a_run_that_begins_again_has_not_ended(folder, tmp_path):
     assert (folder / "checkpoint").exists()
 
 
+def test_who_is_at_work_already_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stage.time, "sleep", lambda seconds: None)
+    with stage.only_writer("cache") as folder:
+        (folder / "lock").write_text("99999999")  # of one that was killed
+    words = f"^process {os.getpid()} is already at work on cache here; wait for it, or stop it$"
+    with stage.only_writer("cache"), pytest.raises(ValueError, match=words), stage.only_writer("cache"):
+        pass
+
+
 def test_a_trained_network_that_dvc_has_not_noted_costs_a_few_steps(images, capsys):
     params = tiny(**CHANGES)
     baseline.run(params)

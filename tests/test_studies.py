@@ -84,7 +84,13 @@ def test_blocks_that_start_as_the_identity_do_nothing_at_first():
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
-    [(("odd", 20), "plain, residual"), (("plain", 18), "6n"), (("plain", 2), "6n"), (("plain", 8, 10, 5), "even")],
+    [
+        (("odd", 20), "plain, residual"),
+        (("plain", 18), "6n"),
+        (("plain", 2), "6n"),
+        (("plain", 8, 10, 5), "even"),
+        (("plain", 8, 10, 0), "even"),
+    ],
 )
 def test_a_network_that_cannot_be_is_refused(wrong, told):
     with pytest.raises(ValueError, match=told):

@@ -96,8 +96,10 @@ def test_a_store_whose_making_was_cut_short_is_made_anew(made_store):
     assert not (made_store.parent / ".mlflow.db.part").exists()
 
 
-def test_a_run_holds_parameters_metrics_tags_and_ends_finished(root):
-    params, identities = {"distill": {"epochs": 2}, "seed": 0}, {"data": "d1", "cache": "c1"}
+def test_a_run_holds_parameters_metrics_tags_and_ends_finished(root, monkeypatch):
+    monkeypatch.setenv(tracking.FLOW_RUN, "brave-otter")
+    many = {f"key{number}": number for number in range(250)}  # more than MLflow takes in one request
+    params, identities = {"distill": {"epochs": 2}, "seed": 0, "many": many}, {"data": "d1", "cache": "c1"}
     with tracking.run("distill", params, identities, root=root) as run:
         run.log(1, {"train_loss": 2.0, "val_top1": 0.5})
         run.log(2, {"train_loss": 1.0, "val_top1": 0.75})
@@ -105,14 +107,16 @@ def test_a_run_holds_parameters_metrics_tags_and_ends_finished(root):
     found = look(root, run)
     assert found.info.status == "FINISHED"
     assert found.info.run_name == "distill"
-    assert found.data.params == {"distill.epochs": "2", "seed": "0"}
+    assert found.data.params == {"distill.epochs": "2", "seed": "0", **{f"many.{key}": str(many[key]) for key in many}}
     assert found.data.metrics == {"train_loss": 1.0, "val_top1": 0.75}
     assert found.data.tags.items() >= {"stage": "distill", "digest.data": "d1", "digest.cache": "c1"}.items()
     assert found.data.tags["words"] == "of a person"
+    assert found.data.tags["flow_run"] == "brave-otter"
+    assert not [tag for tag in found.data.tags if tag.startswith("resumed.")]
     assert found.info.artifact_uri.startswith((root / "mlartifacts").as_uri())
 
 
-def test_the_commit_and_whether_the_code_differs_from_it_are_tags(root):
+def test_the_commit_and_whether_the_code_differs_from_it_are_tags(root, monkeypatch):
     def git(*arguments):
         subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", *arguments], cwd=root, check=True)
 
@@ -125,8 +129,14 @@ def test_the_commit_and_whether_the_code_differs_from_it_are_tags(root):
     clean = tracking.git_tags(root)
     assert len(clean["git.commit"]) == 40
     assert clean["git.dirty"] == "false"  # what is not code, such as the store's file, does not count
-    (root / "pipeline" / "code.py").write_text("2")
-    assert tracking.git_tags(root) == {**clean, "git.dirty": "true"}
+    for file in ("pipeline/code.py", "requirements.txt", ".dvc/config", "data/photos.dvc"):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text("2")
+        assert tracking.git_tags(root) == {**clean, "git.dirty": "true"}, file
+        git("stash", "--quiet", "--include-untracked", "--", file)
+        assert tracking.git_tags(root) == clean
+    monkeypatch.setenv("PATH", str(root))  # where no git is
+    assert tracking.git_tags(root) == {}
 
 
 def test_a_resumed_training_goes_on_in_the_same_run(root):
@@ -230,20 +240,23 @@ def test_two_that_register_at_a_server_take_turns():
         pass
 
 
-def test_what_the_store_did_not_take_is_sent_with_the_next_step(root, capfd, monkeypatch):
+def test_what_the_store_did_not_take_is_sent_with_the_next_step_or_at_the_end(root, capfd, monkeypatch):
     from mlflow.exceptions import MlflowException
 
-    with tracking.run("teacher", {}, {}, root=root) as run:
+    def refuse(*_, **__):
+        raise MlflowException("the server is away")
+
+    def log_in_vain(step, loss):
         with monkeypatch.context() as patch:
-
-            def refuse(*_, **__):
-                raise MlflowException("the server is away")
-
             patch.setattr(run.client, "log_batch", refuse)
-            run.log(1, {"loss": 2.0})
-            run.log(2, {"loss": math.nan})
+            run.log(step, {"loss": loss})
+
+    with tracking.run("teacher", {}, {}, root=root) as run:
+        log_in_vain(1, 2.0)
+        log_in_vain(2, math.nan)
         run.log(3, {"loss": 1.0})
-    assert [step for step, _ in history(root, run, "loss")] == [1, 2, 3]
+        log_in_vain(4, 1.0)
+    assert [step for step, _ in history(root, run, "loss")] == [1, 2, 3, 4]
     assert "the server is away" in capfd.readouterr().err
 
 

@@ -101,6 +101,20 @@ def test_the_trees_own_labels_are_of_its_last_run_whatever_its_settings_say_now(
     assert workspace.nearest_lock(toy, {"distill.epochs": 4}) == kept / "dvc.lock"
     (toy / "dvc.lock").write_text("")  # as while it is written
     assert workspace.nearest_lock(toy, {"distill.epochs": 4}) == kept / "dvc.lock"
+    kept.rename(kept.with_name(".calm-heron.part"))  # as while it is copied
+    assert workspace.nearest_lock(toy, {"distill.epochs": 4}) == toy / "dvc.lock"
+
+
+def test_labels_of_the_same_teacher_are_nearer_than_those_of_the_same_mining(tmp_path):
+    toy = toy_project.make(tmp_path)
+    settings = yaml.safe_load((toy / "params.yaml").read_text())
+    for run, other in (("a", "mine"), ("b", "teacher")):
+        shared = {section: settings[section] for section in workspace.LABELS_DEPEND_ON if section != other}
+        stages = {"teacher": {"teacher": "trained anew since"}, "cache": shared}
+        lock = {stage: {"params": {"params.yaml": made}} for stage, made in stages.items()}
+        (toy / ".scratch/runs" / run).mkdir(parents=True)
+        (toy / ".scratch/runs" / run / "dvc.lock").write_text(yaml.safe_dump({"stages": lock}))
+    assert workspace.nearest_lock(toy, {}) == toy / ".scratch/runs/a/dvc.lock"
 
 
 def test_a_runs_results_take_the_place_of_those_of_that_name(tmp_path):
@@ -113,7 +127,7 @@ def test_a_runs_results_take_the_place_of_those_of_that_name(tmp_path):
     again = workspace.keep_results(toy, toy, "../a/b", scored=False)
     assert again == first
     assert first.parent == toy / ".scratch/runs"
-    for odd in ("..", "", "ü" * 300):
+    for odd in ("..", "", "ü" * 150):
         assert workspace.keep_results(toy, toy, odd, scored=False).parent == first.parent
     assert (first / "params.yaml").exists()
     assert not (again / "metrics.json").exists()
@@ -137,18 +151,23 @@ def test_paths_out_of_the_project_lead_where_they_led(reproduced):
 
 
 def test_uncommitted_changes_new_files_and_deletions_are_in(tmp_path):
-    toy = toy_project.make(tmp_path)
+    toy, changes = toy_project.make(tmp_path), {"prepare.train": "."}
     (toy / "gone.txt").write_text("committed")
     toy_project.execute(toy, "git", "add", "gone.txt")
     toy_project.execute(toy, "git", "commit", "--quiet", "--message", "more")
     (toy / "gone.txt").unlink()
     (toy / "toy.py").write_text((toy / "toy.py").read_text() + "# changed\n")
     (toy / "new file.txt").write_text("new")
+    (toy / os.fsdecode(b"caf\xe9.txt")).write_text("no UTF-8")
+    for link, target in (("to nothing", "nowhere"), ("to a file", "toy.py")):
+        (toy / link).symlink_to(target)
     (toy / ".scratch").mkdir()
     (toy / ".scratch/note").write_text("ignored")
-    with failing(opened(toy)) as folder:
+    with failing(opened(toy, changes)) as folder:
         assert (folder / "toy.py").read_text().endswith("# changed\n")
         assert (folder / "new file.txt").read_text() == "new"
+        assert (folder / os.fsdecode(b"caf\xe9.txt")).read_text() == "no UTF-8"
+        assert [os.readlink(folder / link) for link in ("to nothing", "to a file")] == ["nowhere", "toy.py"]
         assert not (folder / "gone.txt").exists()
         assert not (folder / ".scratch").exists()
         states = [toy_project.execute(where, "git", "status", "--short") for where in (toy, folder)]
@@ -156,7 +175,7 @@ def test_uncommitted_changes_new_files_and_deletions_are_in(tmp_path):
     (toy / "toy.py").write_text("# changed once more\n")
     toy_project.execute(toy, "git", "commit", "--quiet", "--all", "--message", "later")
     (toy / "new file.txt").unlink()
-    with opened(toy) as folder:
+    with opened(toy, changes) as folder:
         assert (folder / "toy.py").read_text() == "# changed once more\n"
         assert not (folder / "new file.txt").exists()
         heads = [toy_project.execute(where, "git", "rev-parse", "HEAD") for where in (toy, folder)]
@@ -173,6 +192,7 @@ def test_ignored_and_dvc_added_inputs_are_there(tmp_path):
     (toy / "data/kept/weights").write_text("not in git")
     toy_project.execute(toy, "git", "add", "--force", "data/kept/README")
     toy_project.execute(toy, "dvc", "add", "--quiet", "data/added")
+    toy_project.execute(toy, "dvc", "config", "--local", "cache.type", "symlink")
     stages = yaml.safe_load((toy / "dvc.yaml").read_text())
     stages["stages"]["prepare"]["deps"] += ["data/added", "data/ignored", "data/kept"]
     (toy / "dvc.yaml").write_text(yaml.safe_dump(stages))
@@ -181,6 +201,7 @@ def test_ignored_and_dvc_added_inputs_are_there(tmp_path):
         assert dvc.outdated(folder) == {"distill", "evaluate"}
         assert "data/added.dvc" in dvc.graph(folder)["prepare"]
         assert not (folder / "data/added").is_symlink()
+        assert (folder / "data/added/one.txt").is_symlink()  # as this machine's own settings ask
         assert (folder / "data/ignored").is_symlink()
         assert (folder / "data/kept/weights").read_text() == "not in git"
 
@@ -291,6 +312,8 @@ def test_what_stopped_runs_keep_is_told(tmp_path):
     toy, said = toy_project.make(tmp_path), []
     with failing(opened(toy)) as folder, (folder / "large").open("wb") as file:
         file.write(os.urandom(60_000_000))
+        for link in ("one", "two"):  # which take nothing
+            (folder / link).symlink_to("large")
     with failing(opened(toy, {"distill.epochs": 4}, said)):
         pass
     assert [line for line in said if "other" in line] == [
@@ -338,6 +361,24 @@ def test_a_name_does_not_depend_on_how_changes_are_written():
     assert one != workspace.name({"seed": 1, "distill": {"lr": 0.1, "epochs": 4}})
     mixed = {"ssld": 1.0, "hard": 0.5}
     assert workspace.name({"distill.loss": mixed}) == workspace.name({"distill": {"loss": mixed}})
+
+
+def test_without_a_commit_it_is_the_tree_as_well(tmp_path):
+    toy = toy_project.make(tmp_path)
+    shutil.rmtree(toy / ".git")
+    toy_project.execute(toy, "git", "init", "--quiet")
+    with opened(toy) as folder:
+        assert (folder / "toy.py").read_text() == (toy / "toy.py").read_text()
+        assert dvc.outdated(folder) == set(toy_project.EDGES)
+
+
+def test_what_stages_made_is_not_linked(tmp_path):
+    """A stage would write through the link, into the user's own folder."""
+    toy = toy_project.make(tmp_path)
+    (toy / "data/teacher").mkdir(parents=True)
+    (toy / "data/.gitignore").write_text("/teacher\n")  # as DVC does; its dvc.lock is gone
+    with opened(toy) as folder:
+        assert not os.path.lexists(folder / "data/teacher")
 
 
 def test_without_git_it_says_so(tmp_path):
