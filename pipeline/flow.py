@@ -20,6 +20,7 @@ stages at once).
 # ruff: noqa: E402 (Prefect reads its settings when it is imported)
 
 import os
+import sys
 from pathlib import Path
 
 for key, value in {
@@ -29,19 +30,23 @@ for key, value in {
     "PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT": "%(asctime)s.%(msecs)03d | %(levelname)-7s | "
     "%(flow_run_name)s: %(task_run_name)s - %(message)s",
 }.items():
-    os.environ.setdefault(key, value)
-Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)  # Prefect itself would not make .scratch
+    os.environ[key] = os.environ.get(key) or value  # which may be set, but empty
+try:
+    Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)  # Prefect itself would not make .scratch
+except OSError as error:
+    sys.exit(f"flow: error: {error}; name a folder that can be written with PREFECT_HOME")
 
 import argparse
 import contextlib
 import json
 import re
 import signal
-import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from typing import Any
 
-from prefect import State, Task, flow, get_run_logger, runtime, task
+from prefect import State, Task, flow, get_client, get_run_logger, runtime, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, wait
@@ -53,6 +58,7 @@ from pipeline import recipes
 from pipeline.core import dvc, errors, mlflow_store, params, params_file, prefect_server, preflight, tracking, workspace
 from pipeline.core.programs import Programs
 
+LOOK = 2  # seconds between looks whether the run is being cancelled
 RETRY_DELAY = 2  # seconds; a cancelled run waits them out at worst
 STAGES_OWN_ERROR = re.compile(rf"[a-z]+: {errors.REFUSED}: ")  # begins the line with which a stage refuses
 STAGES_OWN_WORDS = re.compile(rf"[a-z]+: ({errors.CUT_SHORT}|{errors.LEFT_ALONE}): ")
@@ -67,10 +73,14 @@ def ssld(changes: dict[str, Any] = {}, stages: list[str] | None = None, retries:
         stages: only these, and what they need; none: all.
         retries: how often to start a stage again that was killed or crashed; it goes on where it stopped.
     """
-    root, say = Path.cwd(), get_run_logger().info
+    root, say, cancelled = Path.cwd(), get_run_logger().info, threading.Event()
     try:
         check(root, changes, stages)
-        with workspace.opened(root, changes, say) as folder, Programs(folder, environment(root)) as programs:
+        with (
+            workspace.opened(root, changes, say) as folder,
+            Programs(folder, environment(root)) as programs,
+            stopping(programs, cancelled),
+        ):
             graph = dvc.graph(folder)
             graph = dvc.upstream(graph, stages or list(graph))
             say("asking DVC what has changed")
@@ -81,9 +91,34 @@ def ssld(changes: dict[str, Any] = {}, stages: list[str] | None = None, retries:
             if "evaluate" in graph:  # else what lies there is of another run
                 show_results(results)
     except (ValueError, OSError) as error:
-        return Failed(message=str(error))
+        return Cancelled(message="the run was cancelled") if cancelled.is_set() else Failed(message=str(error))
     where = f"; results are in {results}" if changes or "evaluate" in graph else ""
     return Completed(message=f"{len(graph)} stages are up to date{where}")
+
+
+@contextlib.contextmanager
+def stopping(programs: Programs, cancelled: threading.Event) -> Iterator[None]:
+    """Stop the programs, and set the event, once the run is cancelled, on Prefect's pages or by its command.
+
+    Of a deployment's run Prefect's runner ends the whole process; of another Prefect only notes the wish.
+    """
+    flow_run, over = runtime.flow_run.id, threading.Event()
+
+    def watch() -> None:
+        with get_client(sync_client=True) as client:
+            while not over.wait(LOOK):
+                with contextlib.suppress(Exception):  # no server for a moment, for instance: the next look may do
+                    if client.read_flow_run(flow_run).state.is_cancelling():
+                        cancelled.set()
+                        programs.stop()
+                        return
+
+    if runtime.deployment.id is None:
+        threading.Thread(target=copy_context().run, args=[watch], daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def check(root: Path, changes: dict[str, Any], stages: list[str] | None) -> None:
@@ -170,8 +205,9 @@ def program(
 def error_in(lines: list[str]) -> str | None:
     """Find the line that says best why a program failed: the stage's own last one, else DVC's last."""
     for mark in (STAGES_OWN_ERROR, STAGES_OWN_WORDS, re.compile("ERROR: ")):
-        if found := next(filter(mark.match, reversed(lines)), None):
-            return found
+        for at in reversed(range(len(lines))):
+            if mark.match(lines[at]):  # which DVC may go on with: "it is being blocked by:"
+                return " ".join(lines[at : at + 2]) if lines[at].endswith(":") else lines[at]
     return None
 
 
@@ -200,8 +236,8 @@ def table(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 def environment(root: Path) -> dict[str, str]:
     """Give the variables that stages get: this Python first, output at once, the project's MLflow store, the run."""
     uri = mlflow_store.default_uri(root)
-    if uri.startswith(mlflow_store.SQLITE):  # a relative path would lead into the workspace
-        uri = f"{mlflow_store.SQLITE}{root.absolute() / uri.removeprefix(mlflow_store.SQLITE)}"
+    if kind := re.match(r"sqlite(\+\w+)?:///", uri):  # a relative path would lead into the workspace
+        uri = f"{kind[0]}{root.absolute() / uri.removeprefix(kind[0])}"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     flow_run = {tracking.FLOW_RUN: runtime.flow_run.name or ""}
     project = {"MLFLOW_TRACKING_URI": uri, mlflow_store.PROJECT: str(root.absolute())}

@@ -163,12 +163,14 @@ def test_the_registry_is_asked_where_its_stage_did_not_run(run, tmp_path):
         (["x.cpp:12:3: error: no member", "ERROR: failed to reproduce 'teacher': exited with -9"], "ERROR: failed"),
         (["teacher: error: it is broken", "ERROR: failed to reproduce 'teacher'"], "teacher: error: it is broken"),
         (["distill: cut short: a worker", "ERROR: failed to reproduce 'distill'"], "distill: cut short: a worker"),
+        (["ERROR: 'data' is busy, it is being blocked by:", "  (PID 7): dvc repro"], "ERROR: 'data' is busy, it is "),
         (["step 3"], None),
     ],
 )
 def test_a_stages_own_error_is_the_line_that_begins_with_its_name(lines, error):
     found = flow.error_in(lines)
     assert found is error is None or found.startswith(error)
+    assert not (found or "").endswith(":")
     assert bool(flow.STAGES_OWN_ERROR.match(found or "")) == (error == "teacher: error: it is broken")
 
 
@@ -275,6 +277,22 @@ def test_a_cancelled_run_leaves_no_process(served, client, reproduced):
     assert took < CANCELLED_WITHIN, "seconds until the last process of the run was gone"
 
 
+def test_a_run_that_no_deployment_started_can_be_cancelled_too(server, client, reproduced):
+    known = {run.id for run in client.read_flow_runs()}
+    command = [sys.executable, "-m", "pipeline.flow", "-S", "distill.epochs=999"]
+    variables = {**toy_project.ENVIRONMENT, "PREFECT_API_URL": server}
+    with subprocess.Popen(command, cwd=reproduced, env=variables, stdout=subprocess.DEVNULL) as process:
+        wait_until(lambda: {run.id for run in client.read_flow_runs()} - known, 60)
+        (run,) = {run.id for run in client.read_flow_runs()} - known
+        wait_until(lambda: "distill begins" in log_of(client, run), 60)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert any("toy.py" in " ".join(member.cmdline()) for member in family)
+        client.set_flow_run_state(run, Cancelling())
+        assert process.wait(30) == 1
+    assert not any(map(alive, family))
+    assert client.read_flow_run(run).state.is_cancelled()
+
+
 def alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -286,6 +304,8 @@ def test_a_relative_store_is_the_users_own_in_a_workspace_too(tmp_path, monkeypa
     for uri in ("", "sqlite:///mlflow.db", f"sqlite:///{tmp_path}/mlflow.db"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         assert flow.environment(tmp_path)["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite+pysqlite:///mlflow.db")
+    assert flow.environment(tmp_path)["MLFLOW_TRACKING_URI"] == f"sqlite+pysqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")
     assert flow.environment(tmp_path)["MLFLOW_TRACKING_URI"] == "http://localhost:5000"
 

@@ -252,6 +252,10 @@ def test_code_that_dvc_would_not_see_is_refused(tmp_path, line):
     (tmp_path / "models/own.py").write_text("import torchvision\nfrom models import blocks\n")
     preflight.check_own_file(tmp_path)
     (tmp_path / "models/own.py").write_text(f"import torchvision\n{line}\n")
+    (tmp_path / "dvc.yaml").write_text("<<<<<<< HEAD\nstages: {}\n")
+    with pytest.raises(ValueError, match=r"^dvc.yaml: not YAML: .*$"):
+        preflight.check_own_file(tmp_path)
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
     with pytest.raises(
         ValueError, match=r"^models/own.py imports m.*, whose changes DVC would not see: have its code in"
     ):

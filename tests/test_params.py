@@ -94,10 +94,11 @@ def test_all_that_is_wrong_is_told_in_one_line(data):
         ("teacher.std", [0.2, 0.2, 0.2], "set them to null to fit one here"),
         ("register.name", "photos/1", "register.name: should be letters"),
         ("machine", {"cudnn_benchmark": True, "deterministic": True}, "not both"),
-        ("mine", None, "mine"),
-        ("distill.epochs", True, "distill.epochs: should not be true, for which YAML takes yes"),
-        ("distill.loss", {"ssld": True}, "distill.loss: should not be true, for which YAML takes yes"),
-        ("views.crop_scale", [True, True], "views.crop_scale: should not be true, for which YAML takes yes"),
+        ("prepare.labelled_root", "", "prepare.labelled_root: should not be empty"),
+        ("mine", None, "mine: should be a section with keys, not None"),
+        ("distill.epochs", True, "distill.epochs: should be a number, not true"),
+        ("distill.loss", {"ssld": True}, "distill.loss: should be a number, not true"),
+        ("views.crop_scale", [True, True], "views.crop_scale: should be a number, not true"),
         ("views.crop_scale", [0.1, 0.5, 1.0], "views.crop_scale: should be 2 numbers, not 3"),
         ("distill.online", 2, "distill.online: should be true or false, not 2"),
         ("teacher.checkpoint", "mine.safetensors", "set source to checkpoint, or checkpoint to null"),
@@ -193,6 +194,11 @@ def test_images_that_are_not_there_are_named_before_anything_runs(data, tmp_path
     with pytest.raises(ValueError, match=r"^prepare.test: .*photos/test: no such .*; prepare.test: null takes a share"):
         preflight.check_files(params.check(data), tmp_path)
     data["prepare"]["test"] = None
+    for root in (".", "data", "data/prepare/.."):
+        (tmp_path / "data/prepare").mkdir(parents=True, exist_ok=True)
+        data["prepare"]["unlabelled_root"] = root
+        with pytest.raises(ValueError, match=r"^prepare.unlabelled_root: .*: holds what the stages write;"):
+            preflight.check_files(params.check(data), tmp_path)
     data["prepare"]["unlabelled_root"] = "heap"
     with pytest.raises(ValueError, match=r"^prepare.unlabelled_root: heap: no such folder or archive$"):
         preflight.check_files(params.check(data), tmp_path)

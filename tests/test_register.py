@@ -333,17 +333,40 @@ def test_a_version_that_lacks_a_file_is_named(project):
 
 
 @pytest.mark.usefixtures("no_onnx")
+@pytest.mark.parametrize(
+    ("name", "share", "words"),
+    [
+        ("model.pt2", 0.5, "cannot be loaded: its model is damaged, or no program of torch.export$"),
+        ("MLmodel", 0.95, "cannot be loaded: "),
+        ("network.json", 0.5, "its network.json is missing or damaged"),
+    ],
+)
+def test_a_version_whose_files_are_cut_short_is_named_and_not_the_registry(project, name, share, words):
+    project.register()
+    client, version = mlflow_store.connect(), project.versions()[1]
+    (file,) = Path("mlartifacts").rglob(name)
+    os.truncate(file, int(share * file.stat().st_size))
+    with pytest.raises(ValueError, match=f"^models:/{NAME}/1: {words}"):
+        registry.card_of(client, version)
+        with registry.loaded(client, version):
+            pass
+
+
+@pytest.mark.usefixtures("no_onnx")
 def test_a_version_that_predicts_something_else_is_refused(project):
     path = project.data / "evaluate" / "predictions.parquet"
     table = pyarrow.parquet.read_table(path)
     logits = np.stack(table["student_logits"].to_numpy())
-    logits[3] += 0.1
+    logits[3] += 0.01
     lists = pyarrow.FixedSizeListArray.from_arrays(logits.reshape(-1), 3)
     pyarrow.parquet.write_table(table.set_column(1, "student_logits", lists), path)
     with pytest.raises(ValueError, match="does not predict what data/evaluate recorded"):
         project.register()
     assert project.aliases() == {}
     assert not (project.data / "register").exists()
+    (project.data / "evaluate/speed.json").write_text(json.dumps({"device": "cuda"}))  # which rounds more coarsely
+    project.register()
+    assert project.aliases() == {"champion": 1, "challenger": 1}
 
 
 @pytest.mark.usefixtures("no_onnx")

@@ -261,6 +261,26 @@ def test_what_the_store_did_not_take_is_sent_with_the_next_step_or_at_the_end(ro
 
 
 @pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("http://user:p@ss@127.0.0.1:9", "http://127.0.0.1:9"),
+        (
+            "to https://user:secret@host/api and sqlite:////me@home/x.db",
+            "to https://host/api and sqlite:////me@home/x.db",
+        ),
+        ("postgresql://host/runs?user=u&password=secret&ssl=1", "postgresql://host/runs?user=u&password=***&ssl=1"),
+    ],
+)
+def test_passwords_are_not_shown(words, shown):
+    from mlflow.exceptions import MlflowException
+
+    assert mlflow_store.shown(words) == shown
+    with pytest.raises(ValueError) as error, mlflow_store.speaking_plainly("http://host"):
+        raise MlflowException(words)
+    assert str(error.value) == f"MLflow at http://host: {shown}"
+
+
+@pytest.mark.parametrize(
     ("uri", "words"),
     [
         ("http://127.0.0.1:9", "no MLflow server answers at http://127.0.0.1:9"),

@@ -18,7 +18,7 @@ CHANGES = {"distill.epochs": 3}
 @pytest.fixture(scope="module")
 def reproduced(tmp_path_factory):
     """A toy project whose stages have run; dvc.lock is not committed."""
-    toy = toy_project.make(tmp_path_factory.mktemp("reproduced"))
+    toy = toy_project.make(tmp_path_factory.mktemp("jörg"))
     toy_project.execute(toy, "dvc", "repro", "--quiet")
     return toy
 

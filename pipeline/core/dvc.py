@@ -8,7 +8,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dvc.config import Config
+from configobj import ConfigObj
 from dvc.exceptions import DvcException
 from dvc.lock import LockError
 from dvc.repo import Repo
@@ -128,9 +128,11 @@ def share_cache(owner: Path, guest: Path, notes: Path) -> None:
     """
     with _repo(owner) as repo:
         cache = repo.cache.local_cache_dir
-    with Config(dvc_dir=str(guest / ".dvc")).edit("local") as settings:
-        settings.setdefault("cache", {})["dir"] = cache
-        settings.setdefault("core", {})["site_cache_dir"] = str(notes)
+    # As DVC reads them; DVC's own way to write them fails on paths that are not ASCII.
+    local = ConfigObj(str(guest / ".dvc/config.local"), encoding="utf-8")
+    local.setdefault("cache", {})["dir"] = cache
+    local.setdefault("core", {})["site_cache_dir"] = str(notes)
+    local.write()
 
 
 @contextmanager

@@ -51,8 +51,8 @@ def default_uri(root: Path) -> str:
 
 
 def shown(uri: str) -> str:
-    """Write a store's address for people: without the password that may stand in it."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+    """Write a store's address, or words in which it may stand, for people: without the passwords in them."""
+    return re.sub(r"://[^/?#\s]*@", "://", re.sub(r"([?&](?:password|passwd|pwd)=)[^&\s]*", r"\1***", uri))
 
 
 def connect(root: Path = Path(".")) -> "MlflowClient":
@@ -137,7 +137,7 @@ def speaking_plainly(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError) as error:
-        words = str(error).replace("<database_uri>", shown(uri)).split("\n[SQL")[0].split("\n(Background")[0]
+        words = shown(str(error).replace("<database_uri>", uri)).split("\n[SQL")[0].split("\n(Background")[0]
         hint = f"; if {_sqlite_file(uri)} is damaged, move it away: a new one is made" if uri.startswith(SQLITE) else ""
         raise ValueError(f"MLflow at {shown(uri)}: {' '.join(words.split())[:500]}{hint}") from None
 

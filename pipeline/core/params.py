@@ -14,6 +14,7 @@ from pipeline.core.sections import Params, nearest
 
 IN_PLAIN_WORDS = {  # what pydantic says in Python's words
     "tuple_type": "should be a list of numbers",
+    "model_type": "should be a section with keys",
     "string_type": "should be text",
     "string_too_short": "should not be empty",
     "int_type": "should be a whole number",

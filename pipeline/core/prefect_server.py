@@ -6,6 +6,7 @@ Its data (runs, logs, artifacts) lie in PREFECT_HOME, by default the project's o
 import atexit
 import fcntl
 import os
+import re
 import socket
 import sys
 import time
@@ -43,10 +44,13 @@ def ready(port: int = 0, meanwhile: Callable[[], None] = lambda: None) -> str:
         meanwhile()
         return url
     if url:
-        place = urlsplit(url)
+        try:
+            place, its_port = urlsplit(url), urlsplit(url).port or 4200
+        except ValueError as error:
+            raise ValueError(f"PREFECT_API_URL={url}: no address: {error}") from None
         if place.hostname not in ("127.0.0.1", "localhost"):
             raise ValueError(f"no Prefect server answers at PREFECT_API_URL={url}: start it, or unset the variable")
-        return _start(place.port or 4200, meanwhile)
+        return _start(its_port, meanwhile)
     return _start(_free_port(port), meanwhile, tries=2)
 
 
@@ -103,7 +107,9 @@ def _start(port: int, meanwhile: Callable[[], None], tries: int = 1) -> str:
     if server.poll() is not None and tries > 1:  # another program may have taken the port meanwhile
         return _start(_free_port(port + 1), lambda: None, tries - 1)
     if not answers or server.poll() is not None:
-        said = " ".join(log.read_text(errors="replace").splitlines()[-3:]).strip() or "it said nothing"
+        lines = log.read_text(errors="replace").splitlines()
+        named = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+        said = " ".join(named[-1:] or lines[-3:]).strip() or "it said nothing"
         raise ValueError(f"the Prefect server did not start ({said}); all that it said is in {log}")
     return url
 

@@ -15,8 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from pipeline.core import atomic, errors, params, sources
 from pipeline.core.sections import TIMM, Params
 
@@ -56,6 +54,8 @@ def check_files(settings: Params, root: Path) -> None:
         path = getattr(settings.prepare, key)
         if not _is_example(path) and not (root / path).exists():
             raise ValueError(f"prepare.{key}: {path}: no such folder or archive")
+        if Path(os.path.abspath(root / path)) in Path(os.path.abspath(root / "data/prepare")).parents:
+            raise ValueError(f"prepare.{key}: {path}: holds what the stages write; take a folder such as data/photos")
     train = root / settings.prepare.labelled_root / settings.prepare.train
     for role in ("train", "val", "test", "unlabelled"):
         path = settings.prepare.unlabelled_root if role == "unlabelled" else settings.prepare.labelled_root
@@ -135,7 +135,11 @@ def check_own_file(project: Path) -> None:
     Raises:
         ValueError: it does.
     """
-    file, stages = project / "models/own.py", yaml.safe_load((project / "dvc.yaml").read_text())["stages"]
+    file = project / "models/own.py"
+    try:
+        stages = params.parse((project / "dvc.yaml").read_text())["stages"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"dvc.yaml: {errors.in_a_line(error)}") from None
     with_it = [set(stage["deps"]) for stage in stages.values() if "models/own.py" in stage.get("deps", ())]
     for node in ast.walk(ast.parse(file.read_text(), str(file))):
         if isinstance(node, ast.Import):

@@ -190,6 +190,8 @@ def loaded(client: "MlflowClient", version: "ModelVersion") -> Iterator[Any]:
     """
     import mlflow.artifacts
     import mlflow.pytorch
+    from mlflow.exceptions import MlflowException
+    from yaml import YAMLError
 
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
     where = f"models:/{version.name}/{version.version}"
@@ -199,8 +201,11 @@ def loaded(client: "MlflowClient", version: "ModelVersion") -> Iterator[Any]:
         )
         try:
             model = mlflow.pytorch.load_model(folder)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"{where}: cannot be loaded: {errors.in_a_line(error)[:300]}") from None
+        except (MlflowException, YAMLError, OSError, RuntimeError, ValueError, KeyError) as error:
+            words = errors.in_a_line(error)[:300]
+            if "pickle" in words:  # for which MLflow takes what it does not know, and advises to allow it
+                words = "its model is damaged, or no program of torch.export"
+            raise ValueError(f"{where}: cannot be loaded: {words}") from None
         yield model
 
 

@@ -49,7 +49,7 @@ class Section(BaseModel):
 
 def _refuse_bool(value: Any) -> None:
     if isinstance(value, bool):
-        raise ValueError(f"should not be {str(value).lower()}, for which YAML takes yes, no, on and off, too")
+        raise ValueError(f"should be a number, not {str(value).lower()}")
 
 
 def _say_both(value: Any, look: Callable[[Any], Any]) -> Any:
@@ -98,13 +98,13 @@ class Digits(Section):
 
 
 class Prepare(Section):
-    labelled_root: str
+    labelled_root: Text
     train: str
     val: str | None
     test: str | None
     val_share: Share
     test_share: Share
-    unlabelled_root: str
+    unlabelled_root: Text
     unlabelled: str | None
     images_per_class: Count | None
     labels_per_class: Count | None
