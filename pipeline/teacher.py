@@ -6,9 +6,12 @@ network.json, and history.csv, a line an epoch where it was fitted. Run: python 
 
 import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from scipy.stats import binom
 
 import models
@@ -93,15 +96,21 @@ def try_out(classifier: Classifier, params: Params, images: ImageSet) -> str:
     """Say how good a teacher is that was made elsewhere, in validation top-1; with too few images, what must be true.
 
     Raises:
-        ValueError: it guesses, so its classes stand in another order, or its pixels were normalised otherwise; or what
-            it answers is not finite.
+        ValueError: it guesses, so its classes stand in another order, or its pixels were normalised otherwise; some of
+            its classes have changed places; or what it answers is not finite, or is probabilities.
     """
     validate = training.validator(params, images, params.views.resolution, Processes(classifier.mean.device))
-    found, classes = validate(classifier), len(images.classes)
-    order = ", ".join(images.classes[:10]) + (", ..." if classes > 10 else "")
-    tried, top1 = len(images.rows("val")), found.get("val_top1", 0.0)
+    passes: list[torch.Tensor] = []
+    listening = classifier.register_forward_hook(lambda _, asked, logits: passes.append(logits.float().cpu()))
+    found, rows, classes = validate(classifier), images.rows("val"), len(images.classes)
+    listening.remove()
+    order = ", ".join(f"'{name}'" for name in images.classes[:10])
+    order += ", ... (all are in data/prepare/classes.json)" if classes > 10 else ""
+    tried, top1 = len(rows), found.get("val_top1", 0.0)
     if not math.isfinite(found.get("val_nll", 0.0)):
         raise ValueError(f"{params.teacher.model}: its answers to validation images are not finite")
+    if passes:
+        check_answers(params.teacher.model, torch.cat(passes), images.labels[rows], images.classes, order)
     right = round(tried * top1)
     # Of few images it is seen only where it does worse than one that guesses, and than one that is right half the time.
     worse = right < tried / classes and binom.cdf(right, tried, 0.5) < CHANCE
@@ -115,6 +124,51 @@ def try_out(classifier: Classifier, params: Params, images: ImageSet) -> str:
             "trained with (teacher.mean, teacher.std)"
         )
     return f": validation top-1 {top1:.4f}"
+
+
+def check_answers(model: str, logits: torch.Tensor, labels: np.ndarray, classes: Sequence[str], order: str) -> None:
+    """Make sure that answers to validation images are logits of these classes.
+
+    Args:
+        model, order: for messages.
+        logits: (N, C).
+        labels: (N,).
+
+    Raises:
+        ValueError: they are probabilities, or some classes have changed places.
+    """
+    if logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-3:
+        raise ValueError(f"{model} answers with probabilities, not with logits: leave out the softmax at its end")
+    if others := swapped(labels, logits.argmax(1).numpy(), classes):
+        raise ValueError(
+            f"{model} has classes in each other's place: {others}. Its classes must be these, in this order: {order}"
+        )
+
+
+def swapped(labels: np.ndarray, answers: np.ndarray, classes: Sequence[str]) -> str:
+    """Name the classes whose images are mostly answered as another's, and that one's as theirs or as a third's.
+
+    The best one-to-one assignment of answers to classes (Kuhn, "The Hungarian method for the assignment problem") is
+    compared with the one that should be: of the images that the two tell apart, a sound teacher gets half right.
+
+    Args:
+        labels, answers: numbers of classes, (N,).
+        classes: their names.
+
+    Returns: "" where no such class can be told from chance.
+    """
+    counts = np.zeros((len(classes), len(classes)), int)  # images of a class, answers
+    np.add.at(counts, (labels, answers), 1)
+    own, best = np.arange(len(classes)), linear_sum_assignment(counts, maximize=True)[1]
+    moved = np.flatnonzero((best != own) & (counts[own, best] > counts[own, own]))
+    right, wrong = counts[moved, moved].sum(), counts[moved, best[moved]].sum()
+    if binom.sf(wrong - 1, right + wrong, 0.5) * len(classes) ** 2 > CHANCE:  # so many pairs could have been found
+        return ""
+    told = [
+        f"{counts[at, best[at]]} of {counts[at].sum()} images of '{classes[at]}' are to it '{classes[best[at]]}'"
+        for at in moved
+    ]
+    return "; ".join(told[:5]) + (f"; and {len(told) - 5} more" if len(told) > 5 else "")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Networks as files: weights that fit and those that do not, teachers made elsewhere, first weights of a student."""
 
 import argparse
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -283,7 +284,7 @@ def taken(tmp_path, monkeypatch, bias, **changes):
 
 
 def test_a_teacher_that_guesses_is_refused(images, tmp_path, monkeypatch, capsys):
-    params, device = taken(tmp_path, monkeypatch, [1.0, 0.0, 0.0, 0.0])
+    params, device = taken(tmp_path, monkeypatch, [2.0, 0.0, 0.0, 0.0])
     with pytest.raises(ValueError, match=r"guesses: validation top-1 0.2500 of 16 images of 4 classes.*in this order"):
         teacher.take(params, images, device)
     monkeypatch.setattr(teacher, "ENOUGH_TO_TRY", 17)  # of so few, nobody can tell
@@ -291,7 +292,33 @@ def test_a_teacher_that_guesses_is_refused(images, tmp_path, monkeypatch, capsys
     teacher.take(params, images, device)
     said = capsys.readouterr().out
     assert ": validation top-1 0.2500; 16 images are too few" in said
-    assert f"in order: {', '.join(images.classes)}\n" in said
+    assert "in order: " + ", ".join(f"'{name}'" for name in images.classes) + "\n" in said
+
+
+def test_a_teacher_that_answers_with_probabilities_is_refused(images, tmp_path, monkeypatch):
+    params, device = taken(tmp_path, monkeypatch, [0.5, 0.2, 0.2, 0.1])
+    with pytest.raises(ValueError, match=f"^{MODEL} answers with probabilities, not with logits: leave out the"):
+        teacher.take(params, images, device)
+
+
+@pytest.mark.parametrize(
+    ("places", "correct", "named"),
+    [
+        ([0, 1, 2, 3, 4], 0.7, set()),
+        ([0, 2, 1, 3, 4], 0.7, {"b", "c"}),
+        ([0, 2, 3, 1, 4], 0.7, {"b", "c", "d"}),
+        ([0, 1, 1, 3, 4], 1.0, set()),  # it takes one class for another, but not the other for it
+        ([1, 2, 3, 4, 0], 0.1, set()),  # it guesses
+    ],
+)
+def test_classes_in_each_others_place_are_seen(places, correct, named):
+    chance = np.random.default_rng(0)
+    labels = np.repeat(np.arange(5), 20)
+    answers = np.where(chance.random(100) < correct, np.array(places)[labels], chance.integers(0, 5, 100))
+    assert set(re.findall("images of '(.)'", teacher.swapped(labels, answers, "abcde"))) == named
+    assert "18 of 20 images of 'a' are to it 'b'" in teacher.swapped(
+        np.repeat([0, 1], 20), np.array([1] * 18 + [0] * 22), "ab"
+    )
 
 
 def test_a_teacher_whose_answers_are_not_finite_is_refused(images, tmp_path, monkeypatch):
@@ -302,7 +329,7 @@ def test_a_teacher_whose_answers_are_not_finite_is_refused(images, tmp_path, mon
 
 
 def test_few_images_show_a_teacher_that_is_worse_than_guessing(images, tmp_path, monkeypatch):
-    params, device = taken(tmp_path, monkeypatch, [1.0, 0.0, 0.0, 0.0])
+    params, device = taken(tmp_path, monkeypatch, [2.0, 0.0, 0.0, 0.0])
     monkeypatch.setattr(teacher, "ENOUGH_TO_TRY", 17)
     monkeypatch.setattr(teacher.training, "validator", lambda *asked: lambda classifier: {"val_top1": 1 / 16})
     with pytest.raises(ValueError, match=r"guesses: validation top-1 0.0625 of 16 images of 4 classes"):
