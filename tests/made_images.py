@@ -52,6 +52,26 @@ def grey_tiff(rows: bytes, width: int, bits: int, interpretation: int) -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + listed + bytes(4) + rows
 
 
+def planar_tiff(channels: np.ndarray) -> bytes:
+    """A TIFF file that stores its colours one behind the other, as PIL does not write it.
+
+    Args:
+        channels: (3, H, W), uint8 or uint16.
+    """
+    _, height, width = channels.shape
+    bits, size = 8 * channels.itemsize, channels[0].nbytes
+    tags = {256: [width], 257: [height], 258: [bits] * 3, 259: [1], 262: [2], 273: [0] * 3, 277: [3], 278: [height]}
+    tags |= {279: [size] * 3, 284: [2]}
+    lists = 8 + 2 + 12 * len(tags) + 4  # where what does not fit into a tag is
+    first = lists + 4 * sum(len(values) for values in tags.values() if len(values) > 1)
+    tags[273] = [first + number * size for number in range(3)]
+    listed, behind = b"", b""
+    for tag, values in tags.items():
+        listed += struct.pack("<HHII", tag, 4, len(values), values[0] if len(values) == 1 else lists + len(behind))
+        behind += struct.pack("<3I", *values) if len(values) > 1 else b""
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + listed + bytes(4) + behind + channels.tobytes()
+
+
 def ycck_jpeg(seed: int) -> bytes:
     """A JPEG file of four colours, three of them stored as YCbCr, as printers' programs write it."""
     return simplejpeg.encode_jpeg(np.array(picture(seed, 60, 80).convert("CMYK")), 90, "CMYK", "420")

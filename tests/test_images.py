@@ -15,6 +15,7 @@ from made_images import (
     half_lost,
     picture,
     pixels,
+    planar_tiff,
     png,
     png_bomb,
     rotated_jpeg,
@@ -128,6 +129,11 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped():
     assert (decoded(as_pgm)[..., 0] == wanted).all()
 
 
+def test_a_tiff_file_may_store_its_colours_one_behind_the_other():
+    channels = np.random.default_rng(0).integers(0, 256, (3, 4, 5), np.uint8)
+    assert np.array_equal(decoded(planar_tiff(channels)), channels.transpose(1, 2, 0))
+
+
 def test_tiff_grey_of_8_12_and_16_bits_is_scaled_whether_zero_is_black_or_white():
     ramp = bytes([0, 85, 170, 255])
     wide = np.array([0, 21_845, 43_690, 65_535], "<u2").tobytes()
@@ -219,6 +225,7 @@ BAD = {
     "floating point": (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "unreadable"),
     "32 bit, small values": (encode(Image.fromarray(np.full((4, 4), 255, np.int32)), "TIFF"), "unreadable"),
     "32 bit": (encode(Image.fromarray(np.full((4, 4), 10**6, np.int32)), "TIFF"), "unreadable"),
+    "16 bit, colour by colour": (planar_tiff(np.full((3, 4, 5), 7, np.uint16)), "unreadable"),
     "bomb": (png_bomb(), "too many pixels"),
     "text bomb": (png(1)[:33] + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**7))) + png(1)[33:], "unreadable"),
 }

@@ -53,12 +53,15 @@ BAD = {  # name: content, the reason for refusing it
     "pool/of val.png": (png(hash_of("val", "b", 2)), "duplicate"),
     "pool/twice.png": (png(90_000), "duplicate"),
     "pool/a/empty.png": (b"", "zero bytes"),
+    "train/.hidden/x.png": (png(80), "hidden"),
+    "train/a/.x.png": (png(82), "hidden"),
+    "pool/.cache/x.PNG": (png(81), "hidden"),
 }
 IGNORED = {
     "train/a/.DS_Store": b"\0\0\0\1Bud1",
-    "train/.hidden/x.png": png(80),
     "train/__MACOSX/a/._00.png": b"\0\5\x16\7",
-    "pool/.cache/x.png": png(81),
+    "pool/.cache/settings": b"1",
+    "pool/._of train.png": b"\0\5\x16\7",
 }
 FRAMES = {"animated.gif", "animated.webp", "animated.png", "pages.tiff", "two eyes.jpg"}
 

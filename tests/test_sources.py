@@ -93,6 +93,22 @@ def test_labelled_and_unlabelled_images_may_lie_in_different_archives(tmp_path):
     assert images.source(images.rows("unlabelled")[0]).startswith("some/where/")
 
 
+def test_hidden_images_are_listed_and_a_list_may_name_them(tmp_path):
+    root = write(tmp_path / "in", good() | {f"train/.net/{at:02d}.png": png(at) for at in range(20)})
+    rows = [f"train/{name}/{at:02d}.png,{label}" for name, label in ((".net", "a"), ("b", "b")) for at in range(8, 12)]
+    write(root, {"list.csv": "\n".join(["file,label", *rows]).encode()})
+    files = [path for path in root.rglob("*.*") if path.is_file()]
+    as_zip(root / "x.zip", {str(path.relative_to(root)): path.read_bytes() for path in files})
+    for at, train in enumerate(("train", "x.zip/train")):  # nor are so many a reason to stop
+        images, refused = prepared(tmp_path / str(at), root, train=train, max_refused_share=0.2)
+        assert images.classes == ("a", "b")
+        assert sorted(refused) == sorted((f"{train}/.net/{at:02d}.png", "train", "hidden") for at in range(20))
+    for train in ("list.csv", "x.zip/list.csv"):
+        images, refused = prepared(tmp_path / train.replace("/", " "), root, train=train, max_refused_share=0.2)
+        assert len(images) == 8
+        assert not refused
+
+
 def test_a_list_may_name_files_by_their_whole_paths_and_in_windows_way(tmp_path, monkeypatch):
     root = write(tmp_path / "in", good())
     below = sorted(path.relative_to(root).as_posix() for path in (root / "train").rglob("*.png"))

@@ -3,6 +3,7 @@
 Read: files where they lie. Nothing is extracted, so a name inside an archive can point wherever it likes.
 """
 
+import contextlib
 import os
 import posixpath
 import stat
@@ -30,6 +31,7 @@ DAMAGE = (
     OSError,
     UnicodeDecodeError,
 )
+MACOS = ("._", "__MACOSX")  # how the names begin of what it puts beside files and into archives
 NAMELESS = "(no name)"  # in the place of an empty name, which no list of files can show
 
 
@@ -50,9 +52,16 @@ class Entry:
 
 @dataclass
 class Tree:
-    """The files of a folder or an archive, in the order in which they are fastest to read."""
+    """The files of a folder or an archive, in the order in which they are fastest to read.
+
+    Attributes:
+        entries: all but hidden ones.
+        hidden: those that are called like images; of a hidden folder on the disk, only what lies directly in it.
+        folders: all but hidden ones, without the root.
+    """
 
     entries: list[Entry] = field(default_factory=list)
+    hidden: list[Entry] = field(default_factory=list)
     folders: set[str] = field(default_factory=set)
 
     def add_folder(self, name: str) -> None:
@@ -62,10 +71,12 @@ class Tree:
             name = posixpath.dirname(name)
 
     def add(self, name: str, size: int, read: Callable[[], bytes]) -> None:
-        """Note a file; hidden files and what macOS puts into archives are passed over."""
+        """Note a file; hidden ones that are no images, and what macOS puts into archives, are passed over."""
         if not hidden(name):
             self.entries.append(Entry(name or NAMELESS, size, read))
             self.add_folder(posixpath.dirname(name))
+        elif name.lower().endswith(tuple(SUFFIXES)) and not any(part.startswith(MACOS) for part in name.split("/")):
+            self.hidden.append(Entry(name, size, read))
 
 
 def is_archive(path: Path) -> bool:
@@ -142,10 +153,13 @@ def _walk(path: Path | str, prefix: str, tree: Tree, above: tuple[tuple[int, int
         tree.add(prefix, 0, partial(refuse, "not an image", "an empty folder"))
     for item in items:
         name = f"{prefix}/{item.name}" if prefix else item.name
-        if item.is_dir():
-            if not hidden(item.name):
-                tree.add_folder(name)
-                _walk(item.path, name, tree, above)
+        if item.is_dir() and hidden(item.name):
+            with contextlib.suppress(OSError), os.scandir(item.path) as within:
+                for one in within:
+                    tree.add(f"{name}/{one.name}", _size(one), partial(read_file, one.path))
+        elif item.is_dir():
+            tree.add_folder(name)
+            _walk(item.path, name, tree, above)
         else:
             tree.add(name, _size(item), partial(read_file, item.path))
 

@@ -36,6 +36,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", "
 JPEG = b"\xff\xd8"
 ORIENTATION = 0x112  # EXIF's tag
 BITS_PER_SAMPLE, INTERPRETATION, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags, and a value of the second
+PLANES, APART = 284, 2  # another, and its value where a file stores its colours one behind the other
 # How a JPEG file may store colours, and what simplejpeg then makes of them: PIL's very pixels, or what only libjpeg's
 # complaints are wanted of.
 AS_PIL_DOES = {"YCbCr": "RGB", "Gray": "RGB"}
@@ -149,6 +150,9 @@ def _open(content: bytes) -> Image.Image:
 
 
 def _decode_with_pillow(image: Image.Image) -> Image.Image:
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(PLANES) == APART and max(tags.get(BITS_PER_SAMPLE, (1,))) > 8:  # which PIL mixes up
+        raise Unreadable("unreadable", "a TIFF file of more than 8 bits, stored colour by colour; save it interleaved")
     image.load()
     return to_rgb(_upright(image))
 
@@ -280,7 +284,7 @@ def _not_opened(encoded: bytes) -> Unreadable:
     if encoded[4:8] == b"ftyp" and encoded[8:12] in (b"heic", b"heix", b"mif1", b"hevc"):
         return Unreadable("unreadable", "HEIC images are not supported; convert them to JPEG or PNG")
     if any(encoded[at : at + len(start)] == start for at, start in BEGINNINGS):
-        return Unreadable("unreadable", "begins like an image, but its header is damaged")
+        return Unreadable("unreadable", "begins like an image, but its header is damaged, or of an unknown kind")
     return Unreadable("not an image")
 
 

@@ -5,6 +5,7 @@ import io
 from collections import Counter
 from dataclasses import dataclass
 
+HIDDEN = "hidden"  # the one reason that is no fault of the images: many programs keep hidden ones of their own
 FURTHER_FRAMES = "further frames"  # the one reason for which the file itself is kept
 
 
@@ -48,7 +49,7 @@ def check_share(files: dict[str, int], refusals: list[Refusal], most: float) -> 
     """
     for source, count in files.items():
         counts = reasons(refusals, source)
-        if counts.total() > most * count:
+        if count and (counts.total() - counts[HIDDEN]) / count > most:
             raise ValueError(
                 f"prepare.{source}: {counts.total():,} of {count:,} files were refused ({in_words(counts)}), a larger "
                 f"share than prepare.max_refused_share allows ({most}): mend the images, or raise it"

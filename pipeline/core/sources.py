@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pipeline.core import archives
 from pipeline.core.archives import Entry, Tree
+from pipeline.core.refusals import HIDDEN
 
 TORCHVISION = "torchvision:"
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # of which some end a line
@@ -177,7 +178,8 @@ def _files(
         if path not in opened:
             opened[path] = archives.open_archive(path)
         tree, above = opened[path], _below(path, base)
-        entries = {_nfc(entry.name): entry for entry in tree.entries} if inside.lower().endswith(".csv") else {}
+        listed = (*tree.hidden, *tree.entries) if inside.lower().endswith(".csv") else ()
+        entries = {_nfc(entry.name): entry for entry in listed}
         if _nfc(inside) in entries:
             rows = _rows(entries[_nfc(inside)].read(), where, columns)
             return _by_list(rows, partial(_in_archive, entries, posixpath.dirname(inside)), above)
@@ -201,6 +203,10 @@ def _by_folder(tree: Tree, inside: str, above: str) -> tuple[list[SourceFile], s
             first, slash, _ = entry.name[len(start) :].partition("/")
             name = _text(posixpath.join(above, entry.name))
             files.append(SourceFile(name, class_name(first) if slash else "", entry.size, entry.read))
+    for entry in tree.hidden:
+        if entry.name.startswith(start):
+            refuse = partial(archives.refuse, HIDDEN, "its name, or its folder's, begins with a dot")
+            files.append(SourceFile(_text(posixpath.join(above, entry.name)), "", 0, refuse))
     below = {name[len(start) :] for name in tree.folders if name.startswith(start)}
     return files, {class_name(name) for name in below if name and "/" not in name}
 
