@@ -345,6 +345,27 @@ def test_a_taken_teacher_sees_pixels_as_it_was_trained_with(images, tmp_path, mo
     assert (card["mean"], card["std"]) == ([0.5, 0.4, 0.3], [0.2, 0.2, 0.1])
 
 
+def test_weights_fitted_here_are_read_back_as_they_were_fitted(tmp_path):
+    """timm's normalisation of vit_tiny_patch16_224 is not ImageNet's."""
+    fitted = networks.build("vit_tiny_patch16_224", 4, 0)
+    networks.save(tmp_path, fitted, {"model": "vit_tiny_patch16_224", "classes": list("abcd"), "resolution": 224})
+    start = networks.build("vit_tiny_patch16_224", 4, 1, init=str(tmp_path / "weights.safetensors"))
+    assert torch.equal(start.mean, fitted.mean)
+    assert fitted.mean.flatten().tolist() == [127.5] * 3
+    assert torch.equal(networks.build("ResNet18_vd", 4, 0).mean.flatten(), torch.tensor([0.485, 0.456, 0.406]) * 255)
+
+
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_weights_of_a_transformer_for_another_image_size_say_what_to_do(tmp_path, model):
+    size = 96 if model.startswith("vit") else 128
+    weights.save(tmp_path / "w.safetensors", timm.create_model(model, img_size=size, num_classes=4).state_dict())
+    with pytest.raises(ValueError, match=r"of another network: .* is .*, not .*; if it is this network for another im"):
+        networks.build(model, 4, 0, init=str(tmp_path / "w.safetensors"))
+    built = networks.Classifier(timm.create_model(model, img_size=size, num_classes=4))
+    with pytest.raises(ValueError, match=rf"does not take images of 32 pixels: .*; it was made for {size}$"):
+        networks.check_takes(built, model, 32, 4)
+
+
 def test_a_teacher_that_does_not_take_the_resolution_is_refused(images, tmp_path, monkeypatch):
     network = networks.build("vit_tiny_patch16_224", 4, 0)
     networks.save(tmp_path, network, {"model": "vit", "classes": list("abcd"), "resolution": 224})

@@ -55,6 +55,7 @@ for kind, answer in ANSWERS.items():
 def test_a_network_of_ones_own_may_teach(images, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(teacher, "ENOUGH_TO_TRY", 17)  # it guesses
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
     own = Own()
     torch.save(own.state_dict(), tmp_path / "own.pth")
     wanted = {"source": "checkpoint", "model": f"own_{kind}", "checkpoint": str(tmp_path / "own.pth")}

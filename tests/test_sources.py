@@ -156,6 +156,8 @@ def test_a_list_that_names_a_missing_file(tmp_path):
         ("trian", "no such folder, archive or list; there are .*train"),
         ("x.rar", "not a folder, an archive"),
         ("x.zip/trian", "no such folder or list in the archive; there are train"),
+        ("x.rar/train", r"x.rar: not a folder, nor an archive \(.zip"),
+        ("latin.csv", "can't decode byte 0xe9 .*; save it as UTF-8"),
         ("bad.csv", "its first line must name the columns file and label, not path, class"),
         ("classes.csv", "its first line must name the columns file and label, not file, class"),
         (
@@ -177,6 +179,7 @@ def test_sources_that_are_not_there(tmp_path, train, words):
         good()
         | {
             "x.rar": b"Rar!",
+            "latin.csv": "file,label\ntrain/a/00.png,caf\xe9\n".encode("latin-1"),
             "bad.csv": b"path,class\nx,y\n",
             "classes.csv": b"file,class\ntrain/a/00.png,a\n",
             "comma.csv": b"file,label\ntrain/a/00.png,a,\ntrain/a/01.png,cat, small\n",

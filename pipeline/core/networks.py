@@ -104,7 +104,7 @@ def build(name: str, num_classes: int, seed: int, init: str | None = None, resiz
     """Build a network that starts from random weights, or from some made elsewhere.
 
     Where the weights are for another number of classes, the classifier is random. Pixels are normalised as the network
-    says of its weights.
+    says; where it says nothing and its weights are random, as ImageNet's.
 
     Args:
         seed: random weights depend on it alone.
@@ -119,11 +119,12 @@ def build(name: str, num_classes: int, seed: int, init: str | None = None, resiz
         torch.manual_seed(seed)
         network = models.build(name, num_classes=num_classes, pretrained=init == TIMM)
     small_maps.replace_convolutions(network)
+    said = normalisation(network)
     if init is None:
-        return Classifier(network, resized_to=resized_to)
+        return Classifier(network, *(said or ()), resized_to=resized_to)
     if init != TIMM:
         weights.load(network, Path(init), (name, num_classes), new_classifier=True)
-    if not (said := normalisation(network)):
+    if not said:
         raise ValueError(
             f"{name} does not say how pixels are normalised for weights of its own: give it pretrained_cfg"
         )
@@ -190,7 +191,7 @@ class _Embed(nn.Module):
 
 def _own_size(network: nn.Module) -> int | None:
     """The pixels a side of the images that a network was made for, where it says so as timm's do."""
-    size = _said(network).get("input_size")
+    size = getattr(getattr(network, "patch_embed", None), "img_size", None) or _said(network).get("input_size")
     return size[-1] if isinstance(size, tuple | list) and size else None
 
 

@@ -110,6 +110,8 @@ def check_there(role: str, root: Path, inner: str) -> None:
     """
     path = _locate(root, inner)[0]
     if not inner.startswith(TORCHVISION) and not path.exists():
+        if file := next((above for above in path.parents if above.is_file()), None):
+            raise ValueError(f"prepare.{role}: {file}: not a folder, nor an archive ({', '.join(archives.OPENERS)})")
         hint = f"{_beside(path)}{IN_ITS_PLACE.get(role, '')}"
         raise ValueError(f"prepare.{role}: {path}: no such folder, archive or list{hint}")
 
@@ -245,7 +247,9 @@ def _rows(content: bytes, where: str, needed: list[str]) -> list[tuple[str, str]
                     'name that holds a comma stands in quotation marks: "cat, small"'
                 )
             found.append(((row["file"] or "").strip(), (row.get("label") or "").strip()))
-    except (UnicodeDecodeError, csv.Error, ValueError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not a list of images: {error}; save it as UTF-8") from None
+    except (csv.Error, ValueError) as error:
         raise ValueError(f"{where}: not a list of images: {error}") from None
     for number, (name, _) in enumerate(found, start=1):
         if not name:

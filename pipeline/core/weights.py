@@ -82,7 +82,7 @@ def load(network: nn.Module, file: Path, built_as: tuple[str, int] | None = None
         shape, wanted, axis = tuple(state[key].shape), tuple(own[key].shape), axes.get(key)
         fits = axis is not None and len(shape) == len(wanted)
         if not fits or (*shape[:axis], wanted[axis], *shape[axis + 1 :]) != wanted:
-            raise ValueError(f"{file}: of another network: {key} is {shape}, not {wanted}")
+            raise ValueError(f"{file}: of another network: {key} is {shape}, not {wanted}{_for_another_size(key)}")
         if not new_classifier:
             raise ValueError(
                 f"{file}: made for {shape[axis]} classes, but the data has {wanted[axis]}: take a file made for these "
@@ -120,6 +120,13 @@ def _unwrapped(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Te
             return state  # as it is, for the message
         keys = [key.partition(".")[2] for key in keys]
     return dict(zip(keys, state.values(), strict=True))
+
+
+def _for_another_size(key: str) -> str:
+    """What to do where a weight may differ because the images do, as transformers' of positions."""
+    if not any(part in key for part in ("pos_embed", "relative_position")):
+        return ""
+    return "; if it is this network for another image size: a function in models/own.py can give timm that img_size"
 
 
 def _check_names(own: dict[str, Tensor], state: dict[str, Tensor], file: Path) -> None:
