@@ -43,7 +43,6 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextvars import copy_context
 from typing import Any
 
 from prefect import State, Task, flow, get_client, get_run_logger, runtime, task
@@ -102,23 +101,32 @@ def stopping(programs: Programs, cancelled: threading.Event) -> Iterator[None]:
 
     Of a deployment's run Prefect's runner ends the whole process; of another Prefect only notes the wish.
     """
-    flow_run, over = runtime.flow_run.id, threading.Event()
+    if runtime.deployment.id is not None:
+        yield
+        return
+    flow_run, url, over = runtime.flow_run.id, PREFECT_API_URL.value(), threading.Event()
 
     def watch() -> None:
-        with get_client(sync_client=True) as client:
-            while not over.wait(LOOK):
-                with contextlib.suppress(Exception):  # no server for a moment, for instance: the next look may do
-                    if client.read_flow_run(flow_run).state.is_cancelling():
-                        cancelled.set()
-                        programs.stop()
-                        return
+        while not over.wait(LOOK):
+            # No server for a moment, for instance: the next look may do. The thread has a client of its own each time.
+            with (
+                contextlib.suppress(Exception),
+                temporary_settings({PREFECT_API_URL: url}),
+                get_client(sync_client=True) as client,
+            ):
+                state = client.read_flow_run(flow_run).state
+                if state.is_cancelling() or state.is_cancelled():
+                    cancelled.set()
+                    programs.stop()
+                    return
 
-    if runtime.deployment.id is None:
-        threading.Thread(target=copy_context().run, args=[watch], daemon=True).start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
     finally:
         over.set()
+        watcher.join(10)
 
 
 def check(root: Path, changes: dict[str, Any], stages: list[str] | None) -> None:

@@ -77,9 +77,9 @@ def run(params: Params) -> None:
         print(f"mine: {line}")
     if whole["refused"].get("low score", 0) > count / 2:
         print(
-            "mine: warning: the teacher is too unsure of most pool images: see how good it is, in "
-            "data/teacher/history.csv, or, of one that was not fitted here, in what stage teacher printed; "
-            f"a lower mine.min_score (now {settings.min_score:g}) takes more"
+            "mine: warning: the teacher is too unsure of most pool images: data/teacher/history.csv says how good a "
+            "fitted teacher is, stage teacher's output how good a taken one is; a lower mine.min_score (now "
+            f"{settings.min_score:g}) takes more"
         )
 
 

@@ -100,74 +100,72 @@ def try_out(classifier: Classifier, params: Params, images: ImageSet) -> str:
             its classes have changed places; or what it answers is not finite, or is probabilities.
     """
     validate = training.validator(params, images, params.views.resolution, Processes(classifier.mean.device))
-    passes: list[torch.Tensor] = []
-    listening = classifier.register_forward_hook(lambda _, asked, logits: passes.append(logits.float().cpu()))
+    answers, alike = [], []  # of each pass: the likeliest classes, and whether its answers look like probabilities
+
+    def listen(_: Classifier, asked: tuple[torch.Tensor], logits: torch.Tensor) -> None:
+        answers.append(logits.argmax(1).cpu().numpy())
+        alike.append(bool((logits >= 0).all() and ((logits.float().sum(1) - 1).abs() < 1e-3).all()))
+
+    listening = classifier.register_forward_hook(listen)
     found, rows, classes = validate(classifier), images.rows("val"), len(images.classes)
     listening.remove()
+    model, tried, top1 = params.teacher.model, len(rows), found.get("val_top1", 0.0)
     order = ", ".join(f"'{name}'" for name in images.classes[:10])
     order += ", ... (all are in data/prepare/classes.json)" if classes > 10 else ""
-    tried, top1 = len(rows), found.get("val_top1", 0.0)
     if not math.isfinite(found.get("val_nll", 0.0)):
-        raise ValueError(f"{params.teacher.model}: its answers to validation images are not finite")
-    if passes:
-        check_answers(params.teacher.model, torch.cat(passes), images.labels[rows], images.classes, order)
+        raise ValueError(f"{model}: its answers to validation images are not finite")
+    if alike and all(alike):
+        raise ValueError(f"{model} answers with probabilities, not with logits: leave out the softmax at its end")
     right = round(tried * top1)
     # Of few images it is seen only where it does worse than one that guesses, and than one that is right half the time.
     worse = right < tried / classes and binom.cdf(right, tried, 0.5) < CHANCE
-    if tried < ENOUGH_TO_TRY and not worse:
-        known = f": validation top-1 {top1:.4f}" if tried else ""
-        return f"{known}; {tried} images are too few to see whether its classes are, as they must be, in order: {order}"
-    if worse or right <= binom.isf(CHANCE, tried, 1 / classes):
+    enough = tried >= ENOUGH_TO_TRY
+    if worse or (enough and right <= binom.isf(CHANCE, tried, 1 / classes)):
         raise ValueError(
-            f"{params.teacher.model} guesses: validation top-1 {top1:.4f} of {tried:,} images of {classes} "
+            f"{model} guesses: validation top-1 {top1:.4f} of {tried:,} images of {classes} "
             f"classes. Its classes must be these, in this order: {order}; and pixels must be normalised as it was "
             "trained with (teacher.mean, teacher.std)"
         )
-    return f": validation top-1 {top1:.4f}"
-
-
-def check_answers(model: str, logits: torch.Tensor, labels: np.ndarray, classes: Sequence[str], order: str) -> None:
-    """Make sure that answers to validation images are logits of these classes.
-
-    Args:
-        model, order: for messages.
-        logits: (N, C).
-        labels: (N,).
-
-    Raises:
-        ValueError: they are probabilities, or some classes have changed places.
-    """
-    if logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-3:
-        raise ValueError(f"{model} answers with probabilities, not with logits: leave out the softmax at its end")
-    if others := swapped(labels, logits.argmax(1).numpy(), classes):
+    if answers and (others := swapped(images.labels[rows], np.concatenate(answers), images.classes)):
         raise ValueError(
             f"{model} has classes in each other's place: {others}. Its classes must be these, in this order: {order}"
         )
+    known = f": validation top-1 {top1:.4f}" if tried else ""
+    if enough:
+        return known
+    return f"{known}; {tried} images are too few to see whether its classes are, as they must be, in order: {order}"
 
 
 def swapped(labels: np.ndarray, answers: np.ndarray, classes: Sequence[str]) -> str:
-    """Name the classes whose images are mostly answered as another's, and that one's as theirs or as a third's.
+    """Name the classes whose images are mostly answered as another class, in a cycle of such classes.
 
-    The best one-to-one assignment of answers to classes (Kuhn, "The Hungarian method for the assignment problem") is
-    compared with the one that should be: of the images that the two tell apart, a sound teacher gets half right.
+    Such cycles are those of the best one-to-one assignment of answers to classes (Kuhn, "The Hungarian method for the
+    assignment problem"). Of a cycle's images that are answered as their class or as the next one, a sound teacher gets
+    half right at least; CHANCE is shared out among all cycles of that length that could have been found.
 
     Args:
         labels, answers: numbers of classes, (N,).
         classes: their names.
 
-    Returns: "" where no such class can be told from chance.
+    Returns: "" where no such cycle can be told from chance.
     """
     counts = np.zeros((len(classes), len(classes)), int)  # images of a class, answers
     np.add.at(counts, (labels, answers), 1)
-    own, best = np.arange(len(classes)), linear_sum_assignment(counts, maximize=True)[1]
-    moved = np.flatnonzero((best != own) & (counts[own, best] > counts[own, own]))
-    right, wrong = counts[moved, moved].sum(), counts[moved, best[moved]].sum()
-    if binom.sf(wrong - 1, right + wrong, 0.5) * len(classes) ** 2 > CHANCE:  # so many pairs could have been found
-        return ""
-    told = [
-        f"{counts[at, best[at]]} of {counts[at].sum()} images of '{classes[at]}' are to it '{classes[best[at]]}'"
-        for at in moved
-    ]
+    best, told, seen = linear_sum_assignment(counts, maximize=True)[1], [], set()
+    for first in range(len(classes)):
+        if first in seen:
+            continue
+        cycle = [first]
+        while (following := int(best[cycle[-1]])) != first:
+            cycle.append(following)
+        seen |= {*cycle}
+        own, other = counts[cycle, cycle], counts[cycle, best[cycle]]
+        odds = binom.logsf(other.sum() - 1, (own + other).sum(), 0.5) + len(cycle) * math.log(len(classes))
+        if (other > own).all() and odds < math.log(CHANCE):
+            told += [
+                f"{counts[at, to]} of {counts[at].sum()} images of '{classes[at]}' are to it '{classes[to]}'"
+                for at, to in zip(cycle, best[cycle], strict=True)
+            ]
     return "; ".join(told[:5]) + (f"; and {len(told) - 5} more" if len(told) > 5 else "")
 
 

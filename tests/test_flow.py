@@ -281,7 +281,8 @@ def test_a_run_that_no_deployment_started_can_be_cancelled_too(server, client, r
     known = {run.id for run in client.read_flow_runs()}
     command = [sys.executable, "-m", "pipeline.flow", "-S", "distill.epochs=999"]
     variables = {**toy_project.ENVIRONMENT, "PREFECT_API_URL": server}
-    with subprocess.Popen(command, cwd=reproduced, env=variables, stdout=subprocess.DEVNULL) as process:
+    process = subprocess.Popen(command, cwd=reproduced, env=variables, stdout=subprocess.DEVNULL)
+    try:
         wait_until(lambda: {run.id for run in client.read_flow_runs()} - known, 60)
         (run,) = {run.id for run in client.read_flow_runs()} - known
         wait_until(lambda: "distill begins" in log_of(client, run), 60)
@@ -289,6 +290,9 @@ def test_a_run_that_no_deployment_started_can_be_cancelled_too(server, client, r
         assert any("toy.py" in " ".join(member.cmdline()) for member in family)
         client.set_flow_run_state(run, Cancelling())
         assert process.wait(30) == 1
+    finally:
+        process.kill()
+        process.wait()
     assert not any(map(alive, family))
     assert client.read_flow_run(run).state.is_cancelled()
 

@@ -171,7 +171,9 @@ def test_a_number_is_read_as_dvc_reads_it(tmp_path, spelt, value):
     assert params.load(file).views.randaugment_magnitude == load_yaml(file)["views"]["randaugment_magnitude"] == value
 
 
-@pytest.mark.parametrize("content", ["[1, 2", "just words", "", "- a\n- b", "{[a]: 1}", "{[a]: 1, [a]: 1}"])
+@pytest.mark.parametrize(
+    "content", ["[1, 2", "just words", "!!bool maybe", "", "- a\n- b", "{[a]: 1}", "{[a]: 1, [a]: 1}"]
+)
 def test_a_file_that_is_no_mapping_is_one_line(tmp_path, content):
     file = tmp_path / "p.yaml"
     file.write_text(content)

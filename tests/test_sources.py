@@ -95,6 +95,7 @@ def test_labelled_and_unlabelled_images_may_lie_in_different_archives(tmp_path):
 
 def test_hidden_images_are_listed_and_a_list_may_name_them(tmp_path):
     root = write(tmp_path / "in", good() | {f"train/.net/{at:02d}.png": png(at) for at in range(20)})
+    write(root, {f"train/a/bad{at}.png": b"" for at in range(2)})
     rows = [f"train/{name}/{at:02d}.png,{label}" for name, label in ((".net", "a"), ("b", "b")) for at in range(8, 12)]
     write(root, {"list.csv": "\n".join(["file,label", *rows]).encode()})
     files = [path for path in root.rglob("*.*") if path.is_file()]
@@ -102,7 +103,10 @@ def test_hidden_images_are_listed_and_a_list_may_name_them(tmp_path):
     for at, train in enumerate(("train", "x.zip/train")):  # nor are so many a reason to stop
         images, refused = prepared(tmp_path / str(at), root, train=train, max_refused_share=0.2)
         assert images.classes == ("a", "b")
-        assert sorted(refused) == sorted((f"{train}/.net/{at:02d}.png", "train", "hidden") for at in range(20))
+        hidden = [(f"{train}/.net/{at:02d}.png", "train", "hidden") for at in range(20)]
+        assert sorted(each for each in refused if each[2] != "zero bytes") == hidden
+        with pytest.raises(ValueError, match=r"2 of 26 files were refused \(zero bytes 2\), a larger share"):
+            prepared(tmp_path / f"{at} less", root, train=train, max_refused_share=0.06)
     for train in ("list.csv", "x.zip/list.csv"):
         images, refused = prepared(tmp_path / train.replace("/", " "), root, train=train, max_refused_share=0.2)
         assert len(images) == 8
@@ -202,13 +206,15 @@ def test_sources_that_are_not_there(tmp_path, train, words):
             r"prepare.unlabelled: .*in/pool lies in .*in, whose folders",
         ),
         ({"train": "x.zip", "val": "x.zip/val"}, r"prepare.val: .*x.zip/val lies in .*x.zip, whose folders"),
+        ({"train": ".", "unlabelled": ".pool/none"}, r"prepare.unlabelled: .*none: no file there"),
         ({"unlabelled": "none"}, r"prepare.unlabelled: .*in/none: no file there; prepare.unlabelled: null is for none"),
         ({"val": "none"}, r"prepare.val: .*in/none: no file there; prepare.val: null takes a share of train"),
     ],
 )
 def test_sources_that_hold_nothing_or_lie_among_the_classes(tmp_path, changes, words):
     root = write(tmp_path / "in", with_splits())
-    (root / "none").mkdir()
+    for folder in ("none", ".pool/none"):
+        (root / folder).mkdir(parents=True)
     as_zip(root / "x.zip", with_splits())
     with pytest.raises(ValueError, match=words):
         prepared(tmp_path / "out", root, **changes)

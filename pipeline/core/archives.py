@@ -31,7 +31,7 @@ DAMAGE = (
     OSError,
     UnicodeDecodeError,
 )
-MACOS = ("._", "__MACOSX")  # how the names begin of what it puts beside files and into archives
+MACOS = ("._", "__MACOSX")  # how names begin that macOS adds beside files and to archives
 NAMELESS = "(no name)"  # in the place of an empty name, which no list of files can show
 
 
@@ -56,7 +56,7 @@ class Tree:
 
     Attributes:
         entries: all but hidden ones.
-        hidden: those that are called like images; of a hidden folder on the disk, only what lies directly in it.
+        hidden: hidden ones that are called like images.
         folders: all but hidden ones, without the root.
     """
 
@@ -153,10 +153,9 @@ def _walk(path: Path | str, prefix: str, tree: Tree, above: tuple[tuple[int, int
         tree.add(prefix, 0, partial(refuse, "not an image", "an empty folder"))
     for item in items:
         name = f"{prefix}/{item.name}" if prefix else item.name
-        if item.is_dir() and hidden(item.name):
-            with contextlib.suppress(OSError), os.scandir(item.path) as within:
-                for one in within:
-                    tree.add(f"{name}/{one.name}", _size(one), partial(read_file, one.path))
+        if item.is_dir() and hidden(name):
+            with contextlib.suppress(OSError):  # other programs' own: it need not be readable
+                _walk(item.path, name, tree, above)
         elif item.is_dir():
             tree.add_folder(name)
             _walk(item.path, name, tree, above)

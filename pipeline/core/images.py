@@ -36,7 +36,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", "
 JPEG = b"\xff\xd8"
 ORIENTATION = 0x112  # EXIF's tag
 BITS_PER_SAMPLE, INTERPRETATION, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags, and a value of the second
-PLANES, APART = 284, 2  # another, and its value where a file stores its colours one behind the other
+PLANES, APART = 284, 2  # the tag for the layout of colours, and its value where each is stored apart
 # How a JPEG file may store colours, and what simplejpeg then makes of them: PIL's very pixels, or what only libjpeg's
 # complaints are wanted of.
 AS_PIL_DOES = {"YCbCr": "RGB", "Gray": "RGB"}

@@ -52,7 +52,7 @@ def default_uri(root: Path) -> str:
 
 def shown(uri: str) -> str:
     """Write a store's address, or words in which it may stand, for people: without the passwords in them."""
-    return re.sub(r"://[^/?#\s]*@", "://", re.sub(r"([?&](?:password|passwd|pwd)=)[^&\s]*", r"\1***", uri))
+    return re.sub(r"://[^/?#\s]*@", "://", re.sub(r"([?&](?:password|passwd|pwd)=)[^&\s]*", r"\1***", uri, flags=re.I))
 
 
 def connect(root: Path = Path(".")) -> "MlflowClient":

@@ -54,10 +54,10 @@ def parse(text: str) -> Any:
     try:
         return YAML(typ="safe").load(text)
     except DuplicateKeyError as error:
-        key = re.search('key "(.*?)"', error.problem)[1]
+        key = re.search('key "(.*)" with value', error.problem, re.DOTALL)[1].strip()
         line = error.problem_mark.line + 1
         raise ValueError(f"{key}: stands twice, the second time in line {line}; remove one") from None
-    except (YAMLError, ValueError) as error:  # the latter of a month 13
+    except (YAMLError, ValueError, KeyError) as error:  # the latter two of a month 13, and of !!bool maybe
         raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
 
 

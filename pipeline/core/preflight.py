@@ -137,10 +137,12 @@ def check_own_file(project: Path) -> None:
     """
     file = project / "models/own.py"
     try:
-        stages = params.parse((project / "dvc.yaml").read_text())["stages"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"dvc.yaml: {errors.in_a_line(error)}") from None
-    with_it = [set(stage["deps"]) for stage in stages.values() if "models/own.py" in stage.get("deps", ())]
+        stages = params.parse((project / "dvc.yaml").read_text())["stages"].values()
+        with_it = [set(stage["deps"]) for stage in stages if "models/own.py" in stage.get("deps", ())]
+    except ValueError as error:
+        raise ValueError(f"dvc.yaml: {error}") from None
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError("dvc.yaml: expected stages, and of each what it runs and reads") from None
     for node in ast.walk(ast.parse(file.read_text(), str(file))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

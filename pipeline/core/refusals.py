@@ -49,9 +49,10 @@ def check_share(files: dict[str, int], refusals: list[Refusal], most: float) -> 
     """
     for source, count in files.items():
         counts = reasons(refusals, source)
-        if count and (counts.total() - counts[HIDDEN]) / count > most:
+        seen = count - counts.pop(HIDDEN, 0)
+        if seen and counts.total() / seen > most:
             raise ValueError(
-                f"prepare.{source}: {counts.total():,} of {count:,} files were refused ({in_words(counts)}), a larger "
+                f"prepare.{source}: {counts.total():,} of {seen:,} files were refused ({in_words(counts)}), a larger "
                 f"share than prepare.max_refused_share allows ({most}): mend the images, or raise it"
             )
 

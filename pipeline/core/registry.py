@@ -202,10 +202,10 @@ def loaded(client: "MlflowClient", version: "ModelVersion") -> Iterator[Any]:
         try:
             model = mlflow.pytorch.load_model(folder)
         except (MlflowException, YAMLError, OSError, RuntimeError, ValueError, KeyError) as error:
-            words = errors.in_a_line(error)[:300]
-            if "pickle" in words:  # for which MLflow takes what it does not know, and advises to allow it
+            words = errors.in_a_line(error)
+            if "pickle" in words.lower():  # for which MLflow takes what it does not know, and advises to allow it
                 words = "its model is damaged, or no program of torch.export"
-            raise ValueError(f"{where}: cannot be loaded: {words}") from None
+            raise ValueError(f"{where}: cannot be loaded: {words[:300]}") from None
         yield model
 
 

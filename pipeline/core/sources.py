@@ -128,7 +128,10 @@ def check_apart(role: str, root: Path, inner: str, train: Path) -> None:
     """
     path, inside = _locate(root, inner)
     is_folder = path.is_dir() or (inside and not inside.lower().endswith(".csv"))
-    if is_folder and (above := Path(os.path.normpath(train))) in (path / inside).parents:
+    above, whole = Path(os.path.normpath(train)), path / inside
+    if not is_folder or above not in whole.parents or (inside and above in path.parents):
+        return  # the last: an archive among the classes' folders is none of them, nor what is in it
+    if not archives.hidden(whole.relative_to(above).as_posix()):
         raise ValueError(
             f"prepare.{role}: {path / inside} lies in {above}, whose folders are classes of prepare.train: put the "
             "classes into a folder of their own, and name that one"

@@ -17,7 +17,7 @@ from pipeline.core import atomic, errors
 # Keys under which checkpoints of trainings hold the weights; first the averaged ones, which timm and torchvision score.
 HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 COUNTED = "n_averaged"  # what torch's AveragedModel has beside the weights
-# What trainings put beside the weights, of no use here: numpy's numbers and arrays, whose unpickling is not torch's.
+# What trainings put beside the weights, of no use here: numpy's numbers and arrays; torch unpickles none by itself.
 NUMPYS = [f"numpy.{core}.multiarray.{it}" for core in ("core", "_core") for it in ("scalar", "_reconstruct")]
 UNREAD = ("numpy.dtype", "numpy.ndarray", *NUMPYS)
 
