@@ -1,22 +1,15 @@
-"""Networks as files: weights that fit and those that do not, teachers made elsewhere, first weights of a student."""
-
-import argparse
-import re
-from collections import Counter
-from pathlib import Path
+"""Networks as files, their embeddings, and first weights of a student."""
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from images import tiny
 from PIL import Image
 from runs import MODEL
 
 import models
-from pipeline import teacher
-from pipeline.core import networks, teaching, weights
+from pipeline.core import networks, weights
 
 
 def test_weights_come_from_the_seed_alone():
@@ -143,88 +136,6 @@ def test_a_teachers_view_is_resized_as_an_image_is(size):
     assert np.abs(resized.numpy() - pillows).max() < 1.2
 
 
-def test_weights_that_do_not_fit_say_what_to_do(tmp_path):
-    classifier = networks.build("ResNet18_vd", 4, seed=3)
-    networks.save(tmp_path, classifier, {"model": "ResNet18_vd", "classes": list("abcd"), "resolution": 16})
-    file = tmp_path / "weights.safetensors"
-    with pytest.raises(ValueError, match=r"made for 4 classes, but the data has 6.*teacher.source: fit"):
-        weights.load(networks.build("ResNet18_vd", 6, 0).network, file, ("ResNet18_vd", 6))
-    with pytest.raises(ValueError, match="of another network"):
-        weights.load(networks.build("ResNet34_vd", 4, 0).network, file, ("ResNet34_vd", 4))
-    wider = {**classifier.network.state_dict(), "fc.weight": torch.zeros(6, 500), "fc.bias": torch.zeros(6)}
-    torch.save(wider, tmp_path / "wider.pth")
-    with pytest.raises(ValueError, match=r"of another network: fc.weight is \(6, 500\), not \(4, 512\)"):
-        networks.build("ResNet18_vd", 4, seed=0, init=str(tmp_path / "wider.pth"))
-    with pytest.raises(ValueError, match="no such file"):
-        weights.load(classifier.network, Path("nowhere.pth"))
-    file.write_bytes(b"junk")
-    with pytest.raises(ValueError, match="cannot be read as weights"):
-        weights.load(classifier.network, file)
-    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
-        weights.load(classifier.network, tmp_path)
-    torch.save({0: torch.zeros(3)}, tmp_path / "numbers.pth")
-    with pytest.raises(ValueError, match=r"not a state dict of tensors; it holds .*: save the network's state_dict"):
-        weights.load(classifier.network, tmp_path / "numbers.pth")
-    torch.save({**classifier.network.state_dict(), "fc.weight": torch.tensor(1.0)}, tmp_path / "scalar.pth")
-    with pytest.raises(ValueError, match=r"of another network: fc.weight is \(\), not \(4, 512\)"):
-        weights.load(classifier.network, tmp_path / "scalar.pth", ("ResNet18_vd", 4))
-    torch.save({**classifier.network.state_dict(), "fc.bias": torch.tensor(1.0)}, tmp_path / "scalar.pth")
-    with pytest.raises(ValueError, match=r"of another network: fc.bias is \(\), not \(4,\)"):
-        weights.load(classifier.network, tmp_path / "scalar.pth", ("ResNet18_vd", 4))
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
-@pytest.mark.parametrize(
-    ("length", "words"),
-    [
-        (None, "it is a TorchScript program; save the network's state_dict() alone"),
-        (0, "it is empty or cut short"),
-        (100, "PytorchStreamReader failed reading zip archive: failed finding central directory"),
-    ],
-)
-def test_a_program_and_what_was_left_of_a_file_are_no_weights(tmp_path, recwarn, length, words):
-    file = tmp_path / "weights.pt"
-    network = torch.nn.Linear(3, 2)
-    torch.jit.save(torch.jit.script(network), file)
-    file.write_bytes(file.read_bytes()[:length])
-    recwarn.clear()
-    with pytest.raises(ValueError) as refused:
-        weights.load(network, file)
-    assert str(refused.value) == f"{file}: cannot be read as weights: {words}"
-    assert not recwarn
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "student.model."])
-def test_weights_of_a_wrapped_network_are_its_own(tmp_path, prefix):
-    state = networks.build("test_resnet", 4, seed=3).network.state_dict()
-    torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "weights.pth")
-    network = networks.build("test_resnet", 4, seed=0).network
-    weights.load(network, tmp_path / "weights.pth")
-    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
-
-
-def test_averaged_weights_may_stand_alone(tmp_path):
-    average = torch.optim.swa_utils.AveragedModel(networks.build("test_resnet", 4, seed=3).network)
-    torch.save(average.state_dict(), tmp_path / "weights.pth")
-    network = networks.build("test_resnet", 4, seed=0).network
-    weights.load(network, tmp_path / "weights.pth")
-    assert torch.equal(network.fc.weight, average.module.fc.weight)
-
-
-@pytest.mark.parametrize("names", [("state_dict", "state_dict_ema"), ("model", "model_ema")])  # timm's, torchvision's
-def test_of_two_sets_of_weights_the_average_is_taken_and_named(tmp_path, capsys, names):
-    plain, average = (networks.build("test_resnet", 4, seed).network.state_dict() for seed in (3, 4))
-    wrapped = {"n_averaged": torch.tensor(9)} | {f"module.{key}": value for key, value in average.items()}
-    others = {"epoch": 7, "args": argparse.Namespace(lr=0.1), "lr_scheduler": {"milestones": Counter([30])}}
-    numpys = {"metric": np.float64(93.2), "best": np.float32(1), "random": np.random.get_state()}
-    torch.save({names[0]: plain, names[1]: wrapped, **others, **numpys}, tmp_path / "weights.pth")
-    network = networks.build("test_resnet", 4, seed=0).network
-    weights.load(network, tmp_path / "weights.pth")
-    assert all(torch.equal(value, average[key]) for key, value in network.state_dict().items())
-    said = f"holds {names[1]}, {names[0]}; the weights are those of {names[1]}"
-    assert said in capsys.readouterr().out
-
-
 # In some a convolution is the classifier, in some the features are no vector before it, some have parts of two sizes.
 @pytest.mark.parametrize(
     ("model", "resolution"),
@@ -270,95 +181,6 @@ def test_networks_with_a_second_classifier_for_distillation_are_taken(tmp_path, 
         assert "head_dist.weight starts anew" in capsys.readouterr().out
 
 
-def taken(tmp_path, monkeypatch, bias, **changes):
-    """Make a checkpoint of a teacher that says the same of every image; give what `teacher.take` needs to take it."""
-    classifier = networks.build(MODEL, 4, 0)
-    head = classifier.network.get_classifier()
-    torch.nn.init.zeros_(head.weight)
-    head.bias.data.copy_(torch.tensor(bias))
-    networks.save(tmp_path / "made", classifier, {"model": MODEL, "classes": list("abcd"), "resolution": 16})
-    monkeypatch.setattr(teacher, "ENOUGH_TO_TRY", 10)
-    wanted = {"source": "checkpoint", "model": MODEL, "checkpoint": str(tmp_path / "made/weights.safetensors")}
-    params = tiny(**{f"teacher.{key}": value for key, value in {**wanted, **changes}.items()})
-    return params, torch.device("cpu")
-
-
-def test_a_teacher_that_guesses_is_refused(images, tmp_path, monkeypatch, capsys):
-    params, device = taken(tmp_path, monkeypatch, [2.0, 0.0, 0.0, 0.0])
-    with pytest.raises(ValueError, match=r"guesses: validation top-1 0.2500 of 16 images of 4 classes.*in this order"):
-        teacher.take(params, images, device)
-    monkeypatch.setattr(teacher, "ENOUGH_TO_TRY", 17)  # of so few, nobody can tell
-    monkeypatch.chdir(tmp_path)
-    teacher.take(params, images, device)
-    said = capsys.readouterr().out
-    assert ": validation top-1 0.2500; 16 images are too few" in said
-    assert "in order: " + ", ".join(f"'{name}'" for name in images.classes) + "\n" in said
-
-
-def test_a_teacher_that_answers_with_probabilities_is_refused(images, tmp_path, monkeypatch):
-    params, device = taken(tmp_path, monkeypatch, [0.5, 0.2, 0.2, 0.1])
-    with pytest.raises(ValueError, match=f"^{MODEL} answers with probabilities, not with logits: leave out the"):
-        teacher.take(params, images, device)
-
-
-def answered(places, correct, each, seed):
-    """Labels, and answers of a teacher whose classes stand in other places, with so many right; the rest guessed."""
-    chance, count = np.random.default_rng(seed), len(places) * each
-    labels = np.repeat(np.arange(len(places)), each)
-    right = chance.random(count) < correct
-    return labels, np.where(right, np.array(places)[labels], chance.integers(0, len(places), count))
-
-
-@pytest.mark.parametrize(
-    ("places", "named"),
-    [([0, 2, 1, 3, 4], "bc"), ([0, 2, 3, 1, 4], "bcd"), ([1, 0, 2, 4, 3], "abde")],
-)
-def test_classes_in_each_others_place_are_seen(places, named):
-    said = teacher.swapped(*answered(places, 0.9, 20, seed=0), "abcde")
-    assert "".join(sorted(re.findall("images of '(.)'", said))) == named
-    said = teacher.swapped(np.repeat([0, 1], 20), np.array([1] * 18 + [0] * 22), "ab")
-    assert said == "18 of 20 images of 'a' are to it 'b'; 20 of 20 images of 'b' are to it 'a'"
-
-
-@pytest.mark.parametrize(
-    ("places", "correct", "each"),
-    [
-        ([0, 1, 2, 3, 4], 0.6, 20),
-        ([0, 1, 1, 3, 4], 0.9, 20),  # it takes one class for another, but not that one for it
-        (range(100), 0.2, 5),
-        (range(100), 0.7, 1),
-        ([0] * 100, 0.0, 5),  # it guesses
-    ],
-)
-def test_a_sound_teacher_is_never_taken_for_one_with_classes_in_other_places(places, correct, each):
-    names = [str(at) for at in range(len(places))]
-    assert {teacher.swapped(*answered(places, correct, each, seed), names) for seed in range(50)} == {""}
-
-
-def test_a_teacher_whose_answers_are_not_finite_is_refused(images, tmp_path, monkeypatch):
-    params, device = taken(tmp_path, monkeypatch, [float("nan"), 0.0, 0.0, 0.0])
-    monkeypatch.setattr(teacher, "ENOUGH_TO_TRY", 17)
-    with pytest.raises(ValueError, match=f"^{MODEL}: its answers to validation images are not finite$"):
-        teacher.take(params, images, device)
-
-
-def test_few_images_show_a_teacher_that_is_worse_than_guessing(images, tmp_path, monkeypatch):
-    params, device = taken(tmp_path, monkeypatch, [2.0, 0.0, 0.0, 0.0])
-    monkeypatch.setattr(teacher, "ENOUGH_TO_TRY", 17)
-    monkeypatch.setattr(teacher.training, "validator", lambda *asked: lambda classifier: {"val_top1": 1 / 16})
-    with pytest.raises(ValueError, match=r"guesses: validation top-1 0.0625 of 16 images of 4 classes"):
-        teacher.take(params, images, device)
-
-
-def test_a_taken_teacher_sees_pixels_as_it_was_trained_with(images, tmp_path, monkeypatch):
-    params, device = taken(tmp_path, monkeypatch, [0.0] * 4, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
-    monkeypatch.setattr(teacher, "ENOUGH_TO_TRY", 17)
-    monkeypatch.chdir(tmp_path)
-    teacher.take(params, images, device)
-    card = networks.read_card(tmp_path / "data/teacher")
-    assert (card["mean"], card["std"]) == ([0.5, 0.4, 0.3], [0.2, 0.2, 0.1])
-
-
 def test_weights_fitted_here_are_read_back_as_they_were_fitted(tmp_path):
     """timm's normalisation of vit_tiny_patch16_224 is not ImageNet's."""
     fitted = networks.build("vit_tiny_patch16_224", 4, 0)
@@ -367,50 +189,3 @@ def test_weights_fitted_here_are_read_back_as_they_were_fitted(tmp_path):
     assert torch.equal(start.mean, fitted.mean)
     assert fitted.mean.flatten().tolist() == [127.5] * 3
     assert torch.equal(networks.build("ResNet18_vd", 4, 0).mean.flatten(), torch.tensor([0.485, 0.456, 0.406]) * 255)
-
-
-@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
-def test_weights_of_a_transformer_for_another_image_size_say_what_to_do(tmp_path, model):
-    size = 96 if model.startswith("vit") else 128
-    weights.save(tmp_path / "w.safetensors", timm.create_model(model, img_size=size, num_classes=4).state_dict())
-    with pytest.raises(ValueError, match=r"of another network: .* is .*, not .*; if it is this network for another im"):
-        networks.build(model, 4, 0, init=str(tmp_path / "w.safetensors"))
-    built = networks.Classifier(timm.create_model(model, img_size=size, num_classes=4))
-    with pytest.raises(ValueError, match=rf"does not take images of 32 pixels: .*; it was made for {size}$"):
-        networks.check_takes(built, model, 32, 4)
-
-
-def test_a_teacher_that_does_not_take_the_resolution_is_refused(images, tmp_path, monkeypatch):
-    network = networks.build("vit_tiny_patch16_224", 4, 0)
-    networks.save(tmp_path, network, {"model": "vit", "classes": list("abcd"), "resolution": 224})
-    monkeypatch.chdir(tmp_path)
-    wanted = {
-        "source": "checkpoint",
-        "model": "vit_tiny_patch16_224",
-        "checkpoint": str(tmp_path / "weights.safetensors"),
-    }
-    with pytest.raises(ValueError, match=r"does not take images of 16 pixels.*for 224: set teacher.resolution"):
-        teacher.take(tiny(**{f"teacher.{key}": value for key, value in wanted.items()}), images, torch.device("cpu"))
-    assert not (tmp_path / "data/teacher").exists()
-    settings = tiny(**{f"teacher.{key}": value for key, value in {**wanted, "resolution": 224}.items()})
-    teacher.take(settings, images, torch.device("cpu"))
-    card = networks.read_card(tmp_path / "data/teacher")
-    plain = {key: value for key, value in card.items() if key != "resized_to"}
-    asked, without = (teaching.description(settings, it) for it in (card, plain))
-    assert asked.difference(without) == "teacher.resized_to"  # so that answers to other pixels are refused
-
-
-class Evil:
-    def __reduce__(self):
-        return print, ("this ran",)
-
-
-def test_a_pickle_that_is_more_than_tensors_is_refused(tmp_path, capsys):
-    classifier = networks.build("ResNet18_vd", 4, seed=3)
-    file = tmp_path / "weights.pth"
-    torch.save({"state_dict": classifier.network.state_dict(), "evil": Evil()}, file)
-    with pytest.raises(ValueError, match="holds more than data"):
-        weights.load(classifier.network, file)
-    assert "this ran" not in capsys.readouterr().out
-    torch.save({"state_dict": classifier.network.state_dict()}, file)
-    weights.load(networks.build("ResNet18_vd", 4, seed=5).network, file)
