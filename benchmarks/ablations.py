@@ -25,14 +25,13 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
 from seeds import known, run, spread, table
 
 from pipeline import prepare, recipes, teacher
-from pipeline.core import atomic, params
+from pipeline.core import atomic, params, params_file
 from pipeline.core.sections import Params
 
 RECIPE, STUDENT = "cifar10_small", "fixres"
@@ -90,7 +89,7 @@ def main() -> None:
     if not small.exists() and not arguments.finished:
         write_subset(arguments.archive, small)
     changes = recipes.changes(RECIPE) | {"prepare.labelled_root": str(small), "prepare.unlabelled_root": str(small)}
-    settings = params.check(params.with_changes(yaml.safe_load(Path("params.yaml").read_text()), changes))
+    settings = params.check(params_file.changed(Path(), changes))
     if not WEIGHTS.exists() and not arguments.finished:
         fit_teacher(settings, arguments.folder / "teacher")
     changes |= {"teacher.source": "checkpoint", "teacher.checkpoint": str(WEIGHTS)}

@@ -22,11 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline import mine, prepare, score, teacher
-from pipeline.core import atomic, params
+from pipeline.core import atomic, params, params_file
 from pipeline.core.dataset import ImageSet
 from pipeline.core.sections import Params
 
@@ -62,7 +61,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     settings = {**SETTINGS, "teacher.epochs": arguments.epochs}
-    wanted = params.check(params.with_changes(yaml.safe_load((ROOT / "params.yaml").read_text()), settings))
+    wanted = params.check(params_file.changed(ROOT, settings))
     archive = arguments.archive.resolve()
     key = f"{archive.stem}-{arguments.classes or 'half'}-{arguments.train}-{arguments.pool}-{arguments.epochs}"
     workspace = ROOT / ".scratch/foreign" / key

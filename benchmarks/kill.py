@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
 from turns import silence
 
-from pipeline.core import params
+from pipeline.core import params, params_file
 
 STAGES = ("teacher", "score", "cache", "baseline", "distill", "finetune", "fixres")
 SMALL = {"cache.shard_views": 16, "machine.checkpoint_seconds": 0}
@@ -90,7 +90,7 @@ def copy(project: Path, folder: Path, stage: str) -> None:
     """Copy a project's settings and data to `folder`, all but the stage's own output."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(project / "data", folder / "data", ignore=shutil.ignore_patterns("digits", stage))
-    settings = params.with_changes(yaml.safe_load((project / "params.yaml").read_text()), SMALL)
+    settings = params_file.changed(project, SMALL)
     (folder / "params.yaml").write_text(yaml.safe_dump(settings))
 
 

@@ -15,12 +15,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
 
-from pipeline.core import params
+from pipeline.core import params, params_file
 from pipeline.core.programs import Programs
 from pipeline.core.sections import Params
 
@@ -33,7 +31,7 @@ def main() -> None:
     parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("-S", "--set-param", metavar="KEY=VALUE", action="append", default=[], help="a changed setting")
     arguments = parser.parse_args()
-    changes = {key: yaml.safe_load(value) for key, _, value in (it.partition("=") for it in arguments.set_param)}
+    changes = {key: params.parse(value) for key, _, value in (it.partition("=") for it in arguments.set_param)}
     scores = [run(seed, changes) for seed in arguments.seeds]
     print(f"{len(scores)} seeds ({', '.join(map(str, arguments.seeds))}); {machine()}\n")
     print(table(scores))
@@ -65,7 +63,7 @@ def run(seed: int, changes: dict, *options: str) -> dict:
 
 def known(seed: int, changes: dict) -> dict | None:
     """Give the metrics of a run with a seed that has been done; None: it has not."""
-    settings = params.with_changes(yaml.safe_load(Path("params.yaml").read_text()), {**changes, "seed": seed})
+    settings = params_file.changed(Path(), {**changes, "seed": seed})
     folder = finished(params.check(settings))
     return folder and json.loads((folder / "metrics.json").read_text())
 

@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -34,7 +33,7 @@ from timm.data import FastCollateMixup, create_dataset, create_loader
 from timm.task import LogitDistillationTask
 
 from pipeline import cache, recipes
-from pipeline.core import distillation, engine, networks, optimizers, params, small_maps, teaching
+from pipeline.core import distillation, engine, networks, optimizers, params, params_file, small_maps, teaching
 from pipeline.core.batches import TrainingOrder, Views
 from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
@@ -308,7 +307,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     changes = recipes.changes(RECIPE) | ({"distill.epochs": arguments.epochs} if arguments.epochs else {})
-    data = params.with_changes(yaml.safe_load(Path("params.yaml").read_text()), changes)
+    data = params_file.changed(Path(), changes)
     images = ImageSet(arguments.project.resolve() / "data/prepare")
     teacher, card = networks.load(arguments.project / "data/teacher")
     rows = images.rows("labelled", "unlabelled")
