@@ -44,3 +44,62 @@ def alone(tmp_path):
     dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def made_project(tmp_path_factory):
+    """A project whose student is right on all test images and stands evaluated; nothing is registered."""
+    import student_project
+
+    from pipeline.core import mlflow_store
+
+    root = tmp_path_factory.mktemp("project")
+    made = student_project.make(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        mlflow_store.connect(root)
+    return made
+
+
+@pytest.fixture
+def no_onnx(monkeypatch):
+    """Making the file takes seconds; tests that are not about it do without."""
+    from pipeline import register
+
+    monkeypatch.setattr(register, "_write_onnx", lambda *_: "not made in this test")
+
+
+@pytest.fixture
+def project(made_project, tmp_path, monkeypatch):
+    """A copy of the project, as the working folder."""
+    import student_project
+
+    shutil.copytree(made_project.root, tmp_path, dirs_exist_ok=True)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return student_project.Project(tmp_path, made_project.pixels)
+
+
+@pytest.fixture(scope="module")
+def made_registered(made_project, tmp_path_factory):
+    """The project with its student registered."""
+    import student_project
+
+    root = tmp_path_factory.mktemp("registered")
+    shutil.copytree(made_project.root, root, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.chdir(root)
+        student_project.Project(root, made_project.pixels).register()
+    return root
+
+
+@pytest.fixture
+def registered(made_project, made_registered, tmp_path, monkeypatch):
+    """A copy of the project with its student registered, as the working folder."""
+    import student_project
+
+    shutil.copytree(made_registered, tmp_path, dirs_exist_ok=True)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return student_project.Project(tmp_path, made_project.pixels)

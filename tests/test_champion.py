@@ -1,0 +1,116 @@
+"""The champion: which student takes its place, and how two are compared."""
+
+import shutil
+
+import pytest
+import torch
+from student_project import CLASSES, RESOLUTION, make_network, write_images
+
+from pipeline import register
+from pipeline.core.batches import Views, in_order
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_only_a_better_student_becomes_champion(project):
+    worse, best = project.student(spoilt=1.0), None
+    assert worse < 1.0
+    project.register()
+    assert project.aliases() == {"champion": 1, "challenger": 1}
+
+    worst = project.student(spoilt=100.0)
+    assert worst < worse
+    project.register()
+    assert project.aliases() == {"champion": 1, "challenger": 2}
+    assert project.versions()[2].tags["decision"].startswith("not promoted")
+
+    best = project.student(spoilt=0.0)
+    assert best == 1.0
+    project.register(margin=0.99)
+    assert project.aliases() == {"champion": 1, "challenger": 3}
+    assert "margin of 0.99" in project.versions()[3].tags["decision"]
+    project.register(margin=0.0)  # a smaller margin decides anew, and needs no new version
+    assert project.aliases() == {"champion": 3, "challenger": 3}
+    assert sorted(project.versions()) == [1, 2, 3]
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_an_equal_student_does_not_replace_the_champion(registered):
+    assert registered.student(spoilt=1e-4) == 1.0
+    registered.register()
+    assert registered.aliases() == {"champion": 1, "challenger": 2}
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_a_champion_of_other_test_images_is_tested_anew(registered, made_project, capfd):
+    champion = make_network(made_project.pixels)
+    # Labels in reverse order make no sense of these images: the champion must do badly on them.
+    images = registered.images = write_images(registered.data / "prepare", lambda at: made_project.labels[47 - at])
+    rows = images.rows("test")
+    with torch.inference_mode():
+        logits = champion(Views(images, None, RESOLUTION, 1.0)[in_order(rows, 1000)[0]].pixels)
+    expected = (logits.argmax(1).numpy() == images.labels[rows]).mean()
+    assert expected < 1.0
+    registered.student(spoilt=0.5)
+    registered.register()
+    assert "the champion on these test images" in capfd.readouterr().err
+    assert f"version 1's {expected:.4f}" in registered.versions()[2].tags["decision"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "decision"),
+    [(["owl", "cat", "dog"], "does not beat version 1's 1.0000"), (["cat", "dog", "yak"], "lacks (such as 'owl')")],
+)
+@pytest.mark.usefixtures("no_onnx")
+def test_classes_are_compared_by_name(registered, made_project, classes, decision):
+    """Another order of classes makes no difference; a champion that knows a class which the challenger lacks stays."""
+    order = {old: classes.index(name) if name in classes else 2 for old, name in enumerate(CLASSES)}
+    registered.images = write_images(
+        registered.data / "prepare", lambda at: order[made_project.labels[at]], classes=classes
+    )
+    registered.student(spoilt=0.5)
+    registered.register()
+    assert registered.aliases()["champion"] == 1
+    assert decision in registered.versions()[2].tags["decision"]
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_a_champion_that_knows_a_class_without_test_images_is_not_replaced(project, made_project):
+    """The test split is the same for both, and does not show the class."""
+    shown = {at: label for at, label in made_project.labels.items() if label != 2}
+
+    def put(classes, spoilt):
+        project.images = write_images(project.data / "prepare", lambda at: shown.get(at, 0), classes=classes, count=24)
+        return project.student(spoilt)
+
+    put(CLASSES, spoilt=0.5)
+    project.register()
+    put([*CLASSES[:2], "yak"], spoilt=0.0)
+    project.register()
+    first, second = (project.versions()[number] for number in (1, 2))
+    assert first.tags["digest.test"] == second.tags["digest.test"]
+    assert project.aliases() == {"champion": 1, "challenger": 2}
+    assert "lacks (such as 'owl')" in second.tags["decision"]
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_a_champion_whose_files_are_gone_is_replaced_and_said_to_be(project, capfd):
+    project.register()
+    shutil.rmtree("mlartifacts")
+    project.student(spoilt=1.0)
+    project.register()
+    assert project.aliases() == {"champion": 2, "challenger": 2}
+    assert "of the champion before, version 1, the files are gone" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("challenger", "champion", "margin", "promoted"),
+    [
+        (0.9, 0.8, 0.0, True),
+        (0.8, 0.8, 0.0, False),
+        (0.9, 0.8, 0.1, True),
+        (0.9, 0.85, 0.1, False),
+        (0.7, 0.8, -1.0, False),
+    ],
+)
+def test_decide(challenger, champion, margin, promoted):
+    assert register.decide(challenger, champion, margin) is promoted
