@@ -152,6 +152,7 @@ def test_a_failed_run_goes_on_in_the_same_workspace_and_a_good_one_leaves_none(r
     said = []
     with failing(opened(reproduced, said=said)) as folder:
         toy_project.execute(folder, "dvc", "repro", "--quiet", "distill")
+        (folder / ".dvc/tmp/rwlock").write_text("")  # as a DVC leaves it that is killed as it writes it
     with opened(reproduced, {"distill": {"epochs": 3}}, said) as again:
         assert again == folder
         assert dvc.outdated(again) == {"evaluate"}
@@ -221,6 +222,14 @@ def test_graph_of_stages(reproduced):
     assert set(dvc.upstream(graph, ["distill"])) == {"prepare", "teacher", "distill"}
     with pytest.raises(ValueError, match="teachr: no such stage"):
         dvc.upstream(graph, ["teachr"])
+
+
+def test_a_lock_file_that_a_killed_dvc_left_damaged_is_named(tmp_path):
+    toy = toy_project.make(tmp_path)
+    (toy / ".dvc/tmp").mkdir(exist_ok=True)
+    (toy / ".dvc/tmp/rwlock").write_text("")
+    with pytest.raises(ValueError, match=r"toy/\.dvc/tmp/rwlock is damaged: delete it, when no other DVC is at "):
+        dvc.outdated(toy)
 
 
 def test_graph_of_a_broken_project_is_one_line(tmp_path):

@@ -12,6 +12,7 @@ from configobj import ConfigObj
 from dvc.exceptions import DvcException
 from dvc.lock import LockError
 from dvc.repo import Repo
+from dvc.rwlock import RWLockFileCorruptedError
 
 if TYPE_CHECKING:
     from dvc.stage import Stage
@@ -140,6 +141,9 @@ def _repo(folder: Path) -> Iterator[Repo]:
     try:
         with Repo(str(folder), _wait_for_lock=True) as repo:
             yield repo
+    except RWLockFileCorruptedError:  # one that was killed as it wrote it
+        file = folder / ".dvc/tmp/rwlock"
+        raise ValueError(f"DVC in {folder}: {file} is damaged: delete it, when no other DVC is at work here") from None
     except DvcException as error:
         raise ValueError(f"DVC in {folder}: {' '.join(str(error).split())}") from None
 

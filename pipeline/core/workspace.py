@@ -65,6 +65,8 @@ def opened(root: Path, changes: dict[str, Any], say: Callable[[str], None]) -> I
             (home / "complete").touch()
         else:
             say(f"going on in the workspace {folder}")
+            # A DVC killed as it wrote this leaves it empty, and every other then refuses; none is at work here.
+            (folder / ".dvc/tmp/rwlock").unlink(missing_ok=True)
             unlink_inputs(folder)  # else what follows would write through the links, into the user's own folders
             copy_tree(root, folder, keep=("dvc.lock",))  # it says which stages this workspace has done
             if added := sorted(str(file) for file in _files(folder) if str(file).endswith(".dvc")):
