@@ -6,7 +6,8 @@
 A project's folder is one in which the whole pipeline has run; nothing in it is changed. Each attempt begins in a copy
 of it without the stage's output, with shards of 16 views and a checkpoint at every step; one that ends before its
 moment comes does not count, and is made again. On a CPU the bytes are to be those of a run that was left alone, 30 of
-30 times; the command ends with 1 where they are not.
+30 times; the command ends with 1 where they are not. The table goes to the standard output, a line of each attempt to
+the standard error.
 """
 
 import argparse
@@ -60,8 +61,9 @@ def main() -> None:
         expected = digest(folder / "data" / arguments.stage)
         while len(outcomes) < arguments.kills:
             copy(arguments.project, folder, arguments.stage)
+            moment = chance.uniform(0, seconds)
             process = start(folder)
-            process.join(chance.uniform(0, seconds))
+            process.join(moment)
             process.kill()
             process.join()
             if process.exitcode != -signal.SIGKILL:
@@ -70,6 +72,9 @@ def main() -> None:
             left = left_behind(folder, arguments.stage)
             finish(start(folder))
             outcomes.append((left, digest(folder / "data" / arguments.stage) == expected))
+            verdict = "the same bytes" if outcomes[-1][1] else "OTHER BYTES"
+            done = f"{len(outcomes)} of {arguments.kills}"
+            print(f"{done}: killed after {moment:.1f} s, {left} files to go on from, {verdict}", file=sys.stderr)
     same = sum(equal for _, equal in outcomes)
     with_work = sum(left > 0 for left, _ in outcomes)
     print(f"{machine()}\n")
