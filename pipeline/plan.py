@@ -188,8 +188,9 @@ def records(settings: Params, counts: Counts) -> dict[str, float]:
 
 def figure(value: float) -> str:
     """Write a number with three digits that count, and no exponent."""
-    digits = max(0, 2 - math.floor(math.log10(value))) if value else 0
-    return f"{float(f'{value:.3g}'):,.{digits}f}"
+    rounded = float(f"{value:.3g}")
+    digits = max(0, 2 - math.floor(math.log10(rounded))) if rounded else 0
+    return f"{rounded:,.{digits}f}"
 
 
 def in_hours(value: float) -> str:

@@ -36,6 +36,9 @@ def test_it_answers_as_the_network_does(model, resolution, tmp_path):
         np.testing.assert_allclose(ask(pixels), wanted, atol=1e-4 * max(1, float(wanted.abs().max())))
     model = onnx.load(file)
     onnx.checker.check_model(model, full_check=True)
+    for value, shape in ((model.graph.input[0], (3, resolution, resolution)), (model.graph.output[0], (len(CLASSES),))):
+        dims = value.type.tensor_type.shape.dim
+        assert [dims[0].dim_param, *(dim.dim_value for dim in dims[1:])] == ["batch", *shape]
     assert json.loads({entry.key: entry.value for entry in model.metadata_props}["classes"]) == CLASSES
     assert b".py" not in file.read_bytes()  # of the code that it comes from, and where that lies
     assert file.stat().st_size < 1.1 * sum(4 * p.numel() for p in classifier.parameters()) + 200_000

@@ -303,7 +303,8 @@ def test_a_misspelt_key_of_the_plan_names_the_nearest(project):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(827.3, "827"), (1788.2, "1,790"), (0.00167, "0.00167"), (27.44, "27.4"), (0, "0")]
+    ("value", "text"),
+    [(827.3, "827"), (1788.2, "1,790"), (0.00167, "0.00167"), (27.44, "27.4"), (9.996, "10.0"), (0, "0")],
 )
 def test_figures_have_three_digits_that_count(value, text):
     assert plan.figure(value) == text
