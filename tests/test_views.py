@@ -125,6 +125,17 @@ def test_partners_come_from_the_list_and_are_never_the_sample_itself():
     assert all(views.draw(SPEC, int(alone[0]), r, alone).partner is None for r in range(50))
 
 
+@pytest.mark.parametrize("count", [3, 10, 300])
+def test_partners_are_drawn_nearly_evenly_however_their_ids_lie(count):
+    ids = np.sort(np.random.default_rng(count).integers(0, 2**64, count, dtype=np.uint64))
+    mixed = dataclasses.replace(SPEC, mix_probability=1.0)
+    drawn = [views.draw_partner(mixed, sample, 0, ids) for sample in range(100 * count)]
+    times = np.unique(drawn, return_counts=True)[1]
+    even = times.sum() ** 2 / (times**2).sum()  # so many, drawn evenly, would meet as often
+    assert even > 0.8 * count  # with one place for each, half of that
+    assert times.max() < 1.5 * 100
+
+
 def test_a_partner_drawn_alone_is_the_views_own():
     for spec in (SPEC, dataclasses.replace(SPEC, mixup_alpha=0.0, cutmix_alpha=0.0)):
         for sample in (*range(100), *PARTNERS.tolist()):
@@ -176,6 +187,14 @@ def test_crops_lie_in_the_image_whatever_its_shape():
                 assert (left + right, top + bottom) == pytest.approx(size)
 
 
+def test_crops_lean_to_no_side():
+    columns = np.broadcast_to(np.arange(32, dtype=np.uint8)[:, None], (32, 32, 3)).swapaxes(0, 1)
+    ramp = file(Image.fromarray(np.ascontiguousarray(columns)))  # each pixel's value is its column
+    spec = dataclasses.replace(PLAIN, flip=0.0, crop_scale=(0.5, 1.0))
+    means = [views.render(spec, views.draw(spec, s, 0, PARTNERS), ramp, None).mean() for s in range(3000)]
+    assert np.mean(means) == pytest.approx(15.5, abs=0.1)
+
+
 def test_the_test_view_is_torchvisions_centre_crop():
     image = photo(4, (80, 64))
     crop = v2.functional.center_crop(image, [56, 56])  # 0.875 of the shorter side
@@ -192,7 +211,7 @@ def test_a_view_is_the_crop_resized_as_pil_does_it():
     for sample in range(20):
         view, image = views.draw(PLAIN, sample, 0, PARTNERS), photo(sample, (90, 70))
         left, top, right, bottom = view.crops.box(90, 70)
-        crop = image.crop((int(left), int(top), round(right), round(bottom)))
+        crop = image.crop((round(left), round(top), round(right), round(bottom)))
         expected = crop.resize((24, 24), Image.Resampling.BICUBIC).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         found = views.render(PLAIN, view, file(image), None)
         assert np.abs(found - np.asarray(expected).transpose(2, 0, 1).astype(int)).max() <= 1

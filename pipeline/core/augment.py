@@ -107,10 +107,10 @@ def _equalize(pixels: np.ndarray, strength: float) -> np.ndarray:
 
 
 def _moved(pixels: np.ndarray, right: float, down: float) -> np.ndarray:
-    """Move by whole pixels, as torchvision's RandAugment does; what comes in is black."""
+    """Move by whole pixels, cut off as in torchvision's RandAugment; what comes in is black."""
     moved = np.zeros_like(pixels)
-    to_y, from_y = _shifted(round(down), pixels.shape[1])
-    to_x, from_x = _shifted(round(right), pixels.shape[2])
+    to_y, from_y = _shifted(int(down), pixels.shape[1])
+    to_x, from_x = _shifted(int(right), pixels.shape[2])
     moved[:, to_y, to_x] = pixels[:, from_y, from_x]
     return moved
 

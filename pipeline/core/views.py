@@ -24,11 +24,12 @@ from pipeline.core.augment import OPERATIONS
 from pipeline.core.images import Encoded
 from pipeline.core.sections import Views as Settings
 
-VERSION = 3  # of what is drawn and rendered: a change that changes pixels must raise it; stored labels are refused then
+VERSION = 4  # of what is drawn and rendered: a change that changes pixels must raise it; stored labels are refused then
 
 OPERATION_NAMES = tuple(OPERATIONS)
-CROP_TRIES = 10  # four numbers each, the first of a view's
-AFTER_CROPS = 4 * CROP_TRIES
+CROP_TRIES = 10  # four numbers each, the first of a view's: five blocks of eight
+PLACES = CROP_TRIES // 2  # the block of eight numbers after them, of which `_partner` takes its places
+AFTER_PLACES = PLACES + 1
 EIGHT_NUMBERS = struct.Struct(">8Q")
 
 
@@ -122,13 +123,12 @@ def draw(spec: ViewSpec, sample_id: int, replica: int, partners: np.ndarray) -> 
             They, and not all samples, so that a growing pool changes no view that was there before.
     """
     crops = Crops(spec, sample_id, replica)
-    uniform = _uniforms(spec.seed, sample_id, replica, AFTER_CROPS)
-    flip = next(uniform) < spec.flip
-    mixed, which, level, place, centre_x, centre_y = (next(uniform) for _ in range(6))
+    uniform = _uniforms(spec.seed, sample_id, replica, AFTER_PLACES)
+    mixed, flip, which, level, centre_x, centre_y = (next(uniform) for _ in range(6))
     operations = tuple(_operation(next(uniform), next(uniform)) for _ in range(spec.randaugment_ops))
-    partner = _partner(spec, sample_id, mixed, place, partners)
+    partner = _partner(spec, sample_id, replica, mixed, partners)
     if partner is None:
-        return View(crops, flip, operations, None, "", 1.0, (0, 0, 0, 0))
+        return View(crops, flip < spec.flip, operations, None, "", 1.0, (0, 0, 0, 0))
     kinds = _mixing_kinds(spec)
     mixing = kinds[int(which * len(kinds))]
     alpha = spec.mixup_alpha if mixing == "mixup" else spec.cutmix_alpha
@@ -137,14 +137,13 @@ def draw(spec: ViewSpec, sample_id: int, replica: int, partners: np.ndarray) -> 
     if mixing == "cutmix":
         box = _cutmix_box(spec.resolution, share, centre_x, centre_y)
         share = 1 - (box[2] - box[0]) * (box[3] - box[1]) / spec.resolution**2
-    return View(crops, flip, operations, partner, mixing, share, box)
+    return View(crops, flip < spec.flip, operations, partner, mixing, share, box)
 
 
 def draw_partner(spec: ViewSpec, sample_id: int, replica: int, partners: np.ndarray) -> int | None:
     """Draw the view's partner alone, which is all that its key needs."""
-    uniform = _uniforms(spec.seed, sample_id, replica, AFTER_CROPS)
-    _, mixed, _, _, place = (next(uniform) for _ in range(5))  # in the order of `draw`: the first is the flip's
-    return _partner(spec, sample_id, mixed, place, partners)
+    mixed = next(_uniforms(spec.seed, sample_id, replica, AFTER_PLACES))
+    return _partner(spec, sample_id, replica, mixed, partners)
 
 
 def render(spec: ViewSpec, view: View, image: Encoded, partner: tuple[View, Encoded] | None) -> np.ndarray:
@@ -179,30 +178,37 @@ def render_test(image: Image.Image, resolution: int, crop: float) -> np.ndarray:
     return np.asarray(resized).transpose(2, 0, 1)
 
 
-def _uniforms(seed: int, sample_id: int, replica: int, first: int = 0) -> Iterator[float]:
-    """Endless numbers in [0, 1), from number `first`, a multiple of 8, on.
-
-    BLAKE2b of (seed, sample, replica, block of 8): the same on every machine and version.
-    """
-    key = b"".join(number.to_bytes(8, "big") for number in (seed, sample_id, replica))
-    block = first // 8
+def _uniforms(seed: int, sample_id: int, replica: int, block: int = 0) -> Iterator[float]:
+    """Endless numbers in [0, 1), from a block of eight on."""
     while True:
-        for number in EIGHT_NUMBERS.unpack(hashlib.blake2b(block.to_bytes(4, "big"), key=key).digest()):
+        for number in EIGHT_NUMBERS.unpack(_eight_numbers(seed, sample_id, replica, block)):
             yield (number >> 11) * 2.0**-53
         block += 1
+
+
+def _eight_numbers(seed: int, sample_id: int, replica: int, block: int) -> bytes:
+    """Eight random numbers of 8 bytes, highest first: BLAKE2b, the same on every machine and version."""
+    key = b"".join(number.to_bytes(8, "big") for number in (seed, sample_id, replica))
+    return hashlib.blake2b(block.to_bytes(4, "big"), key=key).digest()
 
 
 def _mixing_kinds(spec: ViewSpec) -> list[str]:
     return [kind for kind, alpha in (("mixup", spec.mixup_alpha), ("cutmix", spec.cutmix_alpha)) if alpha > 0]
 
 
-def _partner(spec: ViewSpec, sample_id: int, mixed: float, place: float, partners: np.ndarray) -> int | None:
-    """The first partner at or after a random place on the ring of ids: another's coming or going rarely matters."""
+def _partner(spec: ViewSpec, sample_id: int, replica: int, mixed: float, partners: np.ndarray) -> int | None:
+    """Of eight random places on the ring of ids, the one that has a partner soonest after it; that partner.
+
+    So another's coming or going rarely matters, and all are drawn nearly as often: multi-probe consistent hashing
+    (Appleton and O'Reilly, arXiv:1505.00062). With one place, an id's chance would be the gap before it.
+    """
     if mixed >= spec.mix_probability or not _mixing_kinds(spec):
         return None
     if len(partners) == 0 or (len(partners) == 1 and int(partners[0]) == sample_id):
         return None
-    at = int(np.searchsorted(partners, np.uint64(int(place * 2.0**53) << 11))) % len(partners)
+    places = np.frombuffer(_eight_numbers(spec.seed, sample_id, replica, PLACES), ">u8").astype(np.uint64)
+    after = partners.searchsorted(places) % len(partners)
+    at = int(after[(partners[after] - places).argmin()])  # modulo 2**64: the ring is closed
     if int(partners[at]) == sample_id:
         at = (at + 1) % len(partners)
     return int(partners[at])
@@ -220,8 +226,8 @@ def _render_alone(spec: ViewSpec, view: View, image: Encoded) -> np.ndarray:
     needed = side / min(box[2] - box[0], box[3] - box[1])  # the share of the image's size at which no side is enlarged
     pixels = images.pixels(image, min(needed, 1.0))  # (H', W', 3)
     across, down = pixels.shape[1] / image.width, pixels.shape[0] / image.height
-    left, top = int(box[0] * across), int(box[1] * down)
-    right, bottom = max(round(box[2] * across), left + 1), max(round(box[3] * down), top + 1)
+    left, right = _whole_pixels(box[0] * across, box[2] * across, pixels.shape[1])
+    top, bottom = _whole_pixels(box[1] * down, box[3] * down, pixels.shape[0])
     # torch's resampling is integer arithmetic: the same bytes with and without vector instructions.
     crop = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[None]
     crop = F.interpolate(crop, (side, side), mode="bicubic", antialias=True)[0]
@@ -231,6 +237,12 @@ def _render_alone(spec: ViewSpec, view: View, image: Encoded) -> np.ndarray:
     for name, strength in view.operations:
         planes = OPERATIONS[name](planes, strength * spec.randaugment_magnitude / 10)
     return np.ascontiguousarray(planes)
+
+
+def _whole_pixels(first: float, last: float, length: int) -> tuple[int, int]:
+    """Round both edges of a crop alike, so that crops lean to no side; one pixel at least."""
+    first = min(round(first), length - 1)
+    return first, max(round(last), first + 1)
 
 
 def _operation(which: float, strength: float) -> tuple[str, float]:
