@@ -34,7 +34,7 @@ def run(params: Params) -> None:
         card={"model": card["model"]},
         identities={
             "data": images.digest,
-            "start": card["digest"],
+            "start": networks.digest(classifier),
             "test view": f"{resolution} {params.views.test_crop}",
         },
         before=before,

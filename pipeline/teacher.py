@@ -126,6 +126,8 @@ def try_out(classifier: Classifier, params: Params, images: ImageSet) -> str:
             f"classes. Its classes must be these, in this order: {order}; and pixels must be normalised as it was "
             "trained with (teacher.mean, teacher.std)"
         )
+    if enough and len({*(said := np.concatenate(answers)).tolist()}) == 1 < len({*images.labels[rows].tolist()}):
+        raise ValueError(f"{model} guesses: to it, all {tried:,} validation images are '{images.classes[said[0]]}'")
     if answers and (others := swapped(images.labels[rows], np.concatenate(answers), images.classes)):
         raise ValueError(
             f"{model} has classes in each other's place: {others}. Its classes must be these, in this order: {order}"

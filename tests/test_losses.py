@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from images import tiny
 
 from pipeline.core import losses
 from pipeline.core.batches import Batch
-from pipeline.core.distillation import distillation_loss
+from pipeline.core.distillation import check_compares, distillation_loss
 from pipeline.core.sections import HARD, LOSSES
 from pipeline.core.softlabels import SparseLabels, dense
 
@@ -91,6 +93,19 @@ def test_every_loss_has_a_name_in_the_settings():
 def test_a_loss_is_what_its_paper_says(name, temperature, logits):
     s, t = (softmax64(part / temperature) for part in logits)
     assert found(name, *logits, temperature) == pytest.approx(temperature**2 * PAPERS[name](s, t), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("world", "accumulate", "images", "refused"),
+    [(1, 2, 8, False), (2, 2, 8, False), (2, 4, 8, True), (4, 1, 7, True), (4, 1, 8, False)],
+)
+def test_a_loss_that_compares_images_is_given_two(world, accumulate, images, refused):
+    changes = {"distill.batch_size": 8, "distill.accumulate": accumulate}
+    for loss in ("dist", "dist_intra"):
+        recipe = tiny(**{"distill.loss": {"kl": 1.0, loss: 0.5}, **changes}).distill
+        with pytest.raises(ValueError, match=r"^distill.loss: dist_intra") if refused else nullcontext():
+            check_compares("distill", recipe, images, world)
+    check_compares("distill", tiny(**{"distill.loss": "dist_inter", **changes}).distill, images, world)
 
 
 def test_dkd_and_dist_weigh_their_parts_and_dkd_takes_labels(logits):

@@ -37,6 +37,15 @@ def test_a_teacher_that_guesses_is_refused(images, tmp_path, monkeypatch, capsys
     assert "in order: " + ", ".join(f"'{name}'" for name in images.classes) + "\n" in said
 
 
+def test_a_teacher_that_gives_one_answer_to_all_is_refused_however_common_that_class(images, tmp_path, monkeypatch):
+    params, device = taken(tmp_path, monkeypatch, [2.0, 0.0, 0.0, 0.0])
+    labels = images.labels.copy()
+    labels[images.rows("val")[:-3]] = 0
+    monkeypatch.setattr(images, "labels", labels)
+    with pytest.raises(ValueError, match=rf"guesses: to it, all 16 validation images are '{images.classes[0]}'$"):
+        teacher.take(params, images, device)
+
+
 def test_a_teacher_that_answers_with_probabilities_is_refused(images, tmp_path, monkeypatch):
     params, device = taken(tmp_path, monkeypatch, [0.5, 0.2, 0.2, 0.1])
     with pytest.raises(ValueError, match=f"^{MODEL} answers with probabilities, not with logits: leave out the"):

@@ -139,6 +139,17 @@ def test_every_weight_has_its_stages_multiplier_once(model):
     assert sorted(found) == sorted(wanted)
 
 
+@pytest.mark.parametrize(("model", "after"), [("densenet121", "features.norm5."), ("resnetv2_18", "norm.")])
+def test_what_follows_the_last_stage_has_its_multiplier(model, after):
+    with torch.device("meta"):
+        network = models.build(model, num_classes=4)
+    groups = optimizer_of(network, tiny(**{"baseline.lr_multipliers": MULTIPLIERS}).baseline).param_groups
+    found = {id(p): group["lr_multiplier"] for group in groups for p in group["params"]}
+    names = {found[id(p)]: name for name, p in network.named_parameters() if name.startswith(after)}
+    assert set(names) == {2.0}
+    assert all(found[id(p)] == 1.0 for p in models.last_layers(network)[0].parameters())
+
+
 def test_a_stages_first_step_is_as_large_as_its_multiplier(images, tmp_path):
     settings = {"epochs": 1, "optimizer": "sgd", "lr": 0.001, "weight_decay": 0.0, "warmup_epochs": 0}
     start = networks.build(MODEL, len(images.classes), seed=0).network.state_dict()

@@ -15,7 +15,7 @@ from pipeline.core.dataset import ImageSet
 from pipeline.core.devices import Processes
 from pipeline.core.engine import Loss
 from pipeline.core.networks import Classifier
-from pipeline.core.sections import HARD, Params
+from pipeline.core.sections import HARD, Distill, Params
 from pipeline.core.softlabels import SoftLabels, dense, make_keys
 from pipeline.core.teaching import answer, description, open_labels
 from pipeline.core.views import ViewSpec
@@ -77,6 +77,21 @@ def open_teacher(params: Params, images: ImageSet, asked_online: bool, device: t
     return cached(labels, images), labels.description.fingerprint
 
 
+def check_compares(name: str, recipe: Distill, images: int, world: int) -> None:
+    """Make sure that a loss that compares images with each other has two to compare.
+
+    Raises:
+        ValueError: each process computes a batch image by image.
+    """
+    batch = min(recipe.batch_size, images)
+    if {"dist", "dist_intra"} & {*recipe.loss} and batch < 2 * world * recipe.accumulate:
+        raise ValueError(
+            f"{name}.loss: dist_intra compares the images that a process has at a time, which is one where {world} "
+            f"processes share {batch} images in {recipe.accumulate} parts each: raise {name}.batch_size, or lower "
+            f"{name}.accumulate or machine.processes"
+        )
+
+
 def train(
     name: Literal["distill", "finetune"],
     params: Params,
@@ -95,6 +110,7 @@ def train(
         model, classifier, rows, before: see `training.Task`.
     """
     spec, recipe = ViewSpec.of(params.seed, params.views), getattr(params, name)
+    check_compares(name, recipe, len(rows), processes.world)
     teacher, answers = open_teacher(params, images, recipe.online, processes.device)
     task = training.Task(
         name=name,

@@ -4,8 +4,9 @@ A pool holds images of no class, and a teacher is sure of many of them. A logist
 images from pool images estimates the logarithm of the ratio of the two densities (Sugiyama, Suzuki and Kanamori,
 "Density Ratio Estimation in Machine Learning", 2012, section 4), which is highest where images belong (Elkan and Noto,
 "Learning Classifiers from Only Positive and Unlabeled Data", 2008). Validation images stand for the labelled ones,
-because the teacher has been fitted to those and embeds them as it does no others. No image is judged by a regression
-that it was used for.
+because the teacher has been fitted to those and embeds them as it does no others. The penalty on the regression's
+weights is the same whatever the number of images: the fewer there are, the closer the ratios are to 1. No image is
+judged by a regression that it was used for.
 """
 
 from collections.abc import Callable

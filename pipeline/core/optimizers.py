@@ -7,6 +7,7 @@ from timm.models import group_parameters
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import models
 from pipeline.core.sections import StudentRecipe, TrainingRecipe
 
 
@@ -55,10 +56,11 @@ def multipliers_and_weights(part: nn.Module, recipe: TrainingRecipe) -> list[tup
             f"lr_multipliers has {len(multipliers)} numbers, for a stem and four stages; {type(part).__name__} has "
             f"{groups} of layers before its classifier: set it to null"
         )
+    of_classifier = {p for layer in models.last_layers(part) for p in layer.parameters()}
     weights: list[list[nn.Parameter]] = [[] for _ in range(count)]
     for name, p in part.named_parameters():
-        if p.requires_grad:
-            weights[stage_of[name]].append(p)
+        if p.requires_grad:  # what timm puts between the last stage and the classifier belongs to that stage here
+            weights[-1 if p in of_classifier else min(stage_of[name], count - 2)].append(p)
     return [(1.0, weights[-1]), *zip(multipliers, weights[:-1], strict=True)]
 
 

@@ -28,6 +28,7 @@ from pipeline.core.networks import Classifier
 from pipeline.core.sections import Params, TrainingRecipe
 
 DATA = Path("data")
+WORTH_SAYING = 0.1  # share of the images that an epoch leaves out
 GPU_PIXELS = 256 * 224**2  # of images that a GPU is asked about at once in validation
 
 
@@ -214,6 +215,12 @@ def _run(
     )
     if order.batch_size < task.recipe.batch_size and processes.first():
         print(f"{task.name}: its batch_size, {task.recipe.batch_size:,}, is more than its {order.batch_size:,} images")
+    left_out = len(task.rows) - order.steps_per_epoch * order.batch_size
+    if left_out > WORTH_SAYING * len(task.rows) and processes.first():
+        print(
+            f"{task.name}: {left_out:,} of its {len(task.rows):,} images, others each time, are left out of an epoch: "
+            f"they do not fill a batch of {order.batch_size:,}"
+        )
     run = engine.Run(
         what=task.name,
         classifier=task.classifier,
