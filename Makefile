@@ -22,7 +22,7 @@ install: .venv/installed  ## install everything, pinned and with hashes, into .v
 	touch $@
 
 repro: .venv/installed  ## run the whole pipeline: images in, a registered student out
-	@$(BIN)/python -m pipeline.core.preflight
+	@$(BIN)/python -m pipeline.core.running.preflight
 	@! grep -q '^  labelled_root: data/digits ' params.yaml || \
 	  echo "The embedded example takes 5 to 8 minutes on two CPU cores the first time; stages that are up to date take none."
 	$(BIN)/dvc --wait-for-lock repro
@@ -48,7 +48,7 @@ serve: .venv/installed  ## start Prefect's server and the deployment ssld/local,
 	$(BIN)/python -m pipeline.flow serve
 
 ui: .venv/installed  ## show the model registry's pages on http://127.0.0.1:5000; PORT=5001 for another
-	@$(BIN)/python -m pipeline.core.mlflow_pages --port $(PORT)
+	@$(BIN)/python -m pipeline.core.running.mlflow_pages --port $(PORT)
 
 lock: .venv/installed  ## make requirements*.txt anew from requirements*.in
 	for name in requirements requirements-uv; do \

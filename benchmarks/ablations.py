@@ -31,7 +31,8 @@ from machine import machine
 from seeds import known, run, spread, table
 
 from pipeline import prepare, recipes, teacher
-from pipeline.core import atomic, params, params_file
+from pipeline.core import atomic, params
+from pipeline.core.running import params_file
 from pipeline.core.sections import Params
 
 RECIPE, STUDENT = "cifar10_small", "fixres"

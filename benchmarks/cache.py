@@ -33,7 +33,7 @@ from turns import again_and_again, against, header, row, show_rates, silence, ta
 
 from pipeline import cache
 from pipeline.core import teaching
-from pipeline.core.batches import load
+from pipeline.core.data.batches import load
 from pipeline.core.softlabels import Description, SoftLabels, dense, finish, shards
 from pipeline.core.softlabels.records import Records
 

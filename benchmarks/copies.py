@@ -29,9 +29,9 @@ from machine import machine
 from planted import Answer, Method, hash_bits, ours, read, search, show, unit
 
 from pipeline.core import networks
+from pipeline.core.data.views import render_test
+from pipeline.core.mining.thumbnails import thumbnails
 from pipeline.core.networks import Classifier
-from pipeline.core.thumbnails import thumbnails
-from pipeline.core.views import render_test
 
 try:
     import cv2

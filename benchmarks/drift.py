@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from machine import machine
 from turns import silence
 
-from pipeline.core import engine, networks, params
-from pipeline.core.batches import Batch, TrainingOrder
+from pipeline.core import networks, params
+from pipeline.core.data.batches import Batch, TrainingOrder
 from pipeline.core.devices import Processes
-from pipeline.core.training import labelled_loss
+from pipeline.core.train import engine
+from pipeline.core.train.training import labelled_loss
 
 ROOT = Path(__file__).parent.parent
 COUNT, CLASSES, BATCH = 64, 4, 8

@@ -30,11 +30,12 @@ from machine import machine
 from turns import against, take_turns
 
 import models
-from pipeline.core import devices, engine, networks, params, small_maps, teaching
-from pipeline.core.batches import Batch, TrainingOrder, Views
-from pipeline.core.dataset import ImageSet
+from pipeline.core import devices, networks, params, small_maps, teaching
+from pipeline.core.data.batches import Batch, TrainingOrder, Views
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.data.views import ViewSpec
 from pipeline.core.sections import Machine
-from pipeline.core.views import ViewSpec
+from pipeline.core.train import engine
 
 ROOT = Path(__file__).parent.parent
 CLASSES = 1000

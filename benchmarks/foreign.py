@@ -25,8 +25,9 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline import mine, prepare, score, teacher
-from pipeline.core import atomic, params, params_file
-from pipeline.core.dataset import ImageSet
+from pipeline.core import atomic, params
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.running import params_file
 from pipeline.core.sections import Params
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -29,10 +29,11 @@ from timm.data import create_transform
 from timm.data.loader import fast_collate
 from torchvision.transforms import InterpolationMode, v2
 
-from pipeline.core import image_shards, images, reencoding
-from pipeline.core.batches import Views
-from pipeline.core.dataset import ImageSet
-from pipeline.core.views import ViewSpec
+from pipeline.core.data import images
+from pipeline.core.data.batches import Views
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.data.views import ViewSpec
+from pipeline.core.intake import image_shards, reencoding
 
 SCALE, RATIO, MAGNITUDE = (0.08, 1.0), (3 / 4, 4 / 3), 9
 

@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
 from turns import silence
 
-from pipeline.core import params, params_file
+from pipeline.core import params
+from pipeline.core.running import params_file
 
 STAGES = ("teacher", "score", "cache", "baseline", "distill", "finetune", "fixres")
 SMALL = {"cache.shard_views": 16, "machine.checkpoint_seconds": 0}

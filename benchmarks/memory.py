@@ -26,12 +26,14 @@ from cache import MADE, made_cache
 from machine import machine, own_memory
 from turns import silence
 
-from pipeline.core import distillation, engine, image_shards, networks, params, training
-from pipeline.core.batches import TrainingOrder, Views
-from pipeline.core.dataset import ImageSet
+from pipeline.core import networks, params
+from pipeline.core.data.batches import TrainingOrder, Views
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.data.views import ViewSpec
 from pipeline.core.devices import Processes
+from pipeline.core.intake import image_shards
 from pipeline.core.softlabels import SoftLabels, make_keys
-from pipeline.core.views import ViewSpec
+from pipeline.core.train import distillation, engine, training
 
 ROOT = Path(__file__).parent.parent
 SIDE = 32  # pixels

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
 from planted import KINDS, Answer, Method, hash_bits, ours, read, search, show, unit
 
-from pipeline.core import copies, sheet
+from pipeline.core.mining import copies, sheet
+from pipeline.core.mining.thumbnails import SIDE, thumbnails
 from pipeline.core.progress import Progress, duration
-from pipeline.core.thumbnails import SIDE, thumbnails
 
 
 def correlation(pool: np.ndarray, guarded: np.ndarray) -> Answer:

@@ -20,8 +20,9 @@ from machine import machine
 from project import Project
 from turns import header, row, show_rates, silence, take_turns
 
-from pipeline.core import distillation, losses, networks, teaching, training
-from pipeline.core.batches import load
+from pipeline.core import networks, teaching
+from pipeline.core.data.batches import load
+from pipeline.core.train import distillation, losses, training
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
 
-from pipeline.core import dvc, params_file
+from pipeline.core.running import dvc, params_file
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOK_EVERY = 0.05  # seconds

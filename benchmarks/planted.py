@@ -20,8 +20,8 @@ from PIL import Image, ImageDraw, ImageEnhance
 from scipy.fft import dctn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pipeline.core import copies
-from pipeline.core.images import decode
+from pipeline.core.data.images import decode
+from pipeline.core.mining import copies
 from pipeline.core.progress import Progress
 
 

@@ -11,10 +11,11 @@ from timm.task import LogitDistillationTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline import cache
-from pipeline.core import devices, engine, networks, optimizers, params, small_maps, teaching
-from pipeline.core.batches import TrainingOrder, Views, load
-from pipeline.core.dataset import ImageSet
-from pipeline.core.views import ViewSpec
+from pipeline.core import devices, networks, params, small_maps, teaching
+from pipeline.core.data.batches import TrainingOrder, Views, load
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.data.views import ViewSpec
+from pipeline.core.train import engine, optimizers
 
 
 class Project:

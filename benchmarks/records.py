@@ -32,10 +32,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline.core import devices, networks, params, teaching
-from pipeline.core.batches import Views, load
-from pipeline.core.dataset import ImageSet
+from pipeline.core.data.batches import Views, load
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.data.views import ViewSpec
 from pipeline.core.softlabels.records import MOST_CLASSES, Coding, dense
-from pipeline.core.views import ViewSpec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

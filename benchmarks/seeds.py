@@ -18,8 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
 
-from pipeline.core import params, params_file
-from pipeline.core.programs import Programs
+from pipeline.core import params
+from pipeline.core.running import params_file
+from pipeline.core.running.programs import Programs
 from pipeline.core.sections import Params
 
 COLUMNS = ("top1", "nll", "ece", "errors")

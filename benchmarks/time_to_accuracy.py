@@ -33,14 +33,16 @@ from timm.data import FastCollateMixup, create_dataset, create_loader
 from timm.task import LogitDistillationTask
 
 from pipeline import cache, recipes
-from pipeline.core import distillation, engine, networks, optimizers, params, params_file, small_maps, teaching
-from pipeline.core.batches import TrainingOrder, Views
-from pipeline.core.dataset import ImageSet
+from pipeline.core import networks, params, small_maps, teaching
+from pipeline.core.data.batches import TrainingOrder, Views
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.data.views import ViewSpec
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
+from pipeline.core.running import params_file
 from pipeline.core.sections import Params
 from pipeline.core.softlabels import SoftLabels
-from pipeline.core.views import ViewSpec
+from pipeline.core.train import distillation, engine, optimizers
 
 try:
     from torchdistill.core.distillation import DistillationBox

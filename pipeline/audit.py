@@ -16,11 +16,11 @@ import numpy as np
 
 from pipeline.core import devices, errors, networks, teaching
 from pipeline.core import params as settings
-from pipeline.core.batches import Views
-from pipeline.core.dataset import ImageSet
+from pipeline.core.data.batches import Views
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.data.views import ViewSpec
 from pipeline.core.recheck import Findings, recheck
 from pipeline.core.sections import Params
-from pipeline.core.views import ViewSpec
 
 LEAST_VIEWS = 256
 

@@ -6,11 +6,12 @@ Run: python -m pipeline.baseline
 
 from pathlib import Path
 
-from pipeline.core import devices, networks, stage, training
-from pipeline.core.batches import Views
-from pipeline.core.dataset import ImageSet
+from pipeline.core import devices, networks, stage
+from pipeline.core.data.batches import Views
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.data.views import ViewSpec
 from pipeline.core.sections import Params
-from pipeline.core.views import ViewSpec
+from pipeline.core.train import training
 
 
 def run(params: Params) -> None:

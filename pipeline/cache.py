@@ -19,8 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.core import atomic, devices, networks, stage, teaching
-from pipeline.core.batches import RowsAndReplicas, Views, load
-from pipeline.core.dataset import ImageSet
+from pipeline.core.data.batches import RowsAndReplicas, Views, load
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.data.views import ViewSpec
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
 from pipeline.core.progress import Progress
@@ -29,7 +30,6 @@ from pipeline.core.sections import Params
 from pipeline.core.softlabels import Description, SoftLabels, finish, shards, store
 from pipeline.core.softlabels.keys import find_double
 from pipeline.core.softlabels.records import Records
-from pipeline.core.views import ViewSpec
 
 FOLDER = Path("data/cache")
 RECHECKED = 64  # stored views that each run asks the teacher about again

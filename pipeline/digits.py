@@ -18,8 +18,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipeline.core import atomic, stage
-from pipeline.core.dataset import rank, sample_id
-from pipeline.core.images import encode_png
+from pipeline.core.data.dataset import rank, sample_id
+from pipeline.core.data.images import encode_png
 from pipeline.core.sections import Params
 
 OUT = Path("data/digits")

@@ -6,9 +6,10 @@ history.csv. Run: python -m pipeline.distill
 
 from pathlib import Path
 
-from pipeline.core import devices, distillation, networks, stage, teaching
-from pipeline.core.dataset import ImageSet
+from pipeline.core import devices, networks, stage, teaching
+from pipeline.core.data.dataset import ImageSet
 from pipeline.core.sections import Params
+from pipeline.core.train import distillation
 
 
 def run(params: Params) -> None:

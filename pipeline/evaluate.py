@@ -22,8 +22,10 @@ import torch
 from scipy.sparse import csr_array
 
 import models
-from pipeline.core import atomic, batches, devices, metrics, networks, report, stage
-from pipeline.core.dataset import ImageSet
+from pipeline.core import atomic, devices, networks, stage
+from pipeline.core.data import batches
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.evaluation import metrics, report
 from pipeline.core.networks import Classifier
 from pipeline.core.progress import Progress
 from pipeline.core.sections import Params

@@ -9,9 +9,10 @@ network.json, history.csv. Run: python -m pipeline.finetune
 import copy
 from pathlib import Path
 
-from pipeline.core import devices, distillation, networks, stage, training
-from pipeline.core.dataset import ImageSet
+from pipeline.core import devices, networks, stage
+from pipeline.core.data.dataset import ImageSet
 from pipeline.core.sections import Params
+from pipeline.core.train import distillation, training
 
 
 def run(params: Params) -> None:

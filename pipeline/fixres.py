@@ -11,10 +11,11 @@ from pathlib import Path
 from torch import nn
 
 import models
-from pipeline.core import devices, networks, stage, training
-from pipeline.core.batches import Views
-from pipeline.core.dataset import ImageSet
+from pipeline.core import devices, networks, stage
+from pipeline.core.data.batches import Views
+from pipeline.core.data.dataset import ImageSet
 from pipeline.core.sections import Params
+from pipeline.core.train import training
 
 
 def run(params: Params) -> None:

@@ -54,8 +54,10 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from pipeline import recipes
-from pipeline.core import dvc, errors, mlflow_store, params, params_file, prefect_server, preflight, tracking, workspace
-from pipeline.core.programs import Programs
+from pipeline.core import errors, params
+from pipeline.core.results import mlflow_store, tracking
+from pipeline.core.running import dvc, params_file, prefect_server, preflight, workspace
+from pipeline.core.running.programs import Programs
 
 LOOK = 2  # seconds between looks whether the run is being cancelled
 RETRY_DELAY = 2  # seconds; a cancelled run waits them out at worst

@@ -17,11 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core import atomic, copies, devices, mining_sheet, ranking, stage
-from pipeline.core.dataset import ImageSet
-from pipeline.core.likeness import likeness
+from pipeline.core import atomic, devices, stage
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.mining import copies, mining_sheet, ranking
+from pipeline.core.mining.likeness import likeness
+from pipeline.core.mining.ranking import ClassCount
 from pipeline.core.progress import Progress
-from pipeline.core.ranking import ClassCount
 from pipeline.core.sections import Params
 
 SCORE = Path("data/score")

@@ -29,7 +29,8 @@ from torch import nn
 
 import models
 from pipeline import recipes
-from pipeline.core import networks, params_file
+from pipeline.core import networks
+from pipeline.core.running import params_file
 from pipeline.core.sections import Count, CountOrZero, Params, Positive, Section, nearest
 from pipeline.core.softlabels.keys import KEY
 

@@ -18,18 +18,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import archives, atomic, choose, dataset, image_shards, journal, stage
-from pipeline.core.archives import Tree
-from pipeline.core.choose import Found, Parts, Picture, Pictures, Stored
-from pipeline.core.examined import Examined
-from pipeline.core.image_shards import Sample
-from pipeline.core.images import Unreadable
+from pipeline.core import atomic, stage
+from pipeline.core.data import dataset
+from pipeline.core.data.images import Unreadable
+from pipeline.core.intake import archives, choose, image_shards, journal
+from pipeline.core.intake.archives import Tree
+from pipeline.core.intake.choose import Found, Parts, Picture, Pictures, Stored
+from pipeline.core.intake.examined import Examined
+from pipeline.core.intake.image_shards import Sample
+from pipeline.core.intake.reading import in_threads
+from pipeline.core.intake.reencoding import ENCODED, Reencoded
+from pipeline.core.intake.refusals import FURTHER_FRAMES, Refusal, as_csv, check_share, in_words, reasons
+from pipeline.core.intake.sources import Source, SourceFile, check_apart, class_names, names, open_source
 from pipeline.core.progress import Progress
-from pipeline.core.reading import in_threads
-from pipeline.core.reencoding import ENCODED, Reencoded
-from pipeline.core.refusals import FURTHER_FRAMES, Refusal, as_csv, check_share, in_words, reasons
 from pipeline.core.sections import LEAST_TO_LEARN, Params
-from pipeline.core.sources import Source, SourceFile, check_apart, class_names, names, open_source
 
 OUT = Path("data/prepare")
 

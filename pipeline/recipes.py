@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.core import params, params_file
+from pipeline.core import params
+from pipeline.core.running import params_file
 from pipeline.core.sections import nearest
 
 FOLDER = "recipes"

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from pipeline.core import atomic, finished, mlflow_store, onnx_file, registry, stage, tracking
+from pipeline.core import atomic, stage
+from pipeline.core.results import finished, mlflow_store, onnx_file, registry, tracking
 from pipeline.core.sections import Params
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import: --help and --if-missing should not wait for both
@@ -121,7 +122,8 @@ def _register(client: "MlflowClient", params: Params, student: finished.Student,
 def _publish(
     client: "MlflowClient", params: Params, student: finished.Student, record: dict[str, Any]
 ) -> "ModelVersion":
-    from pipeline.core import model_card, networks
+    from pipeline.core import networks
+    from pipeline.core.results import model_card
 
     name, card, figures = record["name"], student.card, student.figures
     settings = params.model_dump(mode="json", by_alias=True)
@@ -241,7 +243,7 @@ def _ask(
     """Give a loaded network's logits (N, C) for test images."""
     import torch
 
-    from pipeline.core import batches
+    from pipeline.core.data import batches
     from pipeline.core.progress import Progress
 
     views = batches.Views(student.images, None, resolution, crop)

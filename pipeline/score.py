@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from pipeline.core import atomic, devices, networks, stage
-from pipeline.core.batches import RowsAndReplicas, Views, in_order, load
-from pipeline.core.dataset import ImageSet
+from pipeline.core.data.batches import RowsAndReplicas, Views, in_order, load
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.data.views import render_test
 from pipeline.core.devices import Processes
+from pipeline.core.mining.thumbnails import thumbnails
 from pipeline.core.networks import Classifier
 from pipeline.core.progress import Progress
 from pipeline.core.sections import Params
-from pipeline.core.thumbnails import thumbnails
-from pipeline.core.views import render_test
 
 FOLDER = Path("data/score")
 SCORED = stage.SCRATCH / "scored"  # what the last run wrote, and answers.json, which says whose answers those are

@@ -15,13 +15,14 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import binom
 
 import models
-from pipeline.core import atomic, devices, networks, stage, training, weights
-from pipeline.core.batches import Views
-from pipeline.core.dataset import ImageSet
+from pipeline.core import atomic, devices, networks, stage, weights
+from pipeline.core.data.batches import Views
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.data.views import ViewSpec
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
 from pipeline.core.sections import Params
-from pipeline.core.views import ViewSpec
+from pipeline.core.train import training
 
 ENOUGH_TO_TRY = 100  # validation images with which a teacher that guesses is told from one that does not
 CHANCE = 0.01  # the probability that one that guesses passes

@@ -51,7 +51,7 @@ def made_project(tmp_path_factory):
     """A project whose student is right on all test images and stands evaluated; nothing is registered."""
     import student_project
 
-    from pipeline.core import mlflow_store
+    from pipeline.core.results import mlflow_store
 
     root = tmp_path_factory.mktemp("project")
     made = student_project.make(root)

@@ -16,9 +16,9 @@ from images import prepared
 from runs import run
 from torch import Tensor
 
-from pipeline.core import losses
-from pipeline.core.dataset import ImageSet
-from pipeline.core.training import labelled_loss
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.train import losses
+from pipeline.core.train.training import labelled_loss
 
 FILE = Path(__file__).with_name("golden.json")
 RECIPES = {

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from pipeline import prepare
 from pipeline.core import params
-from pipeline.core.dataset import ImageSet
+from pipeline.core.data.dataset import ImageSet
 from pipeline.core.sections import Params
 
 CLASSES = ("circle", "cross", "line", "square")

@@ -15,8 +15,8 @@ from PIL import Image
 from pyarrow import feather
 
 from pipeline import prepare as stage_prepare
-from pipeline.core.dataset import ImageSet
-from pipeline.core.refusals import as_csv
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.intake.refusals import as_csv
 
 SETTINGS = {  # section `prepare` of params.yaml, whatever the user's says
     "labelled_root": ".",

@@ -16,11 +16,13 @@ from PIL import Image
 
 import models
 from pipeline import register
-from pipeline.core import image_shards, mlflow_store, networks
+from pipeline.core import networks
 from pipeline.core import params as settings
-from pipeline.core.batches import Views, in_order
-from pipeline.core.dataset import ImageSet
+from pipeline.core.data.batches import Views, in_order
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.intake import image_shards
 from pipeline.core.networks import Classifier
+from pipeline.core.results import mlflow_store
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ["cat", "dog", "owl"]

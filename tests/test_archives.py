@@ -11,7 +11,7 @@ import pytest
 from made_images import png, with_flipped_bit
 from prepare_kit import as_tar, as_zip, content_of, good, prepared, write
 
-from pipeline.core import archives
+from pipeline.core.intake import archives
 
 
 def cut(path: Path, length: int) -> Path:

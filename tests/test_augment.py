@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageFilter
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-from pipeline.core import augment
+from pipeline.core.data import augment
 
 SIZES = [(1, 1), (2, 5), (3, 3), (40, 1), (24, 33), (224, 224)]
 

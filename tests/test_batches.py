@@ -12,8 +12,8 @@ import torch
 from commands import ENVIRONMENT
 from images import ROOT, prepared, tiny
 
-from pipeline.core.batches import TrainingOrder, Views, in_order, load, spare_cores
-from pipeline.core.views import ViewSpec
+from pipeline.core.data.batches import TrainingOrder, Views, in_order, load, spare_cores
+from pipeline.core.data.views import ViewSpec
 
 
 def test_workers_render_the_same_batches(images):
@@ -47,8 +47,8 @@ PROGRAM = """
 import torch
 from pathlib import Path
 from pipeline.core import networks
-from pipeline.core.batches import Views, in_order, load
-from pipeline.core.dataset import ImageSet
+from pipeline.core.data.batches import Views, in_order, load
+from pipeline.core.data.dataset import ImageSet
 
 if __name__ == "__main__":
     images = ImageSet(Path("data/prepare"))

@@ -14,12 +14,13 @@ from cached_project import go, settings
 from images import write_folder
 
 from pipeline import audit, cache, mine, prepare, score, teacher
-from pipeline.core import distillation, networks, recheck, softlabels, teaching
-from pipeline.core.batches import Views
-from pipeline.core.dataset import ImageSet
+from pipeline.core import networks, recheck, softlabels, teaching
+from pipeline.core.data.batches import Views
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.data.views import ViewSpec
 from pipeline.core.softlabels import SoftLabels, sealed
 from pipeline.core.softlabels import __main__ as softlabels_command
-from pipeline.core.views import ViewSpec
+from pipeline.core.train import distillation
 
 
 def shards():

@@ -7,7 +7,7 @@ import torch
 from student_project import CLASSES, RESOLUTION, make_network, write_images
 
 from pipeline import register
-from pipeline.core.batches import Views, in_order
+from pipeline.core.data.batches import Views, in_order
 
 
 @pytest.mark.usefixtures("no_onnx")

@@ -5,7 +5,7 @@ import pytest
 from made_images import png
 from prepare_kit import NEVER, SPLITS, good, prepared, with_splits, write
 
-from pipeline.core.dataset import rank, sample_id
+from pipeline.core.data.dataset import rank, sample_id
 
 
 def test_withheld_labels_are_known_and_not_shown(tmp_path):

@@ -11,9 +11,10 @@ from scipy.fft import dctn
 from sklearn.datasets import load_digits
 
 from pipeline import digits
-from pipeline.core import copies, params
-from pipeline.core.images import decode
-from pipeline.core.thumbnails import thumbnails
+from pipeline.core import params
+from pipeline.core.data.images import decode
+from pipeline.core.mining import copies
+from pipeline.core.mining.thumbnails import thumbnails
 
 PHOTOGRAPHS = 0.93  # the threshold for them
 

@@ -12,11 +12,11 @@ from made_images import pixels, png
 from prepare_kit import SPLITS, prepared, read_manifest, with_splits, write
 from pyarrow import feather
 
-from pipeline.core import dataset
-from pipeline.core.batches import TrainingOrder, Views
-from pipeline.core.dataset import ImageSet, rank, sample_id
-from pipeline.core.image_shards import layout
-from pipeline.core.views import ViewSpec
+from pipeline.core.data import dataset
+from pipeline.core.data.batches import TrainingOrder, Views
+from pipeline.core.data.dataset import ImageSet, rank, sample_id
+from pipeline.core.data.views import ViewSpec
+from pipeline.core.intake.image_shards import layout
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipeline import digits
-from pipeline.core.images import decode
+from pipeline.core.data.images import decode
 
 SIZES = {"train": 130, "val": 14, "test": 30}  # all digits of the smallest class
 

@@ -17,10 +17,11 @@ from runs import MODEL, run
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from pipeline.core import checkpoints, networks, norms
-from pipeline.core.dataset import ImageSet
+from pipeline.core import networks
+from pipeline.core.data.dataset import ImageSet
 from pipeline.core.devices import Processes
-from pipeline.core.training import labelled_loss, validator
+from pipeline.core.train import checkpoints, norms
+from pipeline.core.train.training import labelled_loss, validator
 
 CPU = torch.device("cpu")
 
@@ -212,7 +213,7 @@ def share_of_steps(rank, world, prepared_folder, folder):
 
 def validated(images, processes):
     """Top-1 and NLL of a network on the validation split, 3 images a pass."""
-    with mock.patch("pipeline.core.training.IMAGES_A_PASS", 3):
+    with mock.patch("pipeline.core.train.training.IMAGES_A_PASS", 3):
         return list(validator(tiny(), images, 16, processes)(networks.build(MODEL, 4, seed=3)).values())
 
 

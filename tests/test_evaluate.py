@@ -17,8 +17,11 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, log_loss
 
 from pipeline import evaluate
-from pipeline.core import image_shards, metrics, networks, params, views
-from pipeline.core.dataset import ImageSet
+from pipeline.core import networks, params
+from pipeline.core.data import views
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.evaluation import metrics
+from pipeline.core.intake import image_shards
 from pipeline.core.sections import Params
 
 CLASSES = ["ant", "bee", "cow", "<i>dog</i>", "eel, grey", "fox"]

@@ -24,7 +24,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Cancelling
 
 from pipeline import flow
-from pipeline.core import dvc, prefect_server
+from pipeline.core.running import dvc, prefect_server
 
 pytestmark = pytest.mark.slow
 CANCELLED_WITHIN = 5  # seconds

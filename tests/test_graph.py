@@ -1,6 +1,10 @@
-"""dvc.yaml against the code: every stage depends on the source files that it imports, and on nothing else of it."""
+"""dvc.yaml against the code: every stage depends on the source files that it imports, and on nothing else of it.
+
+Run: python tests/test_graph.py (writes these lists into dvc.yaml)
+"""
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -41,6 +45,20 @@ def sources_of(stage: str) -> list[str]:
     return sorted(str(file.relative_to(ROOT)) for file in seen)
 
 
+def write_deps() -> None:
+    """Put each stage's source files into dvc.yaml, in place of those that it lists."""
+    lines, stage, written = [], "", set()
+    for line in (ROOT / "dvc.yaml").read_text().splitlines(keepends=True):
+        if (name := re.match(r"  (\w+):", line)) and name[1] in STAGES:
+            stage = name[1]
+        if not re.match(r"      - (pipeline|models)/", line):
+            lines.append(line)
+        elif stage not in written:
+            written.add(stage)
+            lines += [f"      - {file}\n" for file in sources_of(stage)]
+    (ROOT / "dvc.yaml").write_text("".join(lines))
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_deps_are_what_the_stage_imports(stage):
     named = [dep for dep in STAGES[stage]["deps"] if dep.startswith(("pipeline/", "models/"))]
@@ -67,7 +85,7 @@ def test_stage_depends_on_its_own_section(stage):
 
 def test_the_flow_has_dvcs_edges():
     """The flow's graph, as DVC gives it, against the folders that dvc.yaml names."""
-    from pipeline.core import dvc
+    from pipeline.core.running import dvc
 
     makes = {
         out if isinstance(out, str) else next(iter(out)): name
@@ -79,3 +97,7 @@ def test_the_flow_has_dvcs_edges():
         deps = [dep.replace("${prepare.labelled_root}", "data/digits") for dep in stage["deps"]]
         reads[name] = sorted({makes[out] for dep in deps for out in makes if dep == out or dep.startswith(f"{out}/")})
     assert dvc.graph(ROOT) == reads
+
+
+if __name__ == "__main__":
+    write_deps()

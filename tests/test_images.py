@@ -26,8 +26,8 @@ from made_images import (
 )
 from PIL import Image, ImageOps
 
-from pipeline.core import images
-from pipeline.core.images import Unreadable
+from pipeline.core.data import images
+from pipeline.core.data.images import Unreadable
 
 JPEG = encode(picture(0, 60, 80), "JPEG")
 PROGRESSIVE = encode(picture(0, 60, 80), "JPEG", progressive=True)

@@ -11,8 +11,8 @@ import pytest
 from made_images import png
 from prepare_kit import SPLITS, prepared, with_splits, write
 
-from pipeline.core import image_shards
-from pipeline.core.journal import Journal
+from pipeline.core.intake import image_shards
+from pipeline.core.intake.journal import Journal
 
 
 @contextlib.contextmanager
@@ -36,12 +36,12 @@ def counting(place: str, stop_after: int | None = None) -> Iterator[list[object]
 @pytest.mark.parametrize(
     ("place", "changes"),
     [
-        ("pipeline.core.examined.decode_first", {}),
-        ("pipeline.core.reencoding.encode", {"max_side": 16, "jpeg_quality": 90}),
+        ("pipeline.core.intake.examined.decode_first", {}),
+        ("pipeline.core.intake.reencoding.encode", {"max_side": 16, "jpeg_quality": 90}),
     ],
 )
 def test_a_stopped_run_is_gone_on_from_and_ends_in_the_same_bytes(tmp_path, monkeypatch, place, changes):
-    monkeypatch.setattr("pipeline.core.reading.CHUNK_FILES", 2)  # a thread's work that is cut off is done again
+    monkeypatch.setattr("pipeline.core.intake.reading.CHUNK_FILES", 2)  # a thread's work that is cut off is done again
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     root = write(tmp_path / "in", with_splits())
     with counting(place) as in_all:
@@ -64,7 +64,7 @@ def test_new_images_alone_are_decoded(tmp_path):
     prepared(tmp_path / "out", root, **SPLITS)
     write(root, {f"pool/new {at}.png": png(95_000 + at) for at in range(3)} | {"pool/bad.png": b"none"})
     shutil.rmtree(tmp_path / "out")
-    with counting("pipeline.core.examined.decode_first") as calls:
+    with counting("pipeline.core.intake.examined.decode_first") as calls:
         images, refused = prepared(tmp_path / "out", root, **SPLITS)
     assert len(calls) == 4
     assert refused == [("pool/bad.png", "unlabelled", "not an image")]

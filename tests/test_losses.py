@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from images import tiny
 
-from pipeline.core import losses
-from pipeline.core.batches import Batch
-from pipeline.core.distillation import check_compares, distillation_loss
+from pipeline.core.data.batches import Batch
 from pipeline.core.sections import HARD, LOSSES
 from pipeline.core.softlabels import SparseLabels, dense
+from pipeline.core.train import losses
+from pipeline.core.train.distillation import check_compares, distillation_loss
 
 DATA = Path(os.environ.get("SSLD_TEST_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 REFERENCE = DATA.parent / "paddleclas_reference"

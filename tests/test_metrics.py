@@ -7,7 +7,7 @@ import pytest
 from scipy.sparse import csr_array
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
 
-from pipeline.core import metrics
+from pipeline.core.evaluation import metrics
 
 
 def logits_and_labels(images: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -12,10 +12,11 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from pipeline import mine, prepare
-from pipeline.core import ranking, sheet, teaching
-from pipeline.core.dataset import ImageSet
-from pipeline.core.likeness import likeness
-from pipeline.core.thumbnails import thumbnails
+from pipeline.core import teaching
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.mining import ranking, sheet
+from pipeline.core.mining.likeness import likeness
+from pipeline.core.mining.thumbnails import thumbnails
 
 
 def take(classes, best, allowed=None, ids=None, per_class=2):
@@ -213,12 +214,12 @@ def test_likeness_is_the_same_in_parts_and_in_other_units(monkeypatch):
     whole = likeness(pool, validation, ids)
     units = 10.0 ** (np.arange(32) % 5)
     assert np.allclose(likeness(pool * units, validation * units, ids), whole, atol=1e-4)
-    monkeypatch.setattr("pipeline.core.likeness.ROWS", 100)
+    monkeypatch.setattr("pipeline.core.mining.likeness.ROWS", 100)
     assert np.allclose(likeness(pool, validation, ids), whole, atol=1e-5)
 
 
 def test_likeness_does_not_know_the_images_it_was_fitted_to(monkeypatch):
-    monkeypatch.setattr("pipeline.core.likeness.STRENGTH", 1.0)  # enough to learn 120 images by heart
+    monkeypatch.setattr("pipeline.core.mining.likeness.STRENGTH", 1.0)  # enough to learn 120 images by heart
     random = np.random.default_rng(0)
     pool, validation = random.normal(size=(2, 120, 32))
     ratio = likeness(pool, validation, random.integers(0, 2**63, 120, dtype=np.uint64))

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 from student_project import NAME, RESOLUTION, ROOT, make_network, put_student, write_images
 
-from pipeline.core import images, model_card, views
 from pipeline.core import params as settings
-from pipeline.core.batches import Views, in_order
+from pipeline.core.data import images, views
+from pipeline.core.data.batches import Views, in_order
+from pipeline.core.results import model_card
 
 
 @pytest.fixture(scope="module")

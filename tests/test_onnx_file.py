@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.core import networks, onnx_file, registry
+from pipeline.core import networks
+from pipeline.core.results import onnx_file, registry
 
 CLASSES = ["cat", "dög", "a,b"]
 

@@ -20,7 +20,9 @@ from torch import nn
 
 import models
 from pipeline import teacher
-from pipeline.core import model_card, networks, preflight, registry, weights
+from pipeline.core import networks, weights
+from pipeline.core.results import model_card, registry
+from pipeline.core.running import preflight
 
 
 class Own(nn.Module):

@@ -8,7 +8,8 @@ import torch
 import yaml
 from dvc.utils.serialize import load_yaml
 
-from pipeline.core import networks, params, preflight
+from pipeline.core import networks, params
+from pipeline.core.running import preflight
 
 FILE = Path(__file__).parent.parent / "params.yaml"
 

@@ -9,7 +9,8 @@ import yaml
 from dvc.utils.hydra import apply_overrides
 
 from pipeline import recipes
-from pipeline.core import params, params_file
+from pipeline.core import params
+from pipeline.core.running import params_file
 
 
 def test_a_changed_table_takes_the_place_of_the_one_before(tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image
 from prepare_kit import NEVER, ODD, SETTINGS, SPLITS, good, hash_of, prepared, read_manifest, with_splits, write
 
 from pipeline import prepare
-from pipeline.core.dataset import ImageSet
+from pipeline.core.data.dataset import ImageSet
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / os.environ.get("SSLD_TEST_DATA", "../shared/data")

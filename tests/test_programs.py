@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.core import mlflow_pages
-from pipeline.core.programs import Programs
+from pipeline.core.running import mlflow_pages
+from pipeline.core.running.programs import Programs
 
 ROOT = Path(__file__).resolve().parent.parent
 # A program with a child that SIGTERM does not end, in a session of its own, and that keeps the program's output open.
@@ -114,7 +114,7 @@ def taken():
 
 def test_mlflows_pages_are_not_shown_where_another_program_listens(taken, tmp_path):
     shutil.copy(ROOT / "params.yaml", tmp_path)
-    command = [sys.executable, "-m", "pipeline.core.mlflow_pages", "--port", str(taken)]
+    command = [sys.executable, "-m", "pipeline.core.running.mlflow_pages", "--port", str(taken)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ended.returncode == 1

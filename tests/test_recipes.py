@@ -13,8 +13,9 @@ from images import CLASSES, ROOT, small_settings, write_folder
 
 import models
 from pipeline import baseline, cache, distill, finetune, fixres, mine, plan, prepare, recipes, score, teacher
-from pipeline.core import networks, params, params_file
-from pipeline.core.dataset import ImageSet
+from pipeline.core import networks, params
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.running import params_file
 
 NAMES = recipes.names(ROOT)
 STAGES = (prepare, teacher, score, mine, cache, baseline, distill, finetune, fixres)

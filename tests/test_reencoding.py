@@ -14,8 +14,8 @@ from PIL import Image
 from prepare_kit import ODD, SPLITS, prepared, read_manifest, with_splits, write
 from pydantic import ValidationError
 
-from pipeline.core import images as decoding
-from pipeline.core import reencoding, sources
+from pipeline.core.data import images as decoding
+from pipeline.core.intake import reencoding, sources
 from pipeline.core.sections import Prepare
 
 SMALLER = {"max_side": 16, "jpeg_quality": 90}

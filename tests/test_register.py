@@ -16,9 +16,10 @@ import yaml
 from student_project import NAME, RESOLUTION, ROOT, make_network, put_student, write_images
 
 from pipeline import register
-from pipeline.core import finished, mlflow_store, networks, onnx_file, registry, weights
+from pipeline.core import networks, weights
 from pipeline.core import params as settings
-from pipeline.core.batches import Views, in_order
+from pipeline.core.data.batches import Views, in_order
+from pipeline.core.results import finished, mlflow_store, onnx_file, registry
 
 CODE = """
 import json, sys

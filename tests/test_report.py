@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.core import charts, metrics, report
+from pipeline.core.evaluation import charts, metrics, report
 
 NAMES = list(report.TITLES)
 

@@ -12,7 +12,7 @@ from images import write_folder
 
 from pipeline import prepare, score
 from pipeline.core import networks
-from pipeline.core.dataset import ImageSet
+from pipeline.core.data.dataset import ImageSet
 from pipeline.core.networks import Classifier
 
 

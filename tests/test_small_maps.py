@@ -13,7 +13,8 @@ from timm.layers import Conv2dSame, ScaledStdConv2d
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.core import networks, registry, small_maps
+from pipeline.core import networks, small_maps
+from pipeline.core.results import registry
 from pipeline.core.small_maps import SmallMapConv2d
 
 KERNELS = {

@@ -9,7 +9,7 @@ from made_images import encode, picture, png
 from prepare_kit import ODD, SPLITS, as_tar, as_zip, content_of, good, prepared, with_splits, write
 
 from pipeline import prepare as stage_prepare
-from pipeline.core import archives
+from pipeline.core.intake import archives
 
 # --- the same images, whatever holds them ----------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ import filelock
 import pytest
 import yaml
 
-from pipeline.core import mlflow_store, tracking
+from pipeline.core.results import mlflow_store, tracking
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,7 +69,7 @@ def test_a_path_that_cannot_stand_in_an_address_is_named(tmp_path, monkeypatch, 
 
 
 def test_importing_it_does_not_import_mlflow():
-    code = "import sys, pipeline.core.tracking; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, pipeline.core.results.tracking; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -312,7 +312,7 @@ def test_the_pages_show_the_registry_of_the_settings(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "pipeline.core.mlflow_pages", "--port", str(port)]
+    command = [sys.executable, "-m", "pipeline.core.running.mlflow_pages", "--port", str(port)]
     variables = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
     variables |= {"PYTHONPATH": str(ROOT)}
     pages = subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, text=True)

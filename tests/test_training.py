@@ -11,10 +11,11 @@ from runs import MODEL, run
 from torch import nn
 
 import models
-from pipeline.core import checkpoints, engine, networks, stage, training
+from pipeline.core import networks, stage
 from pipeline.core.devices import Processes
-from pipeline.core.optimizers import Average, learning_rate, optimizer_of
-from pipeline.core.training import Before, _name, batches_a_pass, better, labelled_loss, validator
+from pipeline.core.train import checkpoints, engine, training
+from pipeline.core.train.optimizers import Average, learning_rate, optimizer_of
+from pipeline.core.train.training import Before, _name, batches_a_pass, better, labelled_loss, validator
 
 
 def test_the_schedule_warms_up_and_ends_near_zero():

@@ -12,9 +12,9 @@ from made_images import encode
 from PIL import Image
 from torchvision.transforms import v2
 
-from pipeline.core import augment, images, views
-from pipeline.core.images import Encoded
-from pipeline.core.views import ViewSpec
+from pipeline.core.data import augment, images, views
+from pipeline.core.data.images import Encoded
+from pipeline.core.data.views import ViewSpec
 
 SPEC = ViewSpec(
     seed=7,

@@ -10,7 +10,7 @@ import toy_project
 import yaml
 from workspaces import CHANGES, failing, opened
 
-from pipeline.core import dvc, workspace
+from pipeline.core.running import dvc, workspace
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import toy_project
 import yaml
 from workspaces import CHANGES, failing, opened
 
-from pipeline.core import dvc
+from pipeline.core.running import dvc
 
 
 def test_uncommitted_changes_new_files_and_deletions_are_in(tmp_path):

@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 
-from pipeline.core import workspace
+from pipeline.core.running import workspace
 
 CHANGES = {"distill.epochs": 3}
 

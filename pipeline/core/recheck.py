@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core import teaching
-from pipeline.core.batches import Views, load
+from pipeline.core.data.batches import Views, load
 from pipeline.core.networks import Classifier
 from pipeline.core.progress import Progress
 from pipeline.core.sections import Params

@@ -281,7 +281,7 @@ def _relaunch_with_torchrun(params: Params, name: str) -> None:
 
         count = 1 if params.machine.device == "cpu" else max(1, torch.cuda.device_count())
     if count > 1:
-        launcher = [sys.executable, "-m", "pipeline.core.torchrun", "--standalone", f"--nproc-per-node={count}"]
+        launcher = [sys.executable, "-m", "pipeline.core.running.torchrun", "--standalone", f"--nproc-per-node={count}"]
         launcher += [f"--max-restarts={params.machine.restarts}", "-m", f"pipeline.{name}"]
         # Else torchrun keeps one store for all attempts, and those after the first read the addresses of the dead:
         # https://github.com/pytorch/pytorch/issues/135712

@@ -7,12 +7,12 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipeline.core.batches import Views
-from pipeline.core.dataset import ImageSet
+from pipeline.core.data.batches import Views
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.data.views import ViewSpec
 from pipeline.core.networks import Classifier
 from pipeline.core.sections import Params
 from pipeline.core.softlabels import Description, SoftLabels, make_keys, read_description
-from pipeline.core.views import ViewSpec
 
 
 def description(params: Params, card: dict) -> Description:

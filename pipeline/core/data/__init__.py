@@ -1,0 +1,1 @@
+"""Prepared images, read: decoded, seen as views, and put together in batches."""

@@ -1,0 +1,240 @@
+"""Batches of views, in an order that is a pure function of (seed, epoch), shared out among processes and workers."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from multiprocessing import connection, forkserver
+from typing import Literal
+
+import joblib
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.core.data import views
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.data.views import ViewSpec
+
+RowsAndReplicas = tuple[np.ndarray, np.ndarray]  # (B,) int64 each
+EVERY_REPLICA = 0  # "as many replicas as there are epochs": each epoch sees views of its own
+MOST_WORKERS = 16  # that `auto` starts
+IMAGES_A_PASS = 128  # clean views that a network is asked about at once, where no setting says otherwise
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Views of B samples."""
+
+    rows: np.ndarray  # (B,) int64: the samples, as rows of the image set
+    replicas: np.ndarray  # (B,) int64: which of their views
+    pixels: Tensor  # (B, 3, R, R) uint8
+    partner_rows: np.ndarray  # (B,) int64: the samples mixed in; a sample's own row where there is none
+    shares: Tensor  # (B,) float32: how much of each view is the sample's own
+
+    def pin_memory(self) -> "Batch":
+        """Move the tensors to memory that a GPU can fetch from by itself; the DataLoader calls this."""
+        return replace(self, pixels=self.pixels.pin_memory(), shares=self.shares.pin_memory())
+
+    def to(self, device: torch.device) -> "Batch":
+        """Move the tensors to a device."""
+        pixels, shares = (tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.shares))
+        return replace(self, pixels=pixels, shares=shares)
+
+    def parts(self, count: int) -> list["Batch"]:
+        """Cut the batch into `count` batches of as equal a size as can be; fewer where there are fewer samples."""
+        ends = np.linspace(0, len(self.rows), min(count, len(self.rows)) + 1).round().astype(int).tolist()
+        fields = vars(self)
+        return [Batch(**{name: fields[name][a:b] for name in fields}) for a, b in itertools.pairwise(ends)]
+
+
+class Views(Dataset):
+    """Renders batches: give it (rows, replicas), get a `Batch`.
+
+    Args:
+        images: the image set.
+        spec: what views may look like; None: the clean test view.
+        resolution, crop: of the test view, where spec is None.
+    """
+
+    def __init__(self, images: ImageSet, spec: ViewSpec | None, resolution: int = 0, crop: float = 1.0):
+        self.images, self.spec, self.resolution, self.crop = images, spec, resolution, crop
+        self.partners = images.ids[images.rows("labelled")]  # ascending, as all ids are
+
+    def __getitem__(self, batch: RowsAndReplicas) -> Batch:
+        rows, replicas = batch
+        rendered = [self._render(int(row), int(replica)) for row, replica in zip(rows, replicas, strict=True)]
+        pixels, partner_rows, shares = zip(*rendered, strict=True)
+        return Batch(rows, replicas, torch.from_numpy(np.stack(pixels)), np.array(partner_rows), torch.tensor(shares))
+
+    def partner_ids(self, rows: np.ndarray, replicas: np.ndarray) -> np.ndarray:
+        """The ids (N,) uint64 of the samples mixed into views, a sample's own where none is; nothing is rendered."""
+        assert self.spec is not None
+        ids = self.images.ids[rows]
+        if not self.spec.mix_probability:
+            return ids
+        for at, (sample_id, replica) in enumerate(zip(ids.tolist(), replicas.tolist(), strict=True)):
+            partner = views.draw_partner(self.spec, sample_id, replica, self.partners)
+            if partner is not None:
+                ids[at] = partner
+        return ids
+
+    def _render(self, row: int, replica: int) -> tuple[np.ndarray, int, float]:
+        if self.spec is None:
+            return views.render_test(self.images.image(row), self.resolution, self.crop), row, 1.0
+        image = self.images.encoded_image(row)
+        view = views.draw(self.spec, int(self.images.ids[row]), replica, self.partners)
+        if view.partner is None:
+            return views.render(self.spec, view, image, None), row, 1.0
+        other = int(self.images.row_of(np.array([view.partner], np.uint64))[0])
+        of_partner = views.draw(self.spec, view.partner, replica, self.partners)
+        return views.render(self.spec, view, image, (of_partner, self.images.encoded_image(other))), other, view.share
+
+
+class TrainingOrder:
+    """Which views make up each batch of a training run, from a given step on.
+
+    The order is drawn over the rows, which ascend as ids do, so it does not depend on where a file was found; the last
+    images of an epoch that do not fill a batch are left out of it, and each epoch leaves out others.
+
+    Args:
+        rows: (N,) the samples to train on.
+        batch_size: images a step, all processes together.
+        seed: of the order.
+        replicas: an epoch shows replica (epoch mod replicas); EVERY_REPLICA: replica = epoch.
+        rank, world: this process takes every world-th image of each batch.
+        parts: that each process computes its share of a batch in, one after another.
+
+    Raises:
+        ValueError: there are no samples, or a batch cannot be shared out evenly.
+    """
+
+    def __init__(
+        self,
+        rows: np.ndarray,
+        batch_size: int,
+        seed: int,
+        replicas: int,
+        rank: int = 0,
+        world: int = 1,
+        parts: int = 1,
+    ):
+        if len(rows) == 0:
+            raise ValueError("there is no image to train on: see data/prepare/summary.json for what was found")
+        self.rows = np.sort(rows).astype(np.int32)
+        self.batch_size = min(batch_size, len(rows))
+        if self.batch_size < 2 * parts:  # params.yaml's batch_size is more, so there are fewer images
+            mend = f"set the stage's accumulate to {len(rows) // 2}" if len(rows) > 1 else "it takes more images"
+            raise ValueError(
+                f"{len(rows)} images to train on, in {parts} parts a step (accumulate), leave a part fewer than two, "
+                f"and BatchNorm needs two: {mend}"
+            )
+        if world > 1 and self.batch_size % (world * parts):
+            each, shares = f" in {parts} parts each" if parts > 1 else "", world * parts
+            even = self.batch_size // shares * shares
+            other = f"{'its accumulate or ' if each else ''}machine.processes to"
+            mend = f"the stage's batch_size to {even}, or {other} another" if even else f"{other} a smaller"
+            raise ValueError(
+                f"a batch of {self.batch_size} images cannot be shared out evenly to {world} processes{each}; "
+                f"set {mend} number"
+            )
+        self.seed, self.replicas, self.rank, self.world, self.parts = seed, replicas, rank, world, parts
+        self.steps_per_epoch = len(rows) // self.batch_size
+        self._order = (-1, self.rows)  # the last epoch that was asked for, and its order
+
+    def batches(self, first_step: int, steps: int) -> Iterator[RowsAndReplicas]:
+        """Give (rows, replicas) of this process for the steps from `first_step` up to `steps`."""
+        for step in range(first_step, steps):
+            rows, replicas = self.whole_batch(step)
+            yield rows[self.rank :: self.world], replicas[self.rank :: self.world]
+
+    def whole_batch(self, step: int) -> RowsAndReplicas:
+        """Give (rows, replicas) of all processes together for one step."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        if epoch != self._order[0]:
+            random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            self._order = epoch, random.permutation(self.rows)
+        rows = self._order[1][at * self.batch_size : (at + 1) * self.batch_size].astype(np.int64)
+        return rows, np.full(len(rows), epoch % self.replicas if self.replicas else epoch)
+
+
+def load(
+    dataset: Views,
+    batches: Iterable[RowsAndReplicas],
+    workers: int | Literal["auto"],
+    device: torch.device,
+    again: bool = False,
+) -> DataLoader:
+    """Render batches, in worker processes where there are any, a few ahead.
+
+    Args:
+        workers: as `machine.workers`; no more of them than batches, where these are a list.
+        again: the same batches are asked for again: worker processes, which take seconds to start, stay for that.
+    """
+    if workers == "auto":
+        workers = spare_cores() if device.type == "cuda" else 0
+    if isinstance(batches, list):
+        workers = min(workers, len(batches))
+    if workers:
+        _start_server()
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=batches,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=device.type == "cuda",
+        multiprocessing_context="forkserver" if workers else None,
+        persistent_workers=again and workers > 0,
+        worker_init_fn=_end_with_program if workers else None,
+    )
+
+
+def spare_cores() -> int:
+    """How many cores this process has beside its own, from 1 to 16: its share of what a container or batch job may use.
+
+    More workers than that take shared memory by the gigabyte, and another stage may be at work beside this one.
+    """
+    share = joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(max(share - 1, 1), MOST_WORKERS)
+
+
+def _start_server() -> None:
+    """Start the process that workers are forked from, unless it is there.
+
+    It imports what this process has of the pipeline, once for all workers, since they run its program's imports; not
+    the program, which would be there twice then. It is deaf to Ctrl-C, as workers are: they end with the program.
+    """
+    multiprocessing.set_forkserver_preload(
+        ["torch", *sorted(name for name in sys.modules if name.startswith("pipeline.core."))]
+    )
+    # A program that is stopped ends at once (stage.py); that Python then clears up after it would look like an error.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, heard)
+
+
+def _end_with_program(number: int) -> None:
+    """Have this worker process end as the program does that it serves, however that ends; the server waits for both."""
+    program = multiprocessing.parent_process()
+    assert program is not None
+
+    def watch() -> None:
+        connection.wait([program.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def in_order(rows: np.ndarray, batch_size: int) -> list[RowsAndReplicas]:
+    """Cut rows into batches of replica 0, the last one smaller."""
+    parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    return [(part, np.zeros(len(part), np.int64)) for part in parts]

@@ -1,0 +1,230 @@
+"""What is looked at before `make repro` or a flow starts anything, so that a mistake is named at once.
+
+No stage imports this, so a change here reruns nothing. Run: python -m pipeline.core.running.preflight
+"""
+
+import ast
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.core import atomic, errors, params
+from pipeline.core.intake import sources
+from pipeline.core.sections import TIMM, Params
+
+if TYPE_CHECKING:
+    from pipeline.core.networks import Classifier
+
+PROJECT = Path(__file__).parents[3]
+EXAMPLE = "data/digits"  # what stage digits makes
+NOTED = Path(".scratch/preflight.json")  # the networks that were looked at last, and found good
+CLASSES = 10  # the number makes no difference here, and the images' own is not known yet
+
+
+def check(settings: Params, root: Path) -> None:
+    """Make sure that images, weights and the GPU are there, and that the networks are known and take the images.
+
+    Args:
+        root: the project's root, from which the settings' paths lead.
+
+    Raises:
+        ValueError: one line that names the key.
+    """
+    check_files(settings, root)
+    if settings.machine.device == "cuda":
+        from pipeline.core import devices  # torch takes seconds to load
+
+        devices.join(settings.machine)
+    check_networks(settings, root)
+
+
+def check_files(settings: Params, root: Path) -> None:
+    """Make sure that files and folders are there, all but the example's, which the first stage makes.
+
+    Raises:
+        ValueError: see `check`.
+    """
+    for key in ("labelled_root", "unlabelled_root"):
+        path = getattr(settings.prepare, key)
+        if not _is_example(path) and not (root / path).exists():
+            raise ValueError(f"prepare.{key}: {path}: no such folder or archive")
+        if Path(os.path.abspath(root / path)) in Path(os.path.abspath(root / "data/prepare")).parents:
+            raise ValueError(f"prepare.{key}: {path}: holds what the stages write; take a folder such as data/photos")
+    train = root / settings.prepare.labelled_root / settings.prepare.train
+    for role in ("train", "val", "test", "unlabelled"):
+        path = settings.prepare.unlabelled_root if role == "unlabelled" else settings.prepare.labelled_root
+        inner = getattr(settings.prepare, role)
+        if not _is_example(path) and inner is not None:
+            sources.check_there(role, root / path, inner)
+            sources.check_apart(role, root / path, inner, train)
+    checkpoint = settings.teacher.checkpoint if settings.teacher.source == "checkpoint" else None
+    starts = {key: init for key, init in _starts(settings).items() if init != TIMM}
+    for key, file in {"teacher.checkpoint": checkpoint, **starts}.items():
+        if not file:
+            continue
+        if not (root / file).is_file():
+            raise ValueError(f"{key}: {file}: no such file")
+        watched = f"data/weights/{key.partition('.')[0]}"
+        if not Path(os.path.abspath(root / file)).is_relative_to(os.path.abspath(root / watched)):
+            raise ValueError(f"{key}: {file}: not in {watched}, where DVC sees it change; move it there, or link it")
+
+
+def check_networks(settings: Params, root: Path) -> None:
+    """Make sure that the networks are known and fit the settings; those of the last time are not built again.
+
+    Raises:
+        ValueError: see `check`.
+    """
+    views, fixres = settings.views.resolution, settings.fixres.resolution
+    seen_by_teacher = "teacher.resolution" if settings.teacher.resolution else "views.resolution"
+    wanted: dict[str, tuple[str, dict[str, int]]] = {
+        "teacher": (settings.teacher.model, {seen_by_teacher: settings.teacher_sees}),
+        "student": (settings.student.model, {"views.resolution": views, "fixres.resolution": fixres}),
+    }
+    weights = {"teacher.source": settings.teacher.source, **_starts(settings)}
+    from_timm = [key for key, value in weights.items() if value == TIMM]
+    multipliers = {name: getattr(settings, name).lr_multipliers for name in ("baseline", "distill", "finetune")}
+    core = (PROJECT / "pipeline/core" / name for name in ("running/preflight.py", "networks.py", "small_maps.py"))
+    code = [file.read_text() for file in (*sorted((PROJECT / "models").glob("*.py")), *core)]
+    check_own_file(PROJECT)
+    made_by = [version("timm"), version("torch"), hashlib.sha256("".join(code).encode()).hexdigest()]
+    asked = {**wanted, "from timm": from_timm, "lr_multipliers": multipliers, "made by": made_by}
+    asked = json.loads(json.dumps(asked))  # as the note gives it back: with lists for tuples
+    with contextlib.suppress(OSError, ValueError):  # no note, or none that can be read
+        if json.loads((root / NOTED).read_text()) == asked:
+            return
+    import torch  # with timm, it takes seconds to load
+
+    import models
+    from pipeline.core import networks
+    from pipeline.core.train import optimizers
+
+    remedies = {"teacher": networks.RESIZE_TEACHER, "student": ": set views.resolution and fixres.resolution to that"}
+    built = {}
+    for who, (name, resolutions) in wanted.items():
+        with _named(f"{who}.model"), torch.device("cpu" if models.is_own(name) else "meta"):  # there, none is drawn
+            built[who] = networks.build(name, CLASSES, seed=0)
+        for key, resolution in resolutions.items():
+            with _named(f"{who}.model, {key}"):
+                networks.check_takes(built[who], name, resolution, CLASSES, remedies[who])
+                if models.is_own(name):
+                    show_black_images(built[who], name, resolution)
+    for resolution in {views, fixres}:  # the student may end with either
+        with _named("student.model"):
+            check_exports(built["student"], settings.student.model, resolution)
+    for key in from_timm:
+        model = wanted[key.partition(".")[0]][0]
+        if not models.has_pretrained(model):
+            raise ValueError(f"{key}: timm has no pretrained weights of {model}")
+    for name, numbers in multipliers.items():
+        if numbers is not None:
+            with _named(name):
+                optimizers.multipliers_and_weights(built["student"].network, getattr(settings, name))
+    with contextlib.suppress(OSError):  # another run writes its own: no matter
+        atomic.write_json(root / NOTED, asked)
+
+
+def check_own_file(project: Path) -> None:
+    """Make sure that models/own.py imports nothing of the project that DVC does not watch with it.
+
+    Raises:
+        ValueError: it does.
+    """
+    file = project / "models/own.py"
+    try:
+        stages = params.parse((project / "dvc.yaml").read_text())["stages"].values()
+        with_it = [set(stage["deps"]) for stage in stages if "models/own.py" in stage.get("deps", ())]
+    except ValueError as error:
+        raise ValueError(f"dvc.yaml: {error}") from None
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError("dvc.yaml: expected stages, and of each what it runs and reads") from None
+    for node in ast.walk(ast.parse(file.read_text(), str(file))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            of = f"models.{node.module or ''}".rstrip(".") if node.level else str(node.module)
+            names = [of, *(f"{of}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            place = project.joinpath(*name.split("."))
+            for source in (place.with_suffix(".py"), place / "__init__.py"):
+                if source.is_file() and not all(str(source.relative_to(project)) in deps for deps in with_it):
+                    unseen = f"models/own.py imports {name}, whose changes DVC would not see"
+                    raise ValueError(f"{unseen}: have its code in models/own.py, or install it")
+
+
+def show_black_images(classifier: "Classifier", name: str, resolution: int) -> None:
+    """Ask a network of one's own about two black images, as the stages do: its weights and maps are channels-last.
+
+    Raises:
+        ValueError: it fails.
+    """
+    import torch
+
+    classifier.eval().to(memory_format=torch.channels_last)
+    black = torch.zeros(2, 3, resolution, resolution).to(memory_format=torch.channels_last)
+    try:
+        with torch.inference_mode():
+            classifier.embed(black)
+    except Exception as error:  # whatever its code may raise
+        words = f"{type(error).__name__}: {errors.in_a_line(error)}"
+        raise ValueError(f"{name} fails on black images of {resolution} pixels ({words}); see models/own.py") from None
+
+
+def check_exports(student: "Classifier", name: str, resolution: int) -> None:
+    """Make sure that a network can be exported, for any number of images, as the registry has it; nothing is computed.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    import torch
+
+    from pipeline.core import small_maps
+
+    student = copy.deepcopy(student).to("meta").eval()
+    small_maps.restore_convolutions(student)
+    pixels = torch.empty(2, 3, resolution, resolution, device="meta")
+    try:
+        with torch.no_grad():
+            torch.export.export(student, (pixels,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    except Exception as error:  # torch's own classes for it, and whatever its code may raise
+        words = f"{type(error).__name__}: {errors.in_a_line(error)}"
+        raise ValueError(f"{name} cannot be exported, so it could not be registered ({words[:300]})") from None
+
+
+def _is_example(path: str) -> bool:
+    return os.path.normpath(path) == EXAMPLE
+
+
+def _starts(settings: Params) -> dict[str, str | None]:
+    """The weights that teacher and student are to go on from."""
+    return {"teacher.init": settings.teacher.init, "student.init": settings.student.init}
+
+
+@contextlib.contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Say of what key an error speaks."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def main() -> None:
+    """Check params.yaml, and what it names."""
+    try:
+        check(params.load(), Path())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

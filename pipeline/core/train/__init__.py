@@ -1,0 +1,1 @@
+"""Training: the one loop, what moves the weights, losses, distillation, checkpoints."""

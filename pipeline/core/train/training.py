@@ -1,0 +1,263 @@
+"""What every training stage does around the one loop: open, resume, validate, track, and write the network.
+
+A training stage writes to data/<stage>: the network (`weights.safetensors`, `network.json`) and `history.csv`, an
+epoch a line. Its checkpoints are under .scratch/<stage>, in a folder named after all that went in.
+"""
+
+import csv
+import hashlib
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.core import atomic, devices, networks, stage
+from pipeline.core.data.batches import EVERY_REPLICA, IMAGES_A_PASS, Batch, TrainingOrder, Views, in_order, load
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.devices import Processes
+from pipeline.core.networks import Classifier
+from pipeline.core.results import tracking
+from pipeline.core.sections import Params, TrainingRecipe
+from pipeline.core.train import checkpoints, engine, losses
+from pipeline.core.train.engine import Loss
+
+DATA = Path("data")
+WORTH_SAYING = 0.1  # share of the images that an epoch leaves out
+GPU_PIXELS = 256 * 224**2  # of images that a GPU is asked about at once in validation
+
+
+@dataclass(frozen=True)
+class Task:
+    """What distinguishes one training stage from another.
+
+    Args:
+        name: the stage's.
+        recipe: epochs, optimizer, schedule.
+        classifier: with the weights to start from.
+        part: the part of it that is trained.
+        rows: (N,) the samples to train on.
+        views: what they look like.
+        loss: (network, batch) -> mean loss.
+        resolution: of the network's test view, pixels a side.
+        card: what the network's card says besides; at least `model`.
+        identities: names and digests of all that went in, besides the recipe.
+        replicas: stored views a sample; EVERY_REPLICA: a new one each epoch.
+        before: the network that the stage started from, as the stage before left it; it is kept where the trained one
+            does worse on the validation split. None: whatever comes out is kept.
+    """
+
+    name: str
+    recipe: TrainingRecipe
+    classifier: Classifier
+    part: nn.Module
+    rows: np.ndarray
+    views: Views
+    loss: Loss
+    resolution: int
+    card: dict[str, Any]
+    identities: dict[str, str]
+    replicas: int = EVERY_REPLICA
+    before: "Before | None" = None
+
+
+@dataclass(frozen=True)
+class Before:
+    """The network that a stage is given: the stage that made it, and the resolution of its test view."""
+
+    stage: str
+    classifier: Classifier
+    resolution: int
+
+
+def train(task: Task, params: Params, processes: Processes) -> None:
+    """Train a stage's network, from its checkpoint where there is one, and write data/<stage>.
+
+    Raises:
+        ValueError: the network does not take the resolution, or the loss is not finite any more.
+    """
+    images = task.views.images
+    networks.check_takes(task.classifier, task.card["model"], task.resolution, len(images.classes))
+    folder = stage.SCRATCH / task.name / _name(task, params)
+    if not processes.first():
+        devices.wait_for_all(processes)  # until the first process has made sure that the checkpoint is this run's
+        _run(task, params, processes, folder, lambda epoch, figures: None)
+        return
+    with stage.only_writer(task.name):
+        stage.begin_run(folder)
+        devices.wait_for_all(processes)
+        described = {f"{task.name}.{key}": value for key, value in task.recipe.model_dump().items()}
+        described |= {"seed": params.seed, "model": task.card["model"], "images": len(task.rows)}
+        with tracking.run(task.name, described, task.identities, folder / "mlflow-run") as tracked:
+            run = _run(task, params, processes, folder, tracked.log)
+            best, resolution, kept = better(task, run.history, params, processes.device)
+            if kept:
+                tracked.tag({f"kept.{key}": value for key, value in kept.items()})
+        with atomic.replacing_folder(DATA / task.name) as out:
+            card = {"classes": list(images.classes), "resolution": resolution, "kept": kept, **task.card}
+            networks.save(out, best, {**card, "identities": task.identities})
+            _write_history(out / "history.csv", run.history)
+        checkpoints.keep_last(folder, 1)  # should DVC run the stage once more
+        stage.end_run(folder)
+
+
+def better(
+    task: Task, history: engine.History, params: Params, device: torch.device
+) -> tuple[Classifier, int, dict[str, Any] | None]:
+    """Choose between the trained network and the one before, by top-1 on the validation split.
+
+    Args:
+        history: of the training; its last epoch says how good the trained network is.
+
+    Returns:
+        the network, its resolution, and None, or what the card says of a network that was kept.
+    """
+    images = task.views.images
+    if task.before is None or not len(images.rows("val")):
+        return task.classifier, task.resolution, None
+    trained, before = history[-1]["val_top1"], task.before
+    classifier = before.classifier.to(device)
+    had = validator(params, images, before.resolution, Processes(device))(classifier)["val_top1"]
+    if trained >= had:
+        return task.classifier, task.resolution, None
+    print(f"{task.name}: validation top-1 {trained:.4f} is below the {had:.4f} of {before.stage}: its network is kept")
+    kept = {"stage": before.stage, "val_top1": round(had, 6), "instead_of": round(trained, 6)}
+    return classifier, before.resolution, kept
+
+
+def targets(images: ImageSet, labels: np.ndarray, smoothing: float) -> Callable[[Batch], torch.Tensor]:
+    """Make the function that gives a batch's targets (B, C): smoothed hard labels, those of mixed views in proportion.
+
+    Args:
+        labels: (rows of the image set,) int: the class of each, -1 where there is none.
+    """
+
+    def wanted(batch: Batch) -> torch.Tensor:
+        device = batch.pixels.device
+        own, other = (devices.send(labels[rows].astype(np.int64), device) for rows in (batch.rows, batch.partner_rows))
+        return losses.hard_targets(own, other, batch.shares, len(images.classes), smoothing)
+
+    return wanted
+
+
+def labelled_loss(images: ImageSet, labels: np.ndarray, smoothing: float) -> Loss:
+    """Cross-entropy with hard labels; arguments as for `targets`."""
+    wanted = targets(images, labels, smoothing)
+
+    def loss(network: nn.Module, batch: Batch) -> torch.Tensor:
+        logits = network(batch.pixels)
+        # bfloat16 becomes float32; float64, of the golden losses, stays
+        return losses.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted(batch))
+
+    return loss
+
+
+def batches_a_pass(device: torch.device, resolution: int) -> int:
+    """How many batches of IMAGES_A_PASS images a network is asked about at once in validation.
+
+    On a GPU small images take longer to launch than to compute, so there are as many as have GPU_PIXELS together: a
+    ResNet50_vd holds 3 GB of float32 for them.
+    """
+    return 1 if device.type == "cpu" else max(1, GPU_PIXELS // (resolution**2 * IMAGES_A_PASS))
+
+
+def validator(
+    params: Params, images: ImageSet, resolution: int, processes: Processes
+) -> Callable[[Classifier], dict[str, float]]:
+    """Make the function that gives top-1 and NLL on the validation split's clean views; processes share the batches."""
+    rows, device = images.rows("val"), processes.device
+    views = Views(images, None, resolution, params.views.test_crop)
+    batches = in_order(rows, IMAGES_A_PASS)[processes.rank :: processes.world]
+    rendered = load(views, batches, params.machine.workers, device, again=True)
+
+    @torch.inference_mode()
+    def validate(classifier: Classifier) -> dict[str, float]:
+        if not len(rows):
+            return {}
+        classifier.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=device)  # right answers, and NLL
+        coming, at_once = iter(rendered), batches_a_pass(device, classifier.resized_to or resolution)
+        while some := list(itertools.islice(coming, at_once)):
+            pixels = torch.cat([batch.pixels.to(device, non_blocking=True) for batch in some])
+            logits = classifier(pixels).float()
+            rows_of_pass = np.concatenate([batch.rows for batch in some])
+            labels = devices.send(images.labels[rows_of_pass].astype(np.int64), device)
+            total[0] += (logits.argmax(1) == labels).sum()
+            total[1] += F.cross_entropy(logits, labels, reduction="sum")
+        if processes.world > 1:
+            dist.all_reduce(total)
+        right, surprise = total.tolist()
+        return {"val_top1": right / len(rows), "val_nll": surprise / len(rows)}
+
+    return validate
+
+
+def _run(
+    task: Task,
+    params: Params,
+    processes: Processes,
+    folder: Path,
+    on_epoch: Callable[[int, dict[str, float]], None],
+) -> engine.Run:
+    order = TrainingOrder(
+        task.rows,
+        task.recipe.batch_size,
+        params.seed,
+        task.replicas,
+        processes.rank,
+        processes.world,
+        task.recipe.accumulate,
+    )
+    if order.batch_size < task.recipe.batch_size and processes.first():
+        print(f"{task.name}: its batch_size, {task.recipe.batch_size:,}, is more than its {order.batch_size:,} images")
+    left_out = len(task.rows) - order.steps_per_epoch * order.batch_size
+    if left_out > WORTH_SAYING * len(task.rows) and processes.first():
+        print(
+            f"{task.name}: {left_out:,} of its {len(task.rows):,} images, others each time, are left out of an epoch: "
+            f"they do not fill a batch of {order.batch_size:,}"
+        )
+    run = engine.Run(
+        what=task.name,
+        classifier=task.classifier,
+        part=task.part,
+        views=task.views,
+        order=order,
+        loss=task.loss,
+        recipe=task.recipe,
+        processes=processes,
+        validate=validator(params, task.views.images, task.resolution, processes),
+        scratch=folder,
+        machine=params.machine,
+        on_epoch=on_epoch,
+    )
+    run.train()
+    return run
+
+
+def _name(task: Task, params: Params) -> str:
+    """Name a run after all that its result depends on, so that no checkpoint of another run is gone on from."""
+    content = {
+        "seed": params.seed,
+        "model": task.card["model"],
+        "recipe": task.recipe.model_dump(),
+        "identities": task.identities,
+        "replicas": task.replicas,
+        "test view": [task.resolution, params.views.test_crop],
+        "packages": stage.package_versions(),
+        "code": stage.code_digest(),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _write_history(path: Path, history: engine.History) -> None:
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, fieldnames=list(history[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(history)
