@@ -80,7 +80,7 @@ def build(name: str, num_classes: int = 1000, pretrained: bool = False, **kwargs
     Args:
         name: PaddleClas', timm's or one's own.
         num_classes: logits that it gives.
-        pretrained: take timm's weights, which for most of PaddleClas' names are not PaddleClas' own; the classifier
+        pretrained: take timm's weights, which for most of PaddleClas' names are not PaddleClas' own; the last layer
             is random where its number of classes is another.
         kwargs: for timm's network, such as `drop_path_rate` or `layers`.
 

@@ -161,7 +161,7 @@ def import_file(file: Path, model: str, output: Path) -> str:
         (array.size for key, array in arrays.items() if (head := HEAD.fullmatch(key)) and head[1] == "bias"), 0
     )
     if not classes:
-        raise ValueError(f"{file}: has no classifier (fc.bias or out.bias): not the weights of a whole network")
+        raise ValueError(f"{file}: has no last layer (fc.bias or out.bias): not the weights of a whole network")
     network = _outline(model, classes)
     try:
         state = convert(arrays, network)

@@ -59,7 +59,7 @@ class Network:
     name: str
     built_from: str | dict[str, Any]  # timm's network of this name, or the arguments of timm's ResNet
     parameters: int  # learnable, at 1,000 classes
-    macs: int  # multiply-adds of convolutions and classifier for one image of `resolution`
+    macs: int  # multiply-adds of convolutions and the last layer for one image of `resolution`
     top1: float | None = None  # published, on ImageNet-1k's validation images
     top5: float | None = None
     source: str | None = None

@@ -1,4 +1,4 @@
-"""Larger resolution: the classifier alone is tuned on labelled images, larger, and seen as at test time.
+"""Larger resolution: the last layer alone is tuned on labelled images, larger, and seen as at test time.
 
 After Touvron et al., "Fixing the train-test resolution discrepancy", arXiv:1906.06423. Where that makes it
 worse on the validation split, the network of finetune is kept, at its own resolution. Reads data/prepare and

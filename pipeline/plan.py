@@ -2,10 +2,10 @@
 
 Reads the recipe's file and params.yaml, no image and no network's weights. Hours are of the one machine or GPU that
 the rate is of. A forward pass takes two operations a multiply-add, training three times that (the backward pass goes
-to weights and to activations), fixres one pass, the classifier's own training aside. Operations/s come, in this
+to weights and to activations), fixres one pass, the last layer's own training aside. Operations/s come, in this
 order, from --teacher-rate or --student-rate, from --tflops, from rates that the recipe names as measured, or from an
-assumption of 28 TFLOP/s; the answer says which. A teacher is fitted as fast as it is asked, but where the recipe
-alone has rates, with a `fit_rate` among them.
+assumption of 28 TFLOP/s; the answer says which. Fitting a teacher is taken to reach the operations/s of asking
+it, unless a rate of the recipe's, `fit_rate`, says otherwise and no option is given.
 
 28 TFLOP/s is what ResNet50_vd reaches where it trains at 1,078 images/s of 224 pixels: an RTX 3090 with mixed
 precision and synthetic images, measured by timm's author (github.com/huggingface/pytorch-image-models,
@@ -111,7 +111,7 @@ def work(settings: Params, counts: Counts) -> list[Work]:
         train("baseline", counts.labelled, 3 * answers),
         train("distill", used, 3 * answers),
         train("finetune", counts.labelled, 3 * answers),
-        train("fixres", counts.labelled, 2 * models.macs(student, larger), what="of the classifier"),
+        train("fixres", counts.labelled, 2 * models.macs(student, larger), what="of the last layer"),
     ]
 
 

@@ -151,7 +151,7 @@ MISTAKES = {
         lambda w: w | {"out.bias": w["fc.bias"]}, "ResNet18", r"two tensors for the same place, one of them out\.bias"
     ),
     "whole numbers": (lambda w: w | {"fc.bias": np.zeros(1000, "i8")}, "ResNet18", r"fc\.bias of type int64"),
-    "no classifier": (lambda w: {"a": w["fc.bias"]}, "ResNet18", r"has no classifier"),
+    "no last layer": (lambda w: {"a": w["fc.bias"]}, "ResNet18", r"has no last layer"),
     "values that are not finite": (
         lambda w: w | {"fc.bias": np.full(1000, np.nan, "f4")}, "ResNet18", r"fc\.bias has values that are not finite$"
     ),

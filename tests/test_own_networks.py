@@ -183,7 +183,7 @@ WRONG = {
     "another Linear last": (lambda **_: OtherLinearLast(10), "*: its last nn.Linear makes 24 numbers, not 10: *"),
     "no classifier": (
         lambda **_: NoClassifier(10),
-        "has no classifier, no nn.Linear nor a method get_classifier; mend *",
+        "has no last layer, no nn.Linear nor a method get_classifier; mend *",
     ),
     "a dict without logits": (
         lambda **_: Own(10, lambda logits: {"scores": logits}),

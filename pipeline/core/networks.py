@@ -103,7 +103,7 @@ def _logits(answer: Any) -> Tensor:
 def build(name: str, num_classes: int, seed: int, init: str | None = None, resized_to: int | None = None) -> Classifier:
     """Build a network that starts from random weights, or from some made elsewhere.
 
-    Where the weights are for another number of classes, the classifier is random. Pixels are normalised as the network
+    Where the weights are for another number of classes, the last layer is random. Pixels are normalised as the network
     says; where it says nothing and its weights are random, as ImageNet's.
 
     Args:
@@ -123,7 +123,7 @@ def build(name: str, num_classes: int, seed: int, init: str | None = None, resiz
     if init is None:
         return Classifier(network, *(said or ()), resized_to=resized_to)
     if init != TIMM:
-        weights.load(network, Path(init), (name, num_classes), new_classifier=True)
+        weights.load(network, Path(init), (name, num_classes), new_last_layer=True)
     if not said:
         raise ValueError(
             f"{name} does not say how pixels are normalised for weights of its own: give it pretrained_cfg"
@@ -139,7 +139,7 @@ def check_takes(classifier: Classifier, name: str, resolution: int, classes: int
         remedy: what to do where it takes another size alone.
 
     Raises:
-        ValueError: it does not, as transformers at another resolution than their own; or it has no classifier, or
+        ValueError: it does not, as transformers at another resolution than their own; or it has no last layer, or
             weights that have no channels-last order, or does not give one number per class, or cannot be asked without
             computing.
     """
@@ -147,7 +147,7 @@ def check_takes(classifier: Classifier, name: str, resolution: int, classes: int
     instead = "mend it in models/own.py, which says what a network must be" if own else "take another network"
     last = models.last_layers(classifier.network)
     if not last:
-        raise ValueError(f"{name} has no classifier, no nn.Linear nor a method get_classifier; {instead}")
+        raise ValueError(f"{name} has no last layer, no nn.Linear nor a method get_classifier; {instead}")
     if own and isinstance(last[0], nn.Linear) and last[0].out_features != classes:
         made = f"its last nn.Linear makes {last[0].out_features} numbers, not {classes}"
         raise ValueError(f"{name}: {made}: pass num_classes on, or give it a method get_classifier; {instead}")

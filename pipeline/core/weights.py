@@ -35,13 +35,13 @@ def save(file: Path, state: dict[str, Tensor], metadata: dict[str, str] | None =
             raise OSError(f"{file}: cannot be written: {error}") from None
 
 
-def load(network: nn.Module, file: Path, built_as: tuple[str, int] | None = None, new_classifier: bool = False) -> None:
+def load(network: nn.Module, file: Path, built_as: tuple[str, int] | None = None, new_last_layer: bool = False) -> None:
     """Load a state dict from a .safetensors file, or from a PyTorch file that holds nothing but data.
 
     Args:
         built_as: name and number of classes, of which `models.build` made the network: they tell a file for other
-            classes from one of another network; without them, it is of another.
-        new_classifier: leave the network's classifier as it is, and say so, where the file's is for other classes.
+            classes from one of another network; without them, every other shape is taken for the latter.
+        new_last_layer: leave the network's last layer as it is, and say so, where the file's is for other classes.
 
     Raises:
         ValueError: the file is missing, unreadable, unsafe, or of another network; it says what to do.
@@ -83,7 +83,7 @@ def load(network: nn.Module, file: Path, built_as: tuple[str, int] | None = None
         fits = axis is not None and len(shape) == len(wanted)
         if not fits or (*shape[:axis], wanted[axis], *shape[axis + 1 :]) != wanted:
             raise ValueError(f"{file}: of another network: {key} is {shape}, not {wanted}{_for_another_size(key)}")
-        if not new_classifier:
+        if not new_last_layer:
             raise ValueError(
                 f"{file}: made for {shape[axis]} classes, but the data has {wanted[axis]}: take a file made for these "
                 "classes, or fit a teacher here (teacher.source: fit)"

@@ -21,7 +21,7 @@ def learning_rate(step: int, steps: int, warmup_steps: float, highest: float) ->
 def optimizer_of(part: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
     """Make the optimizer of a network's trained part; weights of one dimension (biases, norms) do not decay.
 
-    Each group's `lr_multiplier` is that of its network stage; the classifier's is 1.
+    Each group's `lr_multiplier` is that of its network stage; the last layer's is 1.
     """
     groups = []
     for multiplier, weights in multipliers_and_weights(part, recipe):
@@ -34,7 +34,7 @@ def optimizer_of(part: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimiz
 
 
 def multipliers_and_weights(part: nn.Module, recipe: TrainingRecipe) -> list[tuple[float, list[nn.Parameter]]]:
-    """Give the learning-rate multipliers and the trained weights of each, the classifier's first.
+    """Give the learning-rate multipliers and the trained weights of each, the last layer's first.
 
     Five numbers, as PaddleClas' lr_mult_list: for the stem (a vd network's three convolutions), then for each of the
     four residual stages, norms and shortcuts included (ppcls/arch/backbone/legendary_models/resnet.py). timm says which
@@ -54,13 +54,13 @@ def multipliers_and_weights(part: nn.Module, recipe: TrainingRecipe) -> list[tup
         groups = f"{count - 1} groups" if stage_of else "no known groups"
         raise ValueError(
             f"lr_multipliers has {len(multipliers)} numbers, for a stem and four stages; {type(part).__name__} has "
-            f"{groups} of layers before its classifier: set it to null"
+            f"{groups} of layers before its last: set it to null"
         )
-    of_classifier = {p for layer in models.last_layers(part) for p in layer.parameters()}
+    of_last_layer = {p for layer in models.last_layers(part) for p in layer.parameters()}
     weights: list[list[nn.Parameter]] = [[] for _ in range(count)]
     for name, p in part.named_parameters():
-        if p.requires_grad:  # what timm puts between the last stage and the classifier belongs to that stage here
-            weights[-1 if p in of_classifier else min(stage_of[name], count - 2)].append(p)
+        if p.requires_grad:  # what timm puts between the last stage and the last layer belongs to that stage here
+            weights[-1 if p in of_last_layer else min(stage_of[name], count - 2)].append(p)
     return [(1.0, weights[-1]), *zip(multipliers, weights[:-1], strict=True)]
 
 
