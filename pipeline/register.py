@@ -7,6 +7,7 @@ With --if-missing it only looks whether the registry has that version, and regis
 DVC skipped this stage, or took its output from its cache.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +48,10 @@ def run(params: Params) -> None:
             mlflow_store.speaking_plainly(client.tracking_uri),
         ):
             _register(client, params, student, record)
-        if not RECORD.exists() or json.loads(RECORD.read_text()) != record:
-            atomic.write_json(RECORD, record)
+        with contextlib.suppress(OSError, ValueError):  # not there, or damaged
+            if json.loads(RECORD.read_text()) == record:
+                return
+        atomic.write_json(RECORD, record)
 
 
 def run_if_missing(params: Params) -> None:

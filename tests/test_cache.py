@@ -235,13 +235,25 @@ def test_an_audit_spreads_its_views(total, count):
     assert total == count or not np.array_equal(chosen, audit.spread(total, count, seed=1))
 
 
-def test_an_audit_finds_the_teachers_answers_and_notices_others(cached_project):
+def test_what_is_lost_is_the_stored_answers_divergence_from_the_teachers():
+    teacher, stored = torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([[0.9, 0.1], [0.8, 0.2]])
+    wanted = [0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1), np.log(1 / 0.8)]
+    assert recheck._divergence(teacher, stored) == pytest.approx(wanted)
+
+
+def test_an_audit_finds_the_teachers_answers_and_notices_others(cached_project, monkeypatch, capsys):
     params = settings()
+    monkeypatch.setattr(sys, "argv", ["audit", "--share", "1"])
+    monkeypatch.setattr(audit.settings, "load", lambda file: params)
     findings = audit.audit(params, share=1.0, seed=0)
     assert len(set(zip(findings.samples.tolist(), findings.replicas.tolist(), strict=True))) == stored_views()
     assert set(findings.replicas) == set(range(params.cache.replicas))
     assert findings.same.mean() > 0.99
     assert not findings.wrong.any()
+    with pytest.raises(SystemExit) as ended:
+        audit.main()
+    assert ended.value.code == 0
+    assert f"audit: {stored_views()} views asked again" in capsys.readouterr().out
     # Labels that hold together, but are not this teacher's answers to these views: another's are written.
     description = teaching.description(params, networks.read_card(Path("data/teacher")))
     labels = SoftLabels(Path("data/cache"), description)
@@ -251,7 +263,10 @@ def test_an_audit_finds_the_teachers_answers_and_notices_others(cached_project):
     softlabels.store.write_index(labels.folder, description)
     findings = audit.audit(params, share=1.0, seed=0)
     assert findings.wrong.sum() >= len(keys[0]) // 2
-    assert "wrong: sample " in audit.report(findings)
+    with pytest.raises(SystemExit) as ended:
+        audit.main()
+    assert ended.value.code == 1
+    assert "wrong: sample " in capsys.readouterr().out
     assert len(audit.audit(params, share=0.01, seed=0).same) == min(audit.LEAST_VIEWS, stored_views())
 
 

@@ -1,13 +1,18 @@
 """The champion: which student takes its place, and how two are compared."""
 
+import io
 import shutil
 
 import pytest
+import student_project
 import torch
-from student_project import CLASSES, RESOLUTION, make_network, write_images
+from made_images import encode
+from PIL import Image
+from student_project import CLASSES, NAME, RESOLUTION, make_network, picture, write_images
 
 from pipeline import register
 from pipeline.core.data.batches import Views, in_order
+from pipeline.core.results import mlflow_store
 
 
 @pytest.mark.usefixtures("no_onnx")
@@ -54,6 +59,44 @@ def test_a_champion_of_other_test_images_is_tested_anew(registered, made_project
     registered.register()
     assert "the champion on these test images" in capfd.readouterr().err
     assert f"version 1's {expected:.4f}" in registered.versions()[2].tags["decision"]
+
+
+def framed(number):
+    """A picture with another around it."""
+    frame, middle = (Image.open(io.BytesIO(picture(each))) for each in (number, 1000 + number))
+    frame.paste(middle.resize((20, 18)), (10, 9))
+    return encode(frame, "PNG")
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_a_champion_is_tested_anew_at_its_own_resolution_and_crop(registered, made_project, monkeypatch):
+    """Of framed images that are labelled as it names their middle it names all rightly, shown as much of them."""
+    mlflow_store.connect().set_model_version_tag(NAME, "1", "test_crop", "0.5")
+    monkeypatch.setattr(student_project, "picture", framed)
+    images, champion = write_images(registered.data / "prepare", lambda at: 0), make_network(made_project.pixels)
+    rows = images.rows("test")
+    with torch.inference_mode():
+        whole, middle = (
+            champion(Views(images, None, RESOLUTION, crop)[in_order(rows, 1000)[0]].pixels).argmax(1).tolist()
+            for crop in (1.0, 0.5)
+        )
+    assert whole != middle
+    names = dict(zip(map(images.source, rows), middle, strict=True))
+    registered.images = write_images(registered.data / "prepare", lambda at: names.get(f"{at}.png", 0))
+    monkeypatch.setattr(student_project, "RESOLUTION", 24)
+    registered.student(spoilt=0.5)
+    registered.register()
+    assert "does not beat version 1's 1.0000" in registered.versions()[2].tags["decision"]
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_a_champion_that_was_never_tested_is_tested_now(registered, capfd):
+    """The alias was set by hand, on a version whose registering was broken off."""
+    mlflow_store.connect().delete_model_version_tag(NAME, "1", "top1")
+    registered.student(spoilt=1.0)
+    registered.register()
+    assert "the champion on these test images" in capfd.readouterr().err
+    assert "does not beat version 1's 1.0000" in registered.versions()[2].tags["decision"]
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from made_images import png
-from prepare_kit import SPLITS, prepared, with_splits, write
+from prepare_kit import ODD, SPLITS, prepared, with_splits, write
 
-from pipeline.core.intake import image_shards
+from pipeline.core.data import images
+from pipeline.core.intake import examined, image_shards, reencoding
 from pipeline.core.intake.journal import Journal
 
 
@@ -65,10 +67,66 @@ def test_new_images_alone_are_decoded(tmp_path):
     write(root, {f"pool/new {at}.png": png(95_000 + at) for at in range(3)} | {"pool/bad.png": b"none"})
     shutil.rmtree(tmp_path / "out")
     with counting("pipeline.core.intake.examined.decode_first") as calls:
-        images, refused = prepared(tmp_path / "out", root, **SPLITS)
+        found, refused = prepared(tmp_path / "out", root, **SPLITS)
     assert len(calls) == 4
     assert refused == [("pool/bad.png", "unlabelled", "not an image")]
-    assert len(images) == len(with_splits()) + 3
+    assert len(found) == len(with_splits()) + 3
+
+
+def test_what_is_known_of_images_is_what_decoding_showed(tmp_path):
+    root = write(tmp_path / "in", with_splits() | ODD)
+    _, refused = prepared(tmp_path / "first", root, **SPLITS)
+    assert "further frames" in {reason for _, _, reason in refused}
+    (tmp_path / "first scratch").rename(tmp_path / "second scratch")
+    with counting("pipeline.core.intake.examined.decode_first") as calls:
+        prepared(tmp_path / "second", root, **SPLITS)
+    assert calls == []
+    for path in (tmp_path / "first").iterdir():
+        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("changed", ["its own", "decoding"])
+@pytest.mark.parametrize(
+    ("module", "begin"),
+    [
+        (examined, lambda scratch: examined.Examined(scratch, 1000)),
+        (reencoding, lambda scratch: reencoding.Reencoded(scratch, 16, 90)),
+    ],
+)
+def test_what_other_code_has_found_does_not_hold(tmp_path, monkeypatch, module, begin, changed):
+    scratch, copy = tmp_path / "scratch", tmp_path / "code.py"
+    scratch.mkdir()
+
+    def names():
+        begin(scratch)
+        return {path.name for path in scratch.iterdir()}
+
+    before = names()
+    assert names() == before
+    its = module if changed == "its own" else images
+    copy.write_text(f"{Path(its.__file__).read_text()}# changed")
+    monkeypatch.setattr(its, "__file__", str(copy))
+    assert not names() & before
+
+
+def test_encoded_images_whose_bytes_were_lost_are_encoded_anew(tmp_path, capsys):
+    """The journal names them all, but the file beside it was cut off, as by a machine that stopped."""
+    root, changes = write(tmp_path / "in", with_splits()), {"max_side": 16, "jpeg_quality": 90}
+    prepared(tmp_path / "whole", root, **SPLITS, **changes)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(image_shards, "write", stop)
+        prepared(tmp_path / "out", root, **SPLITS, **changes)
+    shutil.rmtree(tmp_path / "out")
+    (file,) = (tmp_path / "out scratch").glob("*.jpegs")
+    os.truncate(file, file.stat().st_size // 4)
+    capsys.readouterr()
+    with counting("pipeline.core.intake.reencoding.encode") as calls:
+        prepared(tmp_path / "out", root, **SPLITS, **changes)
+    kept = len(with_splits()) - len(calls)
+    assert 0 < kept < len(with_splits()) / 2
+    assert f"prepare: {kept} images were encoded by an unfinished run\n" in capsys.readouterr().err
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
 def test_what_was_found_under_other_settings_does_not_hold(tmp_path):

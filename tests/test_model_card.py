@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from student_project import NAME, RESOLUTION, ROOT, make_network, put_student, write_images
 
@@ -28,12 +29,67 @@ def student(tmp_path_factory):
     ("model", "words"),
     [
         ("ResNet50_vd", 'timm.create_model("resnet50d", num_classes=10)` takes them'),
+        ("ResNeXt101_32x8d_wsl", 'timm.create_model("resnext101_32x8d", num_classes=10)` takes them'),
         ("ResNet18_vd", "nothing takes them: timm has no ResNet18_vd"),
         ("resnet18d.ra2_in1k", 'timm.create_model("resnet18d", num_classes=10)` takes them'),
     ],
 )
 def test_the_card_says_what_else_takes_the_weights(model, words):
     assert words in model_card._elsewhere({"model": model, "num_classes": 10})
+
+
+def test_each_networks_figures_are_its_own(student):
+    network, figures = student
+    figures = {
+        who: {key: (100 * number + place) / 1000 for place, key in enumerate(("top1", "top5", "nll", "ece"))}
+        | {"agreement": number / 10, "parameters": 1000 * number}
+        for number, who in enumerate(("teacher", "baseline", "student"), 1)
+    }
+    params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
+    text = model_card.in_full(NAME, network, figures, params, {"labelled": 12, "val": 5, "test": 24}, 0, {})
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and "." in line]
+    assert rows == [
+        ["teacher", "0.1000", "0.1010", "0.1020", "0.1030", "1,000"],
+        ["student on labels alone", "0.2000", "0.2010", "0.2020", "0.2030", "2,000"],
+        ["**this network**", "0.3000", "0.3010", "0.3020", "0.3030", "3,000"],
+    ]
+    assert "| | top-1 | top-5 | NLL | ECE | parameters |\n" in text
+    assert "0.3000 (the teacher 0.1000, the same network on labels alone 0.2000)" in text
+    assert "agrees with the teacher on 30.0% of the test images" in text
+    assert "On the 24 images of the test split:" in text
+    for words in ("12 images with labels", "5 images for validation", "24 images for the numbers above"):
+        assert f"- {words}" in text
+    assert f"models:/{NAME}/7" in model_card.description(NAME, "7", network, figures, "ResNet152_vd")
+
+
+def test_the_card_has_the_recipe_and_each_stages_settings_of_it(student):
+    network, figures = student
+    params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
+    text = model_card.in_full(NAME, network, figures, params, {"test": 24}, 0, {})
+    recipe = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    not_of_it = {"prepare", "score", "baseline", "evaluate", "register", "machine", "digits"}
+    assert recipe == {name: section for name, section in params.items() if name not in not_of_it}
+    assert list(recipe) == [name for name in params if name in recipe]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "words"),
+    [
+        ({"fit_on": "withheld"}, "The teacher was fitted here, with the labels of all training images"),
+        ({"fit_on": "labelled"}, "The teacher was fitted here, with the same labels."),
+        ({"init": "timm"}, "The teacher was fitted here from timm's pretrained weights, with the"),
+        ({"init": "a.pth"}, "The teacher was fitted here from `a.pth`, with the"),
+        ({"source": "timm"}, "The teacher has timm's pretrained weights."),
+        ({"source": "checkpoint", "checkpoint": "b.pth"}, "The teacher's weights came from a checkpoint, `b.pth`."),
+    ],
+)
+def test_the_card_says_where_the_teacher_comes_from(student, teacher, words):
+    network, figures = student
+    params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
+    params["teacher"] |= {"source": "fit", "init": None} | teacher
+    text = model_card.in_full(NAME, network, figures, params, {"test": 24}, 0, {})
+    assert words in text
+    assert text.count("The teacher was") + text.count("The teacher has") + text.count("The teacher's weights") == 1
 
 
 def test_the_card_shows_names_with_backticks(student):
@@ -51,6 +107,7 @@ def test_the_card_fits_the_registry(student):
     text = model_card.in_full(NAME, network, figures, params, {"test": 24}, 0, {"digest.data": "d"})
     assert f"models:/{NAME}@champion" in text
     assert "and 980 more" in text
+    assert "logits, shape (B, 1000)." in text
     assert len(model_card.description(NAME, "7", network, figures, "ResNet152_vd")) < 2000
 
 

@@ -36,6 +36,21 @@ def test_the_longer_side_is_as_long_as_allowed(size, wanted):
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", wanted)
 
 
+def test_no_side_is_longer_than_a_jpeg_file_can_have():
+    long = encode(Image.new("L", (2, 70_000)), "PNG")
+    for most in (None, 69_000):
+        content, *size = reencoding.encode(long, most, 90)
+        assert size == [2, 65_500]
+        assert decoding.decode(content).size == (2, 65_500)
+
+
+@pytest.mark.parametrize("quality", [40, 95])
+def test_the_bytes_are_those_that_pillow_makes_of_the_smaller_image(quality):
+    image = picture(0, 40, 60)
+    wanted = encode(image.resize((16, 11), Image.Resampling.BICUBIC), "JPEG", quality=quality)
+    assert reencoding.encode(encode(image, "PNG"), 16, quality) == (wanted, 16, 11)
+
+
 def test_small_images_keep_their_bytes_where_jpeg_takes_more():
     small = encode(photo(12, 16), "JPEG", quality=50)
     assert reencoding.encode(small, 16, 90) == (small, 12, 16)
@@ -147,6 +162,19 @@ def test_files_are_read_in_the_order_of_their_sources(tmp_path, monkeypatch):
     prepared(tmp_path / "out", write(tmp_path / "in", with_splits()), **SPLITS, **SMALLER)
     assert len(read) == 2 * len(with_splits())
     assert read[len(read) // 2 :] == read[: len(read) // 2]
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda file: file.write_bytes(png(999))])
+def test_a_file_that_changes_before_it_is_encoded_is_named(tmp_path, monkeypatch, change):
+    root, add = write(tmp_path / "in", with_splits()), reencoding.Reencoded.add
+
+    def later(*arguments):
+        change(root / "train/a/00.png")
+        return add(*arguments)
+
+    monkeypatch.setattr(reencoding.Reencoded, "add", later)
+    with pytest.raises(ValueError, match=r"train/a/00\.png: the file changed while it was read; run prepare again$"):
+        prepared(tmp_path / "out", root, **SPLITS, **SMALLER)
 
 
 def test_members_of_shards_are_named_after_what_they_are(tmp_path):

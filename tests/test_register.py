@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -84,6 +86,8 @@ def test_a_version_leads_back_and_has_everything_beside_it(project, capfd):
             "digest.cache": "c" * 64,
             "dvc.data/cache": "abc.dir",
             "top1": "1.0",
+            "test_crop": "1.0",
+            "digest.test": finished.read(project.data).test_digest,
         }.items()
     )
     assert len(version.tags["digest.params"]) == 64
@@ -148,6 +152,16 @@ def test_an_onnx_file_that_predicts_something_else_is_left_out(project, capfd, m
 
 
 @pytest.mark.usefixtures("no_onnx")
+def test_a_damaged_record_is_written_anew(registered):
+    file = registered.data / "register" / "version.json"
+    record = file.read_bytes()
+    file.write_bytes(record[:20])
+    registered.register()
+    assert file.read_bytes() == record
+    assert list(registered.versions()) == [1]
+
+
+@pytest.mark.usefixtures("no_onnx")
 def test_the_same_student_again_gives_no_new_version(registered, capfd):
     record = (registered.data / "register" / "version.json").read_bytes()
     shutil.rmtree(registered.data / "register")  # as DVC does before it runs a stage
@@ -158,6 +172,38 @@ def test_the_same_student_again_gives_no_new_version(registered, capfd):
     assert "no new version" in said
     assert "is the champion already" in said
     assert registered.versions()[1].tags["decision"].startswith("promoted: ")
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_a_student_is_looked_for_under_its_own_name(registered):
+    client, key = mlflow_store.connect(), registered.versions()[1].tags["key"]
+    client.create_registered_model("another")
+    assert registry.find(client, "another", key) is None
+    assert registry.find(client, NAME, key).aliases == ["challenger", "champion"]
+
+
+def test_the_newest_whole_version_of_a_student_is_found(monkeypatch):
+    versions = [SimpleNamespace(version=str(number)) for number in (9, 10, 11, 2)]
+    client = SimpleNamespace(search_model_versions=lambda _: versions, get_model_version=lambda name, number: number)
+    monkeypatch.setattr(registry, "is_whole", lambda _, version: version.version != "11")
+    assert registry.find(client, NAME, "key") == "10"
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_many_test_images_are_compared_with_what_was_recorded_of_the_same(project, monkeypatch):
+    monkeypatch.setattr(register, "CHECKED", 7)
+    Path("dvc.lock").unlink()  # as without DVC
+    project.register()
+    assert project.aliases() == {"champion": 1, "challenger": 1}
+
+
+@pytest.mark.parametrize("count", [1, 6, 7, 8, 13, 100])
+def test_some_of_many_are_spread_evenly(count):
+    chosen = register._some(np.arange(count), 7)
+    assert 1 <= len(chosen) <= 7
+    assert chosen[0] == 0
+    assert len({*np.diff(chosen)}) <= 1
+    assert count - chosen[-1] <= -(-count // 7)
 
 
 @pytest.mark.usefixtures("no_onnx")
@@ -203,10 +249,25 @@ def test_a_version_that_predicts_something_else_is_refused(project):
     with pytest.raises(ValueError, match="does not predict what data/evaluate recorded"):
         project.register()
     assert project.aliases() == {}
+    assert project.versions()[1].tags["decision"].startswith("refused: logits differ by up to 0.01")
     assert not (project.data / "register").exists()
     (project.data / "evaluate/speed.json").write_text(json.dumps({"device": "cuda"}))  # which rounds more coarsely
     project.register()
     assert project.aliases() == {"champion": 1, "challenger": 1}
+
+
+def test_a_registry_that_does_not_answer_is_not_one_without_a_champion(project, monkeypatch):
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow_store.connect()
+    assert registry.by_alias(client, NAME, "champion") is None
+
+    def refuse(*_):
+        raise MlflowException("the server is away")
+
+    monkeypatch.setattr(client, "get_model_version_by_alias", refuse)
+    with pytest.raises(MlflowException, match="the server is away"):
+        registry.by_alias(client, NAME, "champion")
 
 
 @pytest.mark.usefixtures("no_onnx")
@@ -246,6 +307,9 @@ def test_what_does_not_fit_together_is_refused(project):
     write_images(project.data / "prepare", lambda at: 0, first=100)
     with pytest.raises(ValueError, match="other test images"):
         project.register()
+    write_images(project.data / "prepare", lambda at: 0, classes=["dog", "cat", "owl"])
+    with pytest.raises(ValueError, match="fixres: knows other classes than data/prepare holds; run `dvc repro`"):
+        project.register()
     (project.data / "evaluate" / "metrics.json").unlink()
     with pytest.raises(ValueError, match=r"metrics\.json: not there"):
         project.register()
@@ -259,13 +323,57 @@ def test_a_version_of_a_run_without_dvcs_record_has_no_tags_of_it(project):
     assert not any(tag.startswith("dvc.") for tag in finished.lineage(record, params, project.data))
 
 
-def test_a_version_belongs_to_how_it_was_shown_which_images(project):
-    def key(crop=1.0):
-        return finished.describe(finished.read(project.data), NAME, crop)["key"]
+def test_a_version_s_tags_name_the_data_the_teacher_and_the_soft_labels_that_dvc_keeps(project):
+    stages = ("digits", "prepare", "teacher", "cache", "distill")
+    outs = {name: {"outs": [{"path": f"data/{name}", "md5": f"{name}.dir"}, {"path": name}]} for name in stages}
+    Path("dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": outs}))
+    record = finished.describe(finished.read(project.data), NAME, 1.0)
+    tags = finished.lineage(record, settings.load(ROOT / "params.yaml"), project.data)
+    assert {tag: value for tag, value in tags.items() if tag.startswith("dvc.")} == {
+        f"dvc.data/{name}": f"{name}.dir" for name in ("prepare", "teacher", "cache")
+    }
 
-    keys = {key(), key(crop=0.9)}
+
+def test_the_settings_digest_is_the_same_on_another_machine_and_in_another_order(project):
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    record = finished.describe(finished.read(project.data), NAME, 1.0)
+
+    def digest(changes=None, order=lambda keys: keys):
+        params = settings.check(settings.with_changes(content, changes or {}))
+        params = type(params).model_validate(dict(order([*params.model_dump(by_alias=True).items()])))
+        return finished.lineage(record, params, project.data)["digest.params"]
+
+    assert digest() == digest({"machine.workers": 7}) == digest(order=lambda keys: keys[::-1])
+    assert len({digest(), digest({"seed": 5}), digest({"distill.epochs": 77})}) == 3
+    assert finished.digest({"a": 1, "b": 2}) == finished.digest({"b": 2, "a": 1})
+
+
+def test_a_version_belongs_to_how_it_was_shown_which_images(project):
+    def key(crop=1.0, **changes):
+        student = finished.read(project.data)
+        return finished.describe(replace(student, card=student.card | changes), NAME, crop)["key"]
+
+    other = {"model": "m", "classes": [], "resolution": 24, "mean": [0.5], "std": [0.5], "digest": "d"}
+    keys = {key(), key(crop=0.9), *(key(**{name: value}) for name, value in other.items())}
+    assert key(parameters=1) == key()
     write_images(project.data / "prepare", lambda at: 0)  # the same images under other labels
-    assert len({*keys, key()}) == 3
+    assert len({*keys, key()}) == 9
+
+
+def test_the_same_images_and_class_names_are_the_same_test(project, made_project):
+    """Whatever the order of the classes, and however many more of them there are."""
+    before, order, classes = finished.read(project.data), (3, 0, 2), ["dog", "ant", "owl", "cat"]
+    images = write_images(project.data / "prepare", lambda at: order[made_project.labels[at]], classes=classes)
+    after = replace(before, images=images, rows=images.rows("test"))
+    assert after.test_digest == before.test_digest
+    images = write_images(project.data / "prepare", made_project.labels.__getitem__, classes=["dog", "ant", "owl"])
+    assert replace(before, images=images, rows=images.rows("test")).test_digest != before.test_digest
+
+
+def test_the_record_has_the_students_own_top1(project):
+    figures = {"teacher": {"top1": 0.9}, "baseline": {"top1": 0.5}, "student": {"top1": 0.8}}
+    (project.data / "evaluate/metrics.json").write_text(json.dumps(figures))
+    assert finished.describe(finished.read(project.data), NAME, 1.0)["top1"] == 0.8
 
 
 def test_differ():

@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import pytest
@@ -55,6 +56,8 @@ def history(root, run, key):
 def test_the_address_is_a_file_in_the_root_unless_the_environment_names_one(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert mlflow_store.default_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert mlflow_store.default_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
     assert mlflow_store.default_uri(tmp_path) == "http://mlflow.example:5000"
 
@@ -66,6 +69,110 @@ def test_a_path_that_cannot_stand_in_an_address_is_named(tmp_path, monkeypatch, 
         mlflow_store.connect(tmp_path / folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///elsewhere.db")
     assert mlflow_store.default_uri(tmp_path / folder) == "sqlite:///elsewhere.db"
+
+
+def test_an_address_may_have_encoded_characters(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/my%20runs/mlflow.db")
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    client = mlflow_store.connect(tmp_path)
+    place = client.get_experiment(mlflow_store.experiment(client, tmp_path)).artifact_location
+    assert place == (folder / "mlartifacts").as_uri()
+    assert (folder / "mlflow.db").stat().st_size
+
+
+def test_what_the_environment_tells_mlflow_goes_before_this_projects_defaults(root, monkeypatch):
+    for name in mlflow_store.DEFAULTS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
+    mlflow_store.connect(root)
+    found = {name: os.environ[name] for name in mlflow_store.DEFAULTS}
+    assert found == mlflow_store.DEFAULTS | {"MLFLOW_HTTP_REQUEST_TIMEOUT": "7"}
+
+
+def test_a_store_named_with_options_is_made_where_it_is_named_to_be(tmp_path, monkeypatch):
+    uri = f"sqlite:///{tmp_path}/new/runs.db?timeout=20"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    client = mlflow_store.connect(tmp_path)
+    found = client.get_experiment(mlflow_store.experiment(client, tmp_path))
+    assert found.artifact_location == (tmp_path / "new/mlartifacts").as_uri()
+    assert found.tags["mlflow.experimentKind"] == "custom_model_development"
+    with mlflow_store.exclusively(uri, "register"):
+        assert {"runs.db", "runs.db.register.lock"} <= {path.name for path in (tmp_path / "new").iterdir()}
+    assert not [path for path in tmp_path.rglob("*") if "?" in path.name]
+
+
+def test_a_store_that_another_process_has_made_meanwhile_stays(made_store, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    made = []
+
+    @contextlib.contextmanager
+    def late(uri, what):
+        made.append(os.stat(shutil.copy(made_store, tmp_path)).st_ino)
+        yield
+
+    monkeypatch.setattr(mlflow_store, "exclusively", late)
+    mlflow_store.connect(tmp_path)
+    assert [(tmp_path / "mlflow.db").stat().st_ino] == made
+
+
+@pytest.mark.parametrize("uri", ["http://mlflow.example/", "https://mlflow.example:5000"])
+def test_a_server_keeps_files_where_it_likes(tmp_path, uri):
+    made, found = [], []
+    client = SimpleNamespace(
+        tracking_uri=uri,
+        get_experiment_by_name=lambda name: found[0] if found else None,
+        create_experiment=lambda *arguments: made.append(arguments) or "1",
+    )
+    assert mlflow_store.experiment(client, tmp_path) == "1"
+    assert made == [("ssld", None, mlflow_store.KIND)]
+    place = "file:///a/folder/of/the/server"
+    found.append(SimpleNamespace(lifecycle_stage="active", artifact_location=place, experiment_id="2"))
+    assert mlflow_store.experiment(client, tmp_path) == "2"
+
+
+def test_an_experiment_that_another_process_has_made_meanwhile_is_taken(tmp_path):
+    from mlflow.exceptions import MlflowException
+
+    def refuse(*_):
+        raise MlflowException("it exists already")
+
+    other = SimpleNamespace(lifecycle_stage="active", artifact_location="s3://runs", experiment_id="3")
+    answers = [None, other, None, None]
+    client = SimpleNamespace(
+        tracking_uri="http://host", get_experiment_by_name=lambda name: answers.pop(0), create_experiment=refuse
+    )
+    assert mlflow_store.experiment(client, tmp_path) == "3"
+    with pytest.raises(ValueError, match=r"^MLflow at http://host: it exists already$"):
+        mlflow_store.experiment(client, tmp_path)
+
+
+@pytest.mark.parametrize("uri", ["http://host:5000", "http://host:5000/"])
+def test_a_server_that_does_not_answer_is_not_waited_for(monkeypatch, uri):
+    asked = []
+    monkeypatch.setattr("requests.get", lambda *arguments, **options: asked.append((arguments, options)))
+    mlflow_store._reach_server(uri)
+    assert asked == [(("http://host:5000/health",), {"timeout": mlflow_store.PROBE_SECONDS})]
+
+
+def test_a_databases_error_is_told_without_its_query_and_with_what_to_do(tmp_path):
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import OperationalError
+
+    def told(uri, error):
+        with pytest.raises(ValueError) as raised, mlflow_store.speaking_plainly(uri):
+            raise error
+        return str(raised.value)
+
+    error, file = OperationalError("SELECT 1", {}, Exception("disk I/O error")), f"{tmp_path}/mlflow.db"
+    hint = f"; if {file} is damaged, move it away: a new one is made"
+    words = "(builtins.Exception) disk I/O error"
+    assert told(f"sqlite:///{file}?timeout=9", error) == f"MLflow at sqlite:///{file}?timeout=9: {words}{hint}"
+    assert told("mysql://me:secret@host/runs", error) == f"MLflow at mysql://host/runs: {words}"
+    error = MlflowException("of <database_uri>: " + 1000 * "no ")
+    long = told("mysql://me:secret@host/runs", error)
+    assert long.startswith("MLflow at mysql://host/runs: of mysql://host/runs: no no")
+    assert len(long) < 550
 
 
 def test_importing_it_does_not_import_mlflow():
@@ -129,7 +236,8 @@ def test_the_commit_and_whether_the_code_differs_from_it_are_tags(root, monkeypa
     clean = tracking.git_tags(root)
     assert len(clean["git.commit"]) == 40
     assert clean["git.dirty"] == "false"  # what is not code, such as the store's file, does not count
-    for file in ("pipeline/code.py", "requirements.txt", ".dvc/config", "data/photos.dvc"):
+    settings = ("params.yaml", "dvc.yaml", "requirements.txt", ".dvc/config", "data/photos.dvc")
+    for file in ("pipeline/code.py", "models/own.py", *settings):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text("2")
         assert tracking.git_tags(root) == {**clean, "git.dirty": "true"}, file
@@ -182,7 +290,7 @@ def test_the_status_says_how_the_stage_ended(root, error, status):
 def test_a_stopped_process_leaves_a_killed_run(root):
     code = (
         "import pathlib, signal, sys, time\n"
-        "from pipeline.core import tracking\n"
+        "from pipeline.core.results import tracking\n"
         "def stop(*_): raise KeyboardInterrupt\n"
         "signal.signal(signal.SIGTERM, stop)\n"
         "with tracking.run('teacher', {}, {}, pathlib.Path('mlflow-run')) as run:\n"
@@ -232,12 +340,14 @@ def test_a_database_s_files_are_the_project_s_also_of_a_run_in_a_workspace(root,
     assert found.artifact_location == (tmp_path / "project/mlartifacts").as_uri()
 
 
-def test_two_that_register_at_a_server_take_turns():
-    uri = "http://mlflow.example:5000"
+@pytest.mark.parametrize("uri", ["http://mlflow.example:5000", "sqlite:///{folder}/mlflow.db"])
+def test_two_that_register_at_a_store_take_turns(tmp_path, uri):
+    uri = uri.format(folder=tmp_path)
     with mlflow_store.exclusively(uri, "register"), pytest.raises(filelock.Timeout):
         mlflow_store.exclusively(uri, "register").acquire(timeout=0)
-    with mlflow_store.exclusively(uri, "register"), mlflow_store.exclusively(f"{uri}1", "register"):
-        pass
+    for other in ((f"{uri}1", "register"), (uri, "init")):
+        with mlflow_store.exclusively(uri, "register"):
+            mlflow_store.exclusively(*other).acquire(timeout=0).lock.release()
 
 
 def test_what_the_store_did_not_take_is_sent_with_the_next_step_or_at_the_end(root, capfd, monkeypatch):
@@ -269,6 +379,14 @@ def test_what_the_store_did_not_take_is_sent_with_the_next_step_or_at_the_end(ro
             "to https://host/api and sqlite:////me@home/x.db",
         ),
         ("postgresql://host/runs?user=u&password=secret&ssl=1", "postgresql://host/runs?user=u&password=***&ssl=1"),
+        ("mssql://host/runs?PWD=secret", "mssql://host/runs?PWD=***"),
+        ("mysql://host/runs?passwd=secret", "mysql://host/runs?passwd=***"),
+        (
+            "postgresql://host/runs?sslpassword=secret&sslmode=verify",
+            "postgresql://host/runs?sslpassword=***&sslmode=verify",
+        ),
+        ("mssql+pyodbc://?odbc_connect=DRIVER%3Dx%3BPWD%3Dsecret", "mssql+pyodbc://?odbc_connect=***"),
+        ("https://host/api?token=secret", "https://host/api?token=***"),
     ],
 )
 def test_passwords_are_not_shown(words, shown):

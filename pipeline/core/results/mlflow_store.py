@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 if TYPE_CHECKING:  # mlflow takes seconds to import: what does not use it must not wait for it
     from mlflow import MlflowClient
@@ -52,7 +53,8 @@ def default_uri(root: Path) -> str:
 
 def shown(uri: str) -> str:
     """Write a store's address, or words in which it may stand, for people: without the passwords in them."""
-    return re.sub(r"://[^/?#\s]*@", "://", re.sub(r"([?&](?:password|passwd|pwd)=)[^&\s]*", r"\1***", uri, flags=re.I))
+    secrets = r"([?&](?:\w*(?:password|passwd|pwd|token|secret)|odbc_connect)=)[^&\s]*"
+    return re.sub(r"://[^/?#\s]*@", "://", re.sub(secrets, r"\1***", uri, flags=re.I))
 
 
 def connect(root: Path = Path(".")) -> "MlflowClient":
@@ -147,7 +149,7 @@ def is_server(uri: str) -> bool:
 
 
 def _sqlite_file(uri: str) -> Path:
-    return Path(uri.removeprefix(SQLITE).partition("?")[0]).absolute()
+    return Path(unquote(uri.removeprefix(SQLITE).partition("?")[0])).absolute()
 
 
 def _artifacts(uri: str, root: Path) -> str | None:

@@ -1,0 +1,54 @@
+"""What was refused: counted, compared with the share allowed, and written as a list."""
+
+import csv
+import io
+import random
+
+import pytest
+
+from pipeline.core.intake import refusals
+from pipeline.core.intake.refusals import FURTHER_FRAMES, HIDDEN, Refusal
+
+SOURCES = ("train", "val", "unlabelled")
+REASONS = ("truncated", "duplicate", HIDDEN, FURTHER_FRAMES)
+
+
+def some(count: int, seed: int) -> list[Refusal]:
+    """Refusals of files of several sources, for several reasons."""
+    draw = random.Random(seed)
+    return [Refusal(draw.choice(SOURCES), f"{at}, it.png", draw.choice(REASONS), "a\nb") for at in range(count)]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_source_may_have_a_larger_share_of_files_refused_than_allowed(seed):
+    """Hidden files are no part of it: refused, but no fault of the images. A file is kept if a frame of it is used."""
+    refused, files = some(30, seed), dict.fromkeys(SOURCES, 10 + seed) | {"test": 0}
+    shares = {}
+    for source in SOURCES:
+        reasons = [each.reason for each in refused if each.source == source]
+        bad = sum(reason in ("truncated", "duplicate") for reason in reasons)
+        shares[source] = (bad, files[source] - reasons.count("hidden"))
+    for source, (bad, seen) in shares.items():
+        others = max(other / count for name, (other, count) in shares.items() if name != source)
+        refusals.check_share(files, refused, max(bad / seen, others))
+        if bad / seen > others:
+            with pytest.raises(ValueError, match=rf"^prepare\.{source}: {bad} of {seen} files were refused \("):
+                refusals.check_share(files, refused, bad / seen - 1e-9)
+
+
+def test_a_source_of_hidden_files_alone_is_no_reason_to_stop():
+    refusals.check_share({"train": 1}, [Refusal("train", ".x.png", HIDDEN)], 0.0)
+
+
+def test_counts_are_in_words_the_most_common_first():
+    refused = [Refusal("val", str(at), "duplicate" if at < 2 else "truncated") for at in range(1502)]
+    assert refusals.in_words(refusals.reasons(refused, "val")) == "truncated 1,500, duplicate 2"
+    assert refusals.in_words(refusals.reasons(refused, "train")) == "none"
+
+
+def test_the_list_can_be_read_back_and_does_not_depend_on_the_order():
+    refused = some(50, seed=0)
+    text = refusals.as_csv(refused)
+    assert refusals.as_csv(random.Random(1).sample(refused, 50)) == text
+    read = [Refusal(**row) for row in csv.DictReader(io.StringIO(text, newline=""))]
+    assert read == sorted(refused, key=lambda each: each.file)
