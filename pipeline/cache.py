@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.core import atomic, devices, networks, stage, teaching
+from pipeline.core import atomic, devices, networks, resume, stage, teaching
 from pipeline.core.data.batches import RowsAndReplicas, Views, load
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
@@ -51,7 +51,7 @@ class Wanted(NamedTuple):
 def run(params: Params) -> None:
     processes = devices.join(params.machine)
     # A second program is told so before it loads the teacher.
-    alone = stage.only_writer("cache") if processes.first() else nullcontext(stage.SCRATCH / "cache")
+    alone = resume.only_writer("cache") if processes.first() else nullcontext(resume.SCRATCH / "cache")
     with alone as scratch:
         bring_up_to_date(params, processes, scratch)
 
@@ -91,7 +91,7 @@ def bring_up_to_date(params: Params, processes: Processes, scratch: Path) -> Non
 def keys_file(views: Views, rows: np.ndarray, params: Params) -> str:
     """Name the file of all keys after what they depend on: a killed run that goes on need not make billions anew."""
     assert views.spec is not None
-    digest = hashlib.sha256(f"{stage.code_digest()} {views.spec.digest} {params.cache.replicas}".encode())
+    digest = hashlib.sha256(f"{resume.code_digest()} {views.spec.digest} {params.cache.replicas}".encode())
     digest.update(views.images.ids[rows])
     digest.update(views.partners)
     return f"wanted-{digest.hexdigest()[:16]}.npy"

@@ -22,7 +22,7 @@ import torch
 from scipy.sparse import csr_array
 
 import models
-from pipeline.core import atomic, devices, networks, stage
+from pipeline.core import atomic, devices, networks, resume, stage
 from pipeline.core.data import batches
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.evaluation import metrics, report
@@ -55,7 +55,7 @@ def run(params: Params) -> None:
         ValueError: there is no test image, or a network is missing or knows other classes than the data.
     """
     settings = params.evaluate
-    with stage.only_writer("evaluate"):
+    with resume.only_writer("evaluate"):
         images = ImageSet(DATA / "prepare")
         rows = images.rows("test")
         if len(rows) == 0:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core import atomic, devices, stage
+from pipeline.core import atomic, devices, resume, stage
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.mining import copies, mining_sheet, ranking
 from pipeline.core.mining.likeness import likeness
@@ -68,7 +68,7 @@ def run(params: Params) -> None:
     }
     refused = ~taken.any(1)
     whole = ranking.summary(counts, taken, reason[refused])
-    with stage.only_writer("mine"), atomic.replacing_folder(Path("data/mine")) as folder:
+    with resume.only_writer("mine"), atomic.replacing_folder(Path("data/mine")) as folder:
         pq.write_table(pa.table(mined), folder / "mined.parquet")
         pq.write_table(pa.table({name: column[refused] for name, column in judged.items()}), folder / "refused.parquet")
         write_counts(folder / "classes.csv", counts)

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import atomic, stage
+from pipeline.core import atomic, resume, stage
 from pipeline.core.data import dataset
 from pipeline.core.data.images import Unreadable
 from pipeline.core.intake import archives, choose, image_shards, journal
@@ -40,7 +40,7 @@ def run(params: Params) -> None:
     """Prepare what the settings name. Raises ValueError where the images cannot be used as they are."""
     settings, refusals = params.prepare, []
     warnings.filterwarnings("ignore", module="PIL")  # damaged metadata says nothing about the pixels
-    with stage.only_writer("prepare") as scratch:
+    with resume.only_writer("prepare") as scratch:
         listed = scratch / "refused.csv"
         listed.unlink(missing_ok=True)
         try:

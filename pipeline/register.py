@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from pipeline.core import atomic, stage
+from pipeline.core import atomic, resume, stage
 from pipeline.core.results import finished, mlflow_store, onnx_file, registry, tracking
 from pipeline.core.sections import Params
 
@@ -39,7 +39,7 @@ def run(params: Params) -> None:
         ValueError: an input is missing or does not fit the others, MLflow cannot be used, or the version that was
             loaded back from the registry does not predict what was recorded.
     """
-    with stage.only_writer("register"):
+    with resume.only_writer("register"):
         student = finished.read(DATA)
         record = finished.describe(student, params.register_.name, params.views.test_crop)
         client = mlflow_store.connect()

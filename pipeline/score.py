@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.core import atomic, devices, networks, stage
+from pipeline.core import atomic, devices, networks, resume, stage
 from pipeline.core.data.batches import RowsAndReplicas, Views, in_order, load
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import render_test
@@ -32,7 +32,7 @@ from pipeline.core.progress import Progress
 from pipeline.core.sections import Params
 
 FOLDER = Path("data/score")
-SCORED = stage.SCRATCH / "scored"  # what the last run wrote, and answers.json, which says whose answers those are
+SCORED = resume.SCRATCH / "scored"  # what the last run wrote, and answers.json, which says whose answers those are
 PART_IMAGES = 4096  # images scored between two files: what a killed run loses at most
 LARGEST = float(np.finfo(np.float16).max)
 COLUMNS = ("ids", "logits", "embeddings", "thumbnails")
@@ -60,7 +60,7 @@ class Known(NamedTuple):
 def run(params: Params) -> None:
     processes = devices.join(params.machine)
     # A second program is told so before it loads the teacher.
-    with stage.only_writer("score") if processes.first() else nullcontext():
+    with resume.only_writer("score") if processes.first() else nullcontext():
         bring_up_to_date(params, processes)
 
 
@@ -70,15 +70,15 @@ def bring_up_to_date(params: Params, processes: Processes) -> None:
     classifier, card = networks.load(Path("data/teacher"), processes.device)
     network = [card["model"], card["digest"], card["mean"], card["std"], card.get("resized_to")]
     views = [params.views.resolution, params.views.test_crop]
-    asked = [*network, params.teacher.precision, *views, *stage.package_versions(), stage.code_digest()]
+    asked = [*network, params.teacher.precision, *views, *resume.package_versions(), resume.code_digest()]
     answers = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     rows = np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])
     devices.wait_for_all(processes)  # until no other run writes what is read here
     known = read_known(answers)
     new = rows[~np.isin(images.ids[rows], known.ids)]
-    parts = stage.SCRATCH / "score" / f"{answers}-{hashlib.sha256(images.ids[new].tobytes()).hexdigest()[:16]}"
+    parts = resume.SCRATCH / "score" / f"{answers}-{hashlib.sha256(images.ids[new].tobytes()).hexdigest()[:16]}"
     if processes.first():
-        stage.begin_run(parts)
+        resume.begin_run(parts)
         there = f"{len(rows) - len(new):,} images are scored already, " if len(new) < len(rows) else ""
         print(f"score: {there}{len(new):,} images to ask the teacher about", flush=True)
     devices.wait_for_all(processes)  # until the first process has cleared what others left
@@ -87,7 +87,7 @@ def bring_up_to_date(params: Params, processes: Processes) -> None:
         with atomic.replacing_folder(FOLDER) as folder:
             join_parts(parts, known, images.ids[rows], folder)
         keep(answers)
-        stage.end_run(parts)
+        resume.end_run(parts)
         shutil.rmtree(parts)
 
 

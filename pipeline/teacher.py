@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import binom
 
 import models
-from pipeline.core import atomic, devices, networks, stage, weights
+from pipeline.core import atomic, devices, networks, resume, stage, weights
 from pipeline.core.data.batches import Views
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
@@ -85,7 +85,7 @@ def take(params: Params, images: ImageSet, device: torch.device) -> None:
     networks.check_takes(classifier, wanted.model, params.views.resolution, classes, networks.RESIZE_TEACHER)
     tried = try_out(classifier.to(device), params, images)
     card = {"model": wanted.model, "source": wanted.source, "classes": list(images.classes)}
-    with stage.only_writer("teacher"), atomic.replacing_folder(Path("data/teacher")) as folder:
+    with resume.only_writer("teacher"), atomic.replacing_folder(Path("data/teacher")) as folder:
         networks.save(folder, classifier, {**card, "resolution": params.views.resolution})
         with (folder / "history.csv").open("w", newline="") as file:  # it was not trained here: no epoch
             csv.writer(file, lineterminator="\n").writerow(["epoch", "train_loss", "lr", "val_top1", "val_nll"])

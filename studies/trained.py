@@ -21,7 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import narrow
-from pipeline.core import atomic, devices, networks, params, stage, weights
+from pipeline.core import atomic, devices, networks, params, resume, weights
 from pipeline.core.data import dataset
 from pipeline.core.data.batches import EVERY_REPLICA, TrainingOrder, Views, in_order, load
 from pipeline.core.data.dataset import ImageSet
@@ -98,7 +98,7 @@ def main(study: Callable[[argparse.Namespace, Settings, Data], None], parser: ar
     try:
         os.chdir(arguments.project)
         settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
-        with stage.only_writer("studies"):
+        with resume.only_writer("studies"):
             study(arguments, settings, read(settings))
     except KeyboardInterrupt:
         print(f"\n{name}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -175,7 +175,7 @@ def network(kind: str, depth: int, seed: int, settings: Settings, data: Data) ->
     sizes = [settings.width, settings.images, settings.measured, data.params.views.test_crop]
     content = [name, seed, *sizes, recipe.model_dump(), data.images.digest, spec.digest]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    kept = stage.SCRATCH / "studies" / f"{name}-{digest[:16]}"
+    kept = resume.SCRATCH / "studies" / f"{name}-{digest[:16]}"
     checkpoints = kept.with_name(f"{kept.name}-run")
     if not kept.exists():
         run = engine.Run(

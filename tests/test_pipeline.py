@@ -150,7 +150,7 @@ def kill_when_it_has_written(folder, stage):
 def test_a_second_writer_is_told_so(project, tmp_path):
     program = (
         "import time; from pipeline.core import stage\n"
-        "with stage.only_writer('distill'): print('in', flush=True); time.sleep(60)"
+        "with resume.only_writer('distill'): print('in', flush=True); time.sleep(60)"
     )
     first = subprocess.Popen(["python", "-c", program], cwd=project, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "in\n"
@@ -162,7 +162,7 @@ def test_a_second_writer_is_told_so(project, tmp_path):
 
 CHILD = """
 import os, time
-from pipeline.core import stage
+from pipeline.core import resume, stage
 stage._die_with_parents()
 print(os.getpid(), flush=True)
 time.sleep(60)

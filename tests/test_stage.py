@@ -15,7 +15,7 @@ from images import tiny
 from torch._utils import ExceptionWrapper
 
 from pipeline import baseline
-from pipeline.core import errors, stage
+from pipeline.core import errors, resume, signals, stage
 
 CHANGES = {
     "machine.checkpoint_seconds": 0,
@@ -30,14 +30,14 @@ def folder(tmp_path):
 
 
 def begin(folder, *files):
-    stage.begin_run(folder)
+    resume.begin_run(folder)
     for file in files:
         (folder / file).touch()
 
 
 def test_a_run_that_has_ended_is_gone_when_another_begins(folder, tmp_path, capsys):
     begin(folder, "checkpoint")
-    stage.end_run(folder)
+    resume.end_run(folder)
     assert (folder / "checkpoint").exists()
     begin(tmp_path / "other")
     assert not folder.exists()
@@ -53,7 +53,7 @@ def test_a_run_that_has_not_ended_stays_and_is_named(folder, tmp_path, capsys):
 
 def test_a_run_that_begins_again_has_not_ended(folder, tmp_path):
     begin(folder, "checkpoint")
-    stage.end_run(folder)
+    resume.end_run(folder)
     begin(folder)
     begin(tmp_path / "other")
     assert (folder / "checkpoint").exists()
@@ -62,10 +62,10 @@ def test_a_run_that_begins_again_has_not_ended(folder, tmp_path):
 def test_who_is_at_work_already_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stage.time, "sleep", lambda seconds: None)
-    with stage.only_writer("cache") as folder:
+    with resume.only_writer("cache") as folder:
         (folder / "lock").write_text("99999999")  # of one that was killed
     words = f"^process {os.getpid()} is already at work on cache here; wait for it, or stop it$"
-    with stage.only_writer("cache"), pytest.raises(ValueError, match=words), stage.only_writer("cache"):
+    with resume.only_writer("cache"), pytest.raises(ValueError, match=words), resume.only_writer("cache"):
         pass
 
 
@@ -82,7 +82,7 @@ def heard():
 @pytest.mark.parametrize("sent", [(2,), (15,), (15, 2), (2, 15), (15, 15), (15, 15, 2)])
 def test_the_first_signal_is_heard_once_a_short_piece_of_work_is_done(heard, sent):
     done = []
-    with contextlib.suppress(KeyboardInterrupt), stage.finish_first():
+    with contextlib.suppress(KeyboardInterrupt), signals.finish_first():
         for signum in sent:
             signal.raise_signal(signum)
             done.append(signum)
@@ -96,7 +96,7 @@ def test_the_first_signal_is_heard_once_a_short_piece_of_work_is_done(heard, sen
 
 def test_a_second_ctrl_c_does_not_wait(heard):
     done = []
-    with pytest.raises(KeyboardInterrupt), stage.finish_first():
+    with pytest.raises(KeyboardInterrupt), signals.finish_first():
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
             done.append(signum)
             signal.raise_signal(signum)
@@ -109,7 +109,7 @@ def test_a_second_ctrl_c_does_not_wait(heard):
 def test_who_is_deaf_to_ctrl_c_stays_so(heard):
     """As a shell makes what it starts in the background."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with stage.finish_first():
+    with signals.finish_first():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -118,7 +118,7 @@ def test_who_is_deaf_to_ctrl_c_stays_so(heard):
 
 def test_a_thread_that_may_not_handle_signals_works_all_the_same():
     def work():
-        with stage.finish_first():
+        with signals.finish_first():
             return "done"
 
     with ThreadPoolExecutor(1) as pool:

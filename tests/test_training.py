@@ -11,7 +11,7 @@ from runs import MODEL, run
 from torch import nn
 
 import models
-from pipeline.core import networks, stage
+from pipeline.core import networks, resume, stage
 from pipeline.core.devices import Processes
 from pipeline.core.train import checkpoints, engine, training
 from pipeline.core.train.optimizers import Average, learning_rate, optimizer_of
@@ -301,7 +301,7 @@ def test_a_gpu_is_asked_about_as_many_images_as_have_so_many_pixels(device, reso
 
 def test_the_code_of_the_stage_that_runs_as_a_program_counts(monkeypatch):
     monkeypatch.delitem(sys.modules, "pipeline.register", raising=False)
-    before = stage.code_digest()
+    before = resume.code_digest()
     program = SimpleNamespace(__file__=str(Path(stage.__file__).parents[1] / "register.py"))
     monkeypatch.setitem(sys.modules, "__main__", program)
-    assert stage.code_digest() != before
+    assert resume.code_digest() != before

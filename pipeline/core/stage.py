@@ -5,16 +5,12 @@ A stage file ends with `if __name__ == "__main__": stage.main(run, __doc__)`, wh
 
 import argparse
 import contextlib
-import fcntl
-import hashlib
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -23,9 +19,6 @@ import psutil
 from pipeline.core import errors
 from pipeline.core import params as settings
 from pipeline.core.sections import Params, TrainingRecipe
-
-SCRATCH = Path(".scratch")  # checkpoints and locks: what a stage needs to go on after it was killed
-ENDED = "ended"  # a file in the folder of a run that has its results
 
 PROFILE_STEPS = 10  # that --profile traces
 
@@ -45,7 +38,7 @@ def main(
         doc: the stage file's docstring, for --help.
         distributed: the stage can be shared out to `machine.processes` processes by torchrun.
         training: the same, and the stage's section is a recipe.
-        goes_on: a stopped run is gone on from, as it is where one of the two above is true.
+        goes_on: a stopped run resumes, as it does where one of the two above is true.
         instead: an option, and what to run where it is given; its docstring's first line is the option's help.
     """
     name = Path(sys.argv[0]).stem
@@ -62,6 +55,7 @@ def main(
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _stop)
     _die_with_parents()
+    params = None
     try:
         params = settings.load(arguments.params)
         if training and arguments.profile:
@@ -79,134 +73,41 @@ def main(
         _exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, where another process has failed as well
-        mark = errors.REFUSED
-        if errors.out_of_shared_memory(error):
-            error = ValueError(
-                "worker processes are out of shared memory: set machine.workers to fewer (now "
-                f"{params.machine.workers}), 0 for none, or give a container more (docker run --shm-size)"
-            )
-        elif errors.out_of_memory(error):
-            error = ValueError(f"out of memory{_whats_there_to_halve(params, name)}")
-        elif "does not have a deterministic implementation" in str(error):
-            error = ValueError(f"{str(error).partition(',')[0]}: set machine.deterministic to false")
-        elif "parameters that were not used in producing loss" in str(error):  # DistributedDataParallel's
-            error = ValueError(
-                "the network has weights that take no part in its logits: set machine.processes to 1, or take them out"
-            )
-        elif errors.left_alone(error):
-            mark, error = errors.LEFT_ALONE, ValueError(f"another process of this run has ended ({error})")
-        elif errors.worker_lost(error):
-            mark = errors.CUT_SHORT
-            error = ValueError(
-                f"{errors.workers_words(error)} Where memory is short, set machine.workers to fewer (now "
-                f"{params.machine.workers}), 0 for none"
-            )
-        elif not isinstance(error, ValueError | OSError):
-            raise
-        if os.environ.get("SSLD_TRACEBACK"):
+        mark, words = _explained(error, params, name)
+        if not words or os.environ.get("SSLD_TRACEBACK"):
             raise
         if not _error_is_told():
-            print(f"{name}: {mark}: {errors.in_a_line(error)}", file=sys.stderr, flush=True)
+            print(f"{name}: {mark}: {words}", file=sys.stderr, flush=True)
         if mark == errors.REFUSED:
             _end_torchrun()
         _exit(1)
 
 
-@contextlib.contextmanager
-def only_writer(name: str) -> Iterator[Path]:
-    """Be the only process that works on a stage's output in this workspace; give its scratch folder.
+def _explained(error: Exception, params: Params | None, name: str) -> tuple[str, str]:
+    """Say for people what an error means and what to do: how it is marked, and a line.
 
-    Raises:
-        ValueError: another process is at it; its process number is named.
+    Args:
+        params: None where the error is about them.
+
+    Returns: no line where the error is the code's, and nobody's mistake.
     """
-    folder = SCRATCH / name
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as lock:
-        for attempt in range(6):  # a run that has just been killed needs a moment to be gone
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if attempt == 5:
-                    lock.seek(0)
-                    raise ValueError(
-                        f"process {lock.read().strip() or '?'} is already at work on {name} here; "
-                        "wait for it, or stop it"
-                    ) from None
-                time.sleep(1)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield folder
-
-
-def begin_run(folder: Path) -> None:
-    """Make a run's folder, or take up the one that is there.
-
-    Folders beside it, of runs with other settings or other code, go if those have ended; the others are named.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ENDED).unlink(missing_ok=True)
-    for other in folder.parent.glob(f"*/{ENDED}"):
-        shutil.rmtree(other.parent)
-    others = [other for other in folder.parent.iterdir() if other.is_dir() and other != folder and any(other.iterdir())]
-    if others:
-        print(
-            f"{folder.parent.name}: unfinished runs with other settings or other code stay in {folder.parent}: "
-            f"{len(others)}; `make clean` removes them",
-            flush=True,
-        )
-
-
-def end_run(folder: Path) -> None:
-    """Note that a run has ended well, its results in place.
-
-    What it could go on from stays until the stage's next run: a DVC that is stopped before it has noted the results, or
-    cannot because another DVC is at work, removes them, and runs the stage again.
-    """
-    (folder / ENDED).touch()
-
-
-@contextlib.contextmanager
-def finish_first() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait until a short piece of work is done; a second Ctrl-C does not wait."""
-    came: list[int] = []
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        if signum == signal.SIGINT and signum in came:
-            raise KeyboardInterrupt
-        came.append(signum)
-
-    handled = signal.SIGINT, signal.SIGTERM
-    on_main_thread = threading.current_thread() is threading.main_thread()  # no other may handle signals
-    before = {signum: signal.getsignal(signum) for signum in handled if on_main_thread}
-    listened_to = {signum: handler for signum, handler in before.items() if callable(handler)}
-    for signum in listened_to:
-        signal.signal(signum, note)
-    try:
-        yield
-    finally:
-        for signum, handler in listened_to.items():
-            signal.signal(signum, handler)
-    if came:
-        listened_to[came[0]](came[0], None)
-
-
-def package_versions() -> list[str]:
-    """Versions of the packages on which views' pixels and networks' answers depend."""
-    return [version(name) for name in ("torch", "torchvision", "timm", "pillow", "simplejpeg", "numpy")]
-
-
-def code_digest() -> str:
-    """SHA-256 over the project's source files that this process has loaded, in hex."""
-    root = Path(__file__).resolve().parents[2]
-    folders = root / "pipeline", root / "models"
-    ours = [sys.modules[name] for name in sys.modules if name.split(".")[0] in ("pipeline", "models", "__main__")]
-    loaded = {Path(file).resolve() for module in ours if (file := getattr(module, "__file__", None))}
-    total = hashlib.sha256()  # __main__ is the stage itself, or a program that is not the project's
-    for file in sorted(file for file in loaded if any(file.is_relative_to(folder) for folder in folders)):
-        total.update(file.read_bytes())
-    return total.hexdigest()
+    mark, words = errors.REFUSED, errors.in_a_line(error) if isinstance(error, ValueError | OSError) else ""
+    if params is None:
+        return mark, words
+    fewer = f"set machine.workers to fewer (now {params.machine.workers}), 0 for none"
+    if errors.out_of_shared_memory(error):
+        words = f"worker processes are out of shared memory: {fewer}, or give a container more (docker run --shm-size)"
+    elif errors.out_of_memory(error):
+        words = f"out of memory{_whats_there_to_halve(params, name)}"
+    elif "does not have a deterministic implementation" in str(error):
+        words = f"{str(error).partition(',')[0]}: set machine.deterministic to false"
+    elif "parameters that were not used in producing loss" in str(error):  # DistributedDataParallel's
+        words = "the network has weights that take no part in its logits: set machine.processes to 1, or take them out"
+    elif errors.left_alone(error):
+        mark, words = errors.LEFT_ALONE, f"another process of this run has ended ({error})"
+    elif errors.worker_lost(error):
+        mark, words = errors.CUT_SHORT, f"{errors.workers_words(error)} Where memory is short, {fewer}"
+    return mark, " ".join(words.split())
 
 
 def _whats_there_to_halve(params: Params, name: str) -> str:

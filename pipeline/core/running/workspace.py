@@ -28,8 +28,8 @@ from typing import Any
 
 from pipeline.core import atomic, params
 from pipeline.core.intake import archives
+from pipeline.core.resume import SCRATCH
 from pipeline.core.running import dvc, params_file
-from pipeline.core.stage import SCRATCH
 
 MAKE_LABELS = ("prepare", "teacher", "mine", "cache")  # stages; what cache says counts most
 LABELS_DEPEND_ON = ("seed", "views", "teacher", "cache", "mine", "prepare")  # sections, what matters most first

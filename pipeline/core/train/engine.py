@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.core import atomic, devices, stage
+from pipeline.core import atomic, devices, signals
 from pipeline.core.data.batches import Batch, TrainingOrder, Views, load
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
@@ -129,7 +129,7 @@ class Run:
         self.between_steps = True  # not before: an interrupt while a checkpoint is read finds half of it in place
         with progress, self._profile() as profile:
             for batch in self.meter.batches(batches):
-                with stage.finish_first() if self.processes.world == 1 else nullcontext():
+                with signals.finish_first() if self.processes.world == 1 else nullcontext():
                     self.between_steps = False
                     self.losses.append(self._update(network, batch))
                     self.step += 1

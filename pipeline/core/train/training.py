@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.core import atomic, devices, networks, stage
+from pipeline.core import atomic, devices, networks, resume
 from pipeline.core.data.batches import EVERY_REPLICA, IMAGES_A_PASS, Batch, TrainingOrder, Views, in_order, load
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.devices import Processes
@@ -85,13 +85,13 @@ def train(task: Task, params: Params, processes: Processes) -> None:
     """
     images = task.views.images
     networks.check_takes(task.classifier, task.card["model"], task.resolution, len(images.classes))
-    folder = stage.SCRATCH / task.name / _name(task, params)
+    folder = resume.SCRATCH / task.name / _name(task, params)
     if not processes.first():
         devices.wait_for_all(processes)  # until the first process has made sure that the checkpoint is this run's
         _run(task, params, processes, folder, lambda epoch, figures: None)
         return
-    with stage.only_writer(task.name):
-        stage.begin_run(folder)
+    with resume.only_writer(task.name):
+        resume.begin_run(folder)
         devices.wait_for_all(processes)
         described = {f"{task.name}.{key}": value for key, value in task.recipe.model_dump().items()}
         described |= {"seed": params.seed, "model": task.card["model"], "images": len(task.rows)}
@@ -105,7 +105,7 @@ def train(task: Task, params: Params, processes: Processes) -> None:
             networks.save(out, best, {**card, "identities": task.identities})
             _write_history(out / "history.csv", run.history)
         checkpoints.keep_last(folder, 1)  # should DVC run the stage once more
-        stage.end_run(folder)
+        resume.end_run(folder)
 
 
 def better(
@@ -250,8 +250,8 @@ def _name(task: Task, params: Params) -> str:
         "identities": task.identities,
         "replicas": task.replicas,
         "test view": [task.resolution, params.views.test_crop],
-        "packages": stage.package_versions(),
-        "code": stage.code_digest(),
+        "packages": resume.package_versions(),
+        "code": resume.code_digest(),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
