@@ -149,7 +149,7 @@ def kill_when_it_has_written(folder, stage):
 
 def test_a_second_writer_is_told_so(project, tmp_path):
     program = (
-        "import time; from pipeline.core import stage\n"
+        "import time; from pipeline.core import resume\n"
         "with resume.only_writer('distill'): print('in', flush=True); time.sleep(60)"
     )
     first = subprocess.Popen(["python", "-c", program], cwd=project, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)

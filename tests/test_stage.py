@@ -61,7 +61,7 @@ def test_a_run_that_begins_again_has_not_ended(folder, tmp_path):
 
 def test_who_is_at_work_already_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stage.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(resume.time, "sleep", lambda seconds: None)
     with resume.only_writer("cache") as folder:
         (folder / "lock").write_text("99999999")  # of one that was killed
     words = f"^process {os.getpid()} is already at work on cache here; wait for it, or stop it$"

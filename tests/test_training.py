@@ -245,7 +245,7 @@ def test_a_run_is_named_after_all_that_it_depends_on(monkeypatch):
     names = [name(), name(seed=1), name(crop=0.8), name(card={"model": "ResNet50_va"}), name(identities={"data": "b"})]
     names += [name(replicas=1), name(resolution=17), name(recipe=tiny(**{"baseline.lr": 0.5}).baseline)]
     for changed in ("code_digest", "package_versions"):
-        monkeypatch.setattr(stage, changed, lambda: "others")
+        monkeypatch.setattr(resume, changed, lambda: "others")
         names.append(name())
     assert len(set(names)) == len(names)
 
