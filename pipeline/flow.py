@@ -254,15 +254,15 @@ def environment(root: Path) -> dict[str, str]:
     return os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1"} | project | flow_run
 
 
-def serve(url: str) -> None:
-    """Serve the flow as deployment ssld/local until Ctrl-C."""
-    serving = "from pipeline.flow import ssld; ssld.serve(name='local', print_starting_message=False)"
+def serve(url: str, name: str) -> None:
+    """Serve the flow as a deployment, ssld/NAME, until Ctrl-C."""
+    serving = f"from pipeline.flow import ssld; ssld.serve(name={name!r}, print_starting_message=False)"
     # In a process of its own: Prefect's runner, asked to stop, would wait until its runs have ended.
     variables = os.environ | {"PREFECT_API_URL": url}
     with prefect_server.serving(url), Programs(Path.cwd(), variables, grace=4) as programs:
         print(f"Prefect's pages: {url.removesuffix('/api')}\nTo start a run, in another shell, in about 20 seconds:")
-        print(f"    export PREFECT_API_URL={url}\n    prefect deployment run ssld/local")
-        print("""    prefect deployment run ssld/local --param 'changes={"distill.epochs": 2}'""")
+        print(f"    export PREFECT_API_URL={url}\n    prefect deployment run ssld/{name}")
+        print(f"""    prefect deployment run ssld/{name} --param 'changes={{"distill.epochs": 2}}'""")
         print("Ctrl-C stops the runs, the deployment and the server.", flush=True)
         programs.run([sys.executable, "-c", serving], print)
 
@@ -285,7 +285,10 @@ def main() -> int:
     parser.add_argument("-S", "--set-param", metavar="KEY=VALUE", action="append", default=[], help="with run")
     parser.add_argument("--recipe", metavar="NAME", help="with run: the settings of a recipe; -S changes them further")
     parser.add_argument("--stages", nargs="+", metavar="STAGE", help="with run: only these, and what they need")
+    parser.add_argument("--name", default="local", help="with serve: the deployment is ssld/NAME (default: local)")
     arguments = parser.parse_args()
+    if not re.fullmatch(r"[\w.-]+", arguments.name):
+        parser.error("--name: letters, digits, dots, dashes and underscores")
     if arguments.what == "serve" and (arguments.set_param or arguments.recipe or arguments.stages):
         parser.error("-S, --recipe and --stages are of a run: give a deployment's run --param 'changes={...}' instead")
     for number in (signal.SIGTERM, signal.SIGHUP):  # by default they would skip all cleaning up
@@ -297,7 +300,7 @@ def main() -> int:
         url = prefect_server.ready(port, meanwhile=lambda: check(Path.cwd(), changes, arguments.stages))
         with temporary_settings({PREFECT_API_URL: url}):
             if arguments.what == "serve":
-                serve(url)
+                serve(url, arguments.name)
                 return 1  # it does not end by itself
             print(f"Prefect's pages, while this runs: {url.removesuffix('/api')}", flush=True)
             return 0 if ssld(changes, arguments.stages, return_state=True).is_completed() else 1

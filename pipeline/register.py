@@ -111,10 +111,15 @@ def _register(client: "MlflowClient", params: Params, student: finished.Student,
     top1 = _verified_top1(client, version, params, student)
     client.set_registered_model_alias(name, "challenger", version.version)
     champion = registry.by_alias(client, name, "champion")
-    if champion is not None and champion.version == version.version:
-        _say(f"{_named(version)} is the champion already")
-        return
-    promoted, why = _compare(client, params, student, top1, champion)
+    while True:
+        if _number(champion) == version.version:
+            _say(f"{_named(version)} is the champion already")
+            return
+        promoted, why = _compare(client, params, student, top1, champion)
+        present = registry.by_alias(client, name, "champion")
+        if not promoted or _number(present) == _number(champion):
+            break
+        champion = present  # of somebody who registered elsewhere meanwhile
     if promoted:
         client.set_registered_model_alias(name, "champion", version.version)
     decision = f"{'promoted' if promoted else 'not promoted'}: {why}"
@@ -257,6 +262,10 @@ def _ask(
             found.append(model(batch.pixels.float()).numpy())
             progress.update(len(batch.rows))
     return np.concatenate(found)
+
+
+def _number(version: "ModelVersion | None") -> str | None:
+    return version.version if version else None
 
 
 def _named(version: "ModelVersion") -> str:

@@ -39,6 +39,28 @@ def test_only_a_better_student_becomes_champion(project):
 
 
 @pytest.mark.usefixtures("no_onnx")
+def test_one_that_became_champion_elsewhere_meanwhile_is_compared_with(project, monkeypatch):
+    project.student(spoilt=1.0)
+    project.register()
+    project.student(spoilt=0.0)
+    project.register()
+    client = mlflow_store.connect()
+    client.set_registered_model_alias(NAME, "champion", "1")
+    compare = register._compare
+
+    def slowly(*arguments):
+        found = compare(*arguments)
+        client.set_registered_model_alias(NAME, "champion", "2")
+        return found
+
+    monkeypatch.setattr(register, "_compare", slowly)
+    assert project.student(spoilt=1e-4) == 1.0  # better than version 1, and as good as version 2
+    project.register()
+    assert project.aliases() == {"champion": 2, "challenger": 3}
+    assert "does not beat version 2" in project.versions()[3].tags["decision"]
+
+
+@pytest.mark.usefixtures("no_onnx")
 def test_an_equal_student_does_not_replace_the_champion(registered):
     assert registered.student(spoilt=1e-4) == 1.0
     registered.register()

@@ -20,6 +20,17 @@ def data():
     return yaml.safe_load(FILE.read_text())
 
 
+def test_a_folder_without_git_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"in no Git repository.*`git init`$"):
+        preflight.check_git(tmp_path)
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = true\n")
+    preflight.check_git(tmp_path)
+    (tmp_path / "inner/.dvc").mkdir(parents=True)
+    (tmp_path / ".git").mkdir()
+    preflight.check_git(tmp_path / "inner")
+
+
 def test_the_projects_own_file_is_right(data):
     assert json.loads(params.load(FILE).model_dump_json(by_alias=True, include={"views", "mine"})) == {
         "views": data["views"],

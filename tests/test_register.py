@@ -321,6 +321,9 @@ def test_a_version_of_a_run_without_dvcs_record_has_no_tags_of_it(project):
     assert finished.lineage(record, params, project.data)["dvc.data/cache"] == "abc.dir"
     Path("dvc.lock").write_text("")  # as while DVC writes it
     assert not any(tag.startswith("dvc.") for tag in finished.lineage(record, params, project.data))
+    Path("dvc.lock").write_text("stages:\n<<<<<<< HEAD\n  cache: {}\n")
+    with pytest.raises(ValueError, match=r"^dvc.lock: not YAML, as after a merge"):
+        finished.lineage(record, params, project.data)
 
 
 def test_a_version_s_tags_name_the_data_the_teacher_and_the_soft_labels_that_dvc_keeps(project):

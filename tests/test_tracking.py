@@ -247,6 +247,38 @@ def test_the_commit_and_whether_the_code_differs_from_it_are_tags(root, monkeypa
     assert tracking.git_tags(root) == {}
 
 
+def test_why_git_says_nothing_is_said(root, monkeypatch, capfd):
+    git = root / "bin" / "git"
+    git.parent.mkdir()
+    git.write_text("#!/bin/sh\necho 'fatal: detected dubious ownership in repository' >&2\nexit 128\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", str(git.parent), prepend=os.pathsep)
+    assert tracking.git_tags(root) == {}
+    assert capfd.readouterr().err == "the commit is not noted: fatal: detected dubious ownership in repository\n"
+
+
+def test_a_run_that_cannot_be_described_has_failed(root, monkeypatch):
+    from mlflow.exceptions import MlflowException
+
+    def refuse(*_):
+        raise MlflowException("the server is away")
+
+    monkeypatch.setattr(tracking, "_describe", refuse)
+    with pytest.raises(ValueError, match="the server is away"), tracking.run("teacher", {}, {}, root=root):
+        pass
+    client = mlflow_store.connect(root)
+    (found,) = client.search_runs([mlflow_store.experiment(client, root)])
+    assert found.info.status == "FAILED"
+
+
+def test_a_registry_elsewhere_is_refused(root, monkeypatch):
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", mlflow_store.default_uri(root))
+    mlflow_store.connect(root)
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{root}/other.db")
+    with pytest.raises(ValueError, match=r"^MLFLOW_REGISTRY_URI names another store.*: unset it$"):
+        mlflow_store.connect(root)
+
+
 def test_a_resumed_training_goes_on_in_the_same_run(root):
     resume = root / "scratch" / "mlflow-run"
     with contextlib.suppress(KeyboardInterrupt), tracking.run("distill", {"workers": 0}, {}, resume, root) as killed:

@@ -100,6 +100,9 @@ def lineage(record: dict[str, Any], params: Params, data: Path, root: Path = Pat
         record: what `describe` gave.
         data: the stages' outputs.
         root: the project's root, where dvc.lock is if the pipeline ran through DVC.
+
+    Raises:
+        ValueError: dvc.lock cannot be read.
     """
     settings = params.model_dump(mode="json", by_alias=True, exclude={"machine"})
     tags = {f"digest.{key}": record[key] for key in ("weights", "data", "test")}
@@ -108,7 +111,10 @@ def lineage(record: dict[str, Any], params: Params, data: Path, root: Path = Pat
         "digest.teacher": atomic.read_json(data / "teacher" / "network.json")["digest"],
         "digest.cache": atomic.read_json(data / "cache" / "cache.json")["fingerprint"],
     }
-    lock = (yaml.safe_load((root / "dvc.lock").read_text()) if (root / "dvc.lock").exists() else None) or {}
+    try:
+        lock = (yaml.safe_load((root / "dvc.lock").read_text()) if (root / "dvc.lock").exists() else None) or {}
+    except yaml.YAMLError:
+        raise ValueError("dvc.lock: not YAML, as after a merge: resolve that, then run `dvc repro`") from None
     for name in STORED:
         # Under these names, DVC's cache and remotes keep what the stages wrote.
         outs = lock.get("stages", {}).get(name, {}).get("outs", [])

@@ -66,6 +66,10 @@ def connect(root: Path = Path(".")) -> "MlflowClient":
     uri = default_uri(root)
     if re.fullmatch(r"sqlite(\+\w+)?:(//)?/?(:memory:)?(\?.*)?", uri):
         raise ValueError("MLFLOW_TRACKING_URI names no file, so that nothing would last: sqlite:////path/to/mlflow.db")
+    if os.environ.get("MLFLOW_REGISTRY_URI", uri) not in ("", uri):
+        raise ValueError(
+            "MLFLOW_REGISTRY_URI names another store than the runs', but versions go where runs go: unset it"
+        )
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     if uri.startswith(SQLITE):

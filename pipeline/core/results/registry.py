@@ -202,7 +202,16 @@ def loaded(client: "MlflowClient", version: "ModelVersion") -> Iterator[Any]:
         )
         try:
             model = mlflow.pytorch.load_model(folder)
-        except (MlflowException, YAMLError, OSError, RuntimeError, ValueError, KeyError) as error:
+        except (
+            MlflowException,
+            YAMLError,
+            OSError,
+            RuntimeError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:
             words = errors.in_a_line(error)
             if "pickle" in words.lower():  # for which MLflow takes what it does not know, and advises to allow it
                 words = "its model is damaged, or no program of torch.export"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -101,11 +102,12 @@ def run(
     with mlflow_store.speaking_plainly(client.tracking_uri):
         tracked = _resume(client, resume_file) or _start(client, stage, root)
         if resume_file:
-            atomic.write_json(resume_file, {"uri": client.tracking_uri, "run_id": tracked.id})
-        tags = {f"digest.{name}": value for name, value in identities.items()} | git_tags(root)
-        _describe(client, tracked.id, flatten(params), tags)
+            atomic.write_json(resume_file, {"uri": mlflow_store.shown(client.tracking_uri), "run_id": tracked.id})
     status = "FAILED"
     try:
+        tags = {f"digest.{name}": value for name, value in identities.items()} | git_tags(root)
+        with mlflow_store.speaking_plainly(client.tracking_uri):
+            _describe(client, tracked.id, flatten(params), tags)
         yield tracked
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -125,18 +127,24 @@ def flatten(params: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 def git_tags(root: Path = Path(".")) -> dict[str, str]:
     """Name the commit, and whether code, settings, packages or images differ from it; nothing without a commit."""
-    commit, changed = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "--", *REPEATABLE_BY)
+    commit = _git(root, "rev-parse", "HEAD")
     if commit is None:
         return {}
+    changed = _git(root, "status", "--porcelain", "--", *REPEATABLE_BY)
     # `mlflow.source.git.commit` is the name that MLflow's pages look for.
     return {"git.commit": commit, "mlflow.source.git.commit": commit, "git.dirty": str(bool(changed)).lower()}
 
 
 def _git(root: Path, *arguments: str) -> str | None:
+    """What Git says; None where it says nothing, and why on the screen, unless there is no repository or commit."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, timeout=60, env=os.environ | {"LC_ALL": "C"}
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
+    if done.returncode and not re.search("not a git repository|unknown revision", done.stderr):
+        print(f"the commit is not noted: {' '.join(done.stderr.split())}", file=sys.stderr, flush=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -155,7 +163,7 @@ def _resume(client: "MlflowClient", resume_file: Path | None) -> TrackedRun | No
 
     try:
         kept = json.loads(Path(resume_file).read_text()) if resume_file else {}
-        if kept.get("uri") != client.tracking_uri:
+        if kept.get("uri") != mlflow_store.shown(client.tracking_uri):
             return None
         client.update_run(kept["run_id"], status="RUNNING")
     except (FileNotFoundError, json.JSONDecodeError, MlflowException):

@@ -45,6 +45,19 @@ def check(settings: Params, root: Path) -> None:
     check_networks(settings, root)
 
 
+def check_git(root: Path) -> None:
+    """Make sure that the project is in a Git repository, as DVC asks for.
+
+    Raises:
+        ValueError: it is in none, and DVC was not told to do without (core.no_scm).
+    """
+    settings = (root / ".dvc" / name for name in ("config", "config.local"))
+    if any("no_scm" in file.read_text() for file in settings if file.exists()):
+        return
+    if not any((folder / ".git").exists() for folder in (root.resolve(), *root.resolve().parents)):
+        raise ValueError("this folder is in no Git repository, as DVC wants: clone the project, or run `git init`")
+
+
 def check_files(settings: Params, root: Path) -> None:
     """Make sure that files and folders are there, all but the example's, which the first stage makes.
 
@@ -221,6 +234,7 @@ def _named(key: str) -> Iterator[None]:
 def main() -> None:
     """Check params.yaml, and what it names."""
     try:
+        check_git(Path())
         check(params.load(), Path())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
