@@ -10,8 +10,8 @@
 It gives a module whose `forward` turns normalised pixels (B, 3, H, W) into logits (B, num_classes), or into a dict, an
 object or a tuple that has them, as `logits` or first.
 
-- Its last nn.Linear, in the order in which they were made, is taken for its last layer, which makes the logits. Where
-  another module does, a method `get_classifier` names it.
+- Its last nn.Linear, in the order of construction, is taken for the layer that makes the logits. Where another module
+  makes them, a method `get_classifier` returns it.
 - Tensors are parameters or buffers, and what it does does not depend on values of pixels, so that it can be exported.
 - Memory is channels-last: `flatten(1)` or `reshape`, not `view`.
 - With several processes every parameter has to have a part in the logits: no auxiliary classifiers.

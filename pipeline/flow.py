@@ -4,7 +4,7 @@ Reads:   dvc.yaml (the graph is written there and nowhere else), params.yaml
 Writes:  what the stages write; in .scratch: Prefect's data (prefect), workspaces and results of runs with changes
 
 A run without changes works in this folder, as `dvc repro` does: what ran through one is up to date for the other.
-A run with changed parameters works in a folder of its own (core/workspace.py); its results come to .scratch/runs.
+A run with changed parameters works in a folder of its own (core/running/workspace.py); results are in .scratch/runs.
 Cancelling a run, or Ctrl-C, ends its processes; the same run again goes on where it stopped.
 
     python -m pipeline.flow                            run it here and now, with a temporary Prefect server

@@ -7,7 +7,6 @@ With --if-missing it only looks whether the registry has that version, and regis
 DVC skipped this stage, or took its output from its cache.
 """
 
-import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,10 +47,8 @@ def run(params: Params) -> None:
             mlflow_store.speaking_plainly(client.tracking_uri),
         ):
             _register(client, params, student, record)
-        with contextlib.suppress(OSError, ValueError):  # not there, or damaged
-            if json.loads(RECORD.read_text()) == record:
-                return
-        atomic.write_json(RECORD, record)
+        if _recorded() != record:
+            atomic.write_json(RECORD, record)
 
 
 def run_if_missing(params: Params) -> None:
@@ -60,10 +57,9 @@ def run_if_missing(params: Params) -> None:
     Raises:
         ValueError: as `run`; or nothing was registered yet.
     """
-    try:
-        record = json.loads(RECORD.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        raise ValueError(f"{RECORD}: not there, so nothing was registered yet; run `dvc repro`") from None
+    record = _recorded()
+    if record is None:
+        raise ValueError(f"{RECORD}: not there, or damaged, so that nothing is known to be registered; run `dvc repro`")
     client = mlflow_store.connect()
     where = mlflow_store.shown(client.tracking_uri)
     with mlflow_store.speaking_plainly(client.tracking_uri):
@@ -75,6 +71,14 @@ def run_if_missing(params: Params) -> None:
     if finished.describe(finished.read(DATA), params.register_.name, params.views.test_crop) != record:
         raise ValueError(f"{RECORD}: describes another student than data/fixres holds; run `dvc repro`")
     run(params)
+
+
+def _recorded() -> dict[str, Any] | None:
+    """What an earlier run has noted of the version; None where the note is not there, or damaged."""
+    try:
+        return json.loads(RECORD.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def differ(measured: np.ndarray, recorded: np.ndarray, tolerance: float) -> str:

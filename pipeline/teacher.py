@@ -127,8 +127,13 @@ def try_out(classifier: Classifier, params: Params, images: ImageSet) -> str:
             f"classes. Its classes must be these, in this order: {order}; and pixels must be normalised as it was "
             "trained with (teacher.mean, teacher.std)"
         )
-    if enough and len({*(said := np.concatenate(answers)).tolist()}) == 1 < len({*images.labels[rows].tolist()}):
-        raise ValueError(f"{model} guesses: to it, all {tried:,} validation images are '{images.classes[said[0]]}'")
+    said = {*np.concatenate(answers).tolist()} if answers else set()
+    others = int((images.labels[rows] != min(said)).sum()) if said else 0
+    if enough and len(said) == 1 and 0.5**others < CHANCE:  # so few would be all wrong if it got half of them right
+        raise ValueError(
+            f"{model} guesses: to it, all {tried:,} validation images are '{images.classes[min(said)]}'. Its classes "
+            f"must be these, in this order: {order}; and pixels must be normalised as it was trained with"
+        )
     if answers and (others := swapped(images.labels[rows], np.concatenate(answers), images.classes)):
         raise ValueError(
             f"{model} has classes in each other's place: {others}. Its classes must be these, in this order: {order}"

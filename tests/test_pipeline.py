@@ -162,7 +162,7 @@ def test_a_second_writer_is_told_so(project, tmp_path):
 
 CHILD = """
 import os, time
-from pipeline.core import resume, stage
+from pipeline.core import stage
 stage._die_with_parents()
 print(os.getpid(), flush=True)
 time.sleep(60)

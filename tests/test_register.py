@@ -272,7 +272,7 @@ def test_a_registry_that_does_not_answer_is_not_one_without_a_champion(project, 
 
 @pytest.mark.usefixtures("no_onnx")
 def test_if_missing_registers_what_the_registry_lacks_and_nothing_else(project, capfd, tmp_path_factory, monkeypatch):
-    with pytest.raises(ValueError, match="nothing was registered yet"):
+    with pytest.raises(ValueError, match="so that nothing is known to be registered"):
         project.register(if_missing=True)
     project.register()
     project.register(if_missing=True)

@@ -1,4 +1,4 @@
-"""What stages share; nothing in here imports a stage. Modules that most of them use lie here, others in a package:
+"""What stages share; nothing in here imports a stage. What several packages use lies here itself; the packages:
 
 intake/      what stage prepare is made of: sources, archives, refusals, shards
 data/        prepared images as views, in batches

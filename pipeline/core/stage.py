@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -74,8 +75,10 @@ def main(
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, where another process has failed as well
         mark, words = _explained(error, params, name)
-        if not words or os.environ.get("SSLD_TRACEBACK"):
+        if not words:
             raise
+        if os.environ.get("SSLD_TRACEBACK"):
+            traceback.print_exc()
         if not _error_is_told():
             print(f"{name}: {mark}: {words}", file=sys.stderr, flush=True)
         if mark == errors.REFUSED:

@@ -40,7 +40,7 @@ def load(network: nn.Module, file: Path, built_as: tuple[str, int] | None = None
 
     Args:
         built_as: name and number of classes, of which `models.build` made the network: they tell a file for other
-            classes from one of another network; without them, every other shape is taken for the latter.
+            classes from one of another network; without them, any shape that differs means another network.
         new_last_layer: leave the network's last layer as it is, and say so, where the file's is for other classes.
 
     Raises:

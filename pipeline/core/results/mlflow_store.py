@@ -53,7 +53,7 @@ def default_uri(root: Path) -> str:
 
 def shown(uri: str) -> str:
     """Write a store's address, or words in which it may stand, for people: without the passwords in them."""
-    secrets = r"([?&](?:\w*(?:password|passwd|pwd|token|secret)|odbc_connect)=)[^&\s]*"
+    secrets = r"([?&](?:\w*(?:password|passwd|pwd|token|secret)\w*|odbc_connect)=)[^&\s]*"
     return re.sub(r"://[^/?#\s]*@", "://", re.sub(secrets, r"\1***", uri, flags=re.I))
 
 
@@ -153,7 +153,12 @@ def is_server(uri: str) -> bool:
 
 
 def _sqlite_file(uri: str) -> Path:
-    return Path(unquote(uri.removeprefix(SQLITE).partition("?")[0])).absolute()
+    return Path(unquote(str(_written(uri))))
+
+
+def _written(uri: str) -> Path:
+    """The path of a local store's file as its address has it, with characters encoded."""
+    return Path(uri.removeprefix(SQLITE).partition("?")[0]).absolute()
 
 
 def _artifacts(uri: str, root: Path) -> str | None:
@@ -183,8 +188,11 @@ def _make_sqlite(uri: str) -> None:
             rest.unlink(missing_ok=True)
         from mlflow import MlflowClient
 
+        written = _written(uri)
         with speaking_plainly(uri):
-            MlflowClient(tracking_uri=f"{SQLITE}{part}").search_experiments(max_results=1)
+            MlflowClient(tracking_uri=f"{SQLITE}{written.with_name(f'.{written.name}.part')}").search_experiments(
+                max_results=1
+            )
         os.replace(part, file)
 
 

@@ -17,7 +17,7 @@ RECIPE = ("seed", "views", "teacher", "mine", "cache", "student", "distill", "fi
 SPLITS = {
     "labelled": "with labels",
     "unlabelled": "in the pool, of which mining took {mined:,}",
-    "val": "for validation: to choose by and to mine with, their labels not learned from",
+    "val": "for validation, to choose between networks and to rank the pool; no network learned their labels",
     "test": "for the numbers above, not learned from",
 }
 TEACHERS = {

@@ -50,7 +50,7 @@ def write(file: Path, network: "nn.Module", example: np.ndarray, classes: list[s
                 network,
                 (torch.from_numpy(example),),
                 dynamo=True,
-                dynamic_shapes=({0: "batch"},),  # its name in the file; DYNAMIC to torch.export
+                dynamic_shapes=({0: "batch"},),  # the dimension's name in the file; its size is free
                 input_names=["pixels"],
                 output_names=["logits"],
                 verbose=False,

@@ -104,7 +104,10 @@ def check_networks(settings: Params, root: Path) -> None:
     weights = {"teacher.source": settings.teacher.source, **_starts(settings)}
     from_timm = [key for key, value in weights.items() if value == TIMM]
     multipliers = {name: getattr(settings, name).lr_multipliers for name in ("baseline", "distill", "finetune")}
-    core = (PROJECT / "pipeline/core" / name for name in ("running/preflight.py", "networks.py", "small_maps.py"))
+    core = (
+        PROJECT / "pipeline/core" / name
+        for name in ("running/preflight.py", "networks.py", "small_maps.py", "train/optimizers.py")
+    )
     code = [file.read_text() for file in (*sorted((PROJECT / "models").glob("*.py")), *core)]
     check_own_file(PROJECT)
     made_by = [version("timm"), version("torch"), hashlib.sha256("".join(code).encode()).hexdigest()]

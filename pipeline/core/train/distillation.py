@@ -82,13 +82,14 @@ def check_compares(name: str, recipe: Distill, images: int, world: int) -> None:
     """Make sure that a loss that compares images with each other has two to compare.
 
     Raises:
-        ValueError: each process computes a batch image by image.
+        ValueError: each process computes its share of a batch image by image.
     """
     batch = min(recipe.batch_size, images)
-    if {"dist", "dist_intra"} & {*recipe.loss} and batch < 2 * world * recipe.accumulate:
+    compares = any(recipe.loss.get(loss) for loss in ("dist", "dist_intra"))
+    if compares and world > 1 and batch == world * recipe.accumulate:  # of fewer, the batches' order says what is wrong
         raise ValueError(
             f"{name}.loss: dist_intra compares the images that a process has at a time, which is one where {world} "
-            f"processes share {batch} images in {recipe.accumulate} parts each: raise {name}.batch_size, or lower "
+            f"processes share a batch of {batch}, each in {recipe.accumulate} parts: raise {name}.batch_size, or lower "
             f"{name}.accumulate or machine.processes"
         )
 

@@ -1,5 +1,6 @@
 """What moves the weights: a recipe's optimizer, the learning rate of each network stage, its schedule, the average."""
 
+import contextlib
 import math
 
 import torch
@@ -47,7 +48,7 @@ def multipliers_and_weights(part: nn.Module, recipe: TrainingRecipe) -> list[tup
     if multipliers is None:
         return [(1.0, [p for p in part.parameters() if p.requires_grad])]
     stage_of: dict[str, int] = {}
-    if hasattr(part, "group_matcher"):  # most of timm's networks
+    with contextlib.suppress(AttributeError, AssertionError):  # some of timm's networks have none, or no coarse one
         stage_of = group_parameters(part, part.group_matcher(coarse=True), reverse=True)
     count = len(set(stage_of.values()))
     if count != len(multipliers) + 1:

@@ -220,7 +220,7 @@ def _run(
     left_out = len(task.rows) - order.steps_per_epoch * order.batch_size
     if left_out > WORTH_SAYING * len(task.rows) and processes.first():
         print(
-            f"{task.name}: {left_out:,} of its {len(task.rows):,} images, others each time, are left out of an epoch: "
+            f"{task.name}: each epoch leaves out {left_out:,} of its {len(task.rows):,} images, not always the same: "
             f"they do not fill a batch of {order.batch_size:,}"
         )
     run = engine.Run(
