@@ -155,7 +155,7 @@ def test_the_registry_is_asked_where_its_stage_did_not_run(run, tmp_path):
     assert tasks["registry"].state.name == "Up to date"
     state, tasks = run(toy)  # and as the toy's stage makes no version, asking fails
     assert tasks["register"].state.name == "Up to date"
-    assert "nothing was registered yet" in state.message
+    assert "so that nothing is known to be registered" in state.message
 
 
 @pytest.mark.parametrize(

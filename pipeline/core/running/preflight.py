@@ -237,8 +237,8 @@ def _named(key: str) -> Iterator[None]:
 def main() -> None:
     """Check params.yaml, and what it names."""
     try:
-        check_git(Path())
         check(params.load(), Path())
+        check_git(Path())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
