@@ -103,3 +103,25 @@ def registered(made_project, made_registered, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     return student_project.Project(tmp_path, made_project.pixels)
+
+
+@pytest.fixture(scope="module")
+def made_store(tmp_path_factory):
+    """A store that has just been made: making one takes seconds, copying it none."""
+    from pipeline.core.results import mlflow_store
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        folder = tmp_path_factory.mktemp("store")
+        (folder / ".mlflow.db.part").write_bytes(b"half of a database")  # left by a process that was killed
+        (folder / "mlflow.db").touch()
+        mlflow_store.connect(folder)
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def root(made_store, tmp_path, monkeypatch):
+    """A folder with such a store, the one that is used where the environment names none."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(made_store, tmp_path)
+    return tmp_path
