@@ -110,6 +110,7 @@ def try_out(classifier: Classifier, params: Params, images: ImageSet) -> str:
     listening = classifier.register_forward_hook(listen)
     found, rows, classes = validate(classifier), images.rows("val"), len(images.classes)
     listening.remove()
+    said = np.concatenate(answers) if answers else np.empty(0, int)
     model, tried, top1 = params.teacher.model, len(rows), found.get("val_top1", 0.0)
     order = ", ".join(f"'{name}'" for name in images.classes[:10])
     order += ", ... (all are in data/prepare/classes.json)" if classes > 10 else ""
@@ -127,14 +128,12 @@ def try_out(classifier: Classifier, params: Params, images: ImageSet) -> str:
             f"classes. Its classes must be these, in this order: {order}; and pixels must be normalised as it was "
             "trained with (teacher.mean, teacher.std)"
         )
-    said = {*np.concatenate(answers).tolist()} if answers else set()
-    others = int((images.labels[rows] != min(said)).sum()) if said else 0
-    if enough and len(said) == 1 and 0.5**others < CHANCE:  # so few would be all wrong if it got half of them right
+    if enough and (said == said[0]).all() and 0.5 ** (tried - right) < CHANCE:  # so, if it got half of those right
         raise ValueError(
-            f"{model} guesses: to it, all {tried:,} validation images are '{images.classes[min(said)]}'. Its classes "
+            f"{model} guesses: to it, all {tried:,} validation images are '{images.classes[said[0]]}'. Its classes "
             f"must be these, in this order: {order}; and pixels must be normalised as it was trained with"
         )
-    if answers and (others := swapped(images.labels[rows], np.concatenate(answers), images.classes)):
+    if others := swapped(images.labels[rows], said, images.classes):
         raise ValueError(
             f"{model} has classes in each other's place: {others}. Its classes must be these, in this order: {order}"
         )

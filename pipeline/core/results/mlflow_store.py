@@ -183,16 +183,15 @@ def _make_sqlite(uri: str) -> None:
     with exclusively(uri, "init"):
         if file.exists() and file.stat().st_size:
             return
-        part = file.with_name(f".{file.name}.part")
+        written = _written(uri)
+        beside = f"{SQLITE}{written.with_name(f'.{written.name}.part')}"
+        part = _sqlite_file(beside)
         for rest in part, part.with_name(f"{part.name}-journal"):
             rest.unlink(missing_ok=True)
         from mlflow import MlflowClient
 
-        written = _written(uri)
         with speaking_plainly(uri):
-            MlflowClient(tracking_uri=f"{SQLITE}{written.with_name(f'.{written.name}.part')}").search_experiments(
-                max_results=1
-            )
+            MlflowClient(tracking_uri=beside).search_experiments(max_results=1)
         os.replace(part, file)
 
 

@@ -48,8 +48,9 @@ def multipliers_and_weights(part: nn.Module, recipe: TrainingRecipe) -> list[tup
     if multipliers is None:
         return [(1.0, [p for p in part.parameters() if p.requires_grad])]
     stage_of: dict[str, int] = {}
-    with contextlib.suppress(AttributeError, AssertionError):  # some of timm's networks have none, or no coarse one
-        stage_of = group_parameters(part, part.group_matcher(coarse=True), reverse=True)
+    if hasattr(part, "group_matcher"):  # most of timm's networks
+        with contextlib.suppress(AssertionError):  # of those that have no coarse grouping
+            stage_of = group_parameters(part, part.group_matcher(coarse=True), reverse=True)
     count = len(set(stage_of.values()))
     if count != len(multipliers) + 1:
         groups = f"{count - 1} groups" if stage_of else "no known groups"
