@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.core import atomic, devices, networks, resume, stage
+from pipeline.core import atomic, devices, networks, resume, stage, weights
 from pipeline.core.data.batches import RowsAndReplicas, Views, in_order, load
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import render_test
@@ -57,6 +57,9 @@ class Known(NamedTuple):
     columns: dict[str, np.ndarray]  # (M, ...) each, memory-mapped
 
 
+NOTHING_KNOWN = Known(np.zeros(0, np.uint64), {})
+
+
 def run(params: Params) -> None:
     processes = devices.join(params.machine)
     # A second program is told so before it loads the teacher.
@@ -73,9 +76,8 @@ def bring_up_to_date(params: Params, processes: Processes) -> None:
     asked = [*network, params.teacher.precision, *views, *resume.package_versions(), resume.code_digest()]
     answers = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     rows = np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])
-    devices.wait_for_all(processes)  # until no other run writes what is read here
-    known = read_known(answers)
-    new = rows[~np.isin(images.ids[rows], known.ids)]
+    known = read_known(answers) if processes.first() else NOTHING_KNOWN
+    new = devices.from_first(processes, rows[~np.isin(images.ids[rows], known.ids)])
     parts = resume.SCRATCH / "score" / f"{answers}-{hashlib.sha256(images.ids[new].tobytes()).hexdigest()[:16]}"
     if processes.first():
         resume.begin_run(parts)
@@ -100,7 +102,7 @@ def keep(answers: str) -> None:
                 os.link(written, kept)
             except OSError:
                 shutil.copyfile(written, kept)
-        digests = {column: _digest(folder / f"{column}.npy") for column in COLUMNS}
+        digests = {column: weights.file_digest(folder / f"{column}.npy") for column in COLUMNS}
         atomic.write_json(folder / "answers.json", {"answers": answers, "digests": digests})
 
 
@@ -114,12 +116,12 @@ def read_known(answers: str) -> Known:
     try:
         noted = json.loads((SCORED / "answers.json").read_text())
         same = noted["answers"] == answers
-        if same and noted["digests"] == {column: _digest(file) for column, file in files.items()}:
+        if same and noted["digests"] == {column: weights.file_digest(file) for column, file in files.items()}:
             columns = {column: np.load(file, mmap_mode="r") for column, file in files.items()}
             return Known(np.asarray(columns["ids"]), columns)
     except (OSError, ValueError, KeyError, TypeError):
         pass  # nothing there yet, or damaged: all are asked about
-    return Known(np.zeros(0, np.uint64), {})
+    return NOTHING_KNOWN
 
 
 @torch.inference_mode()
@@ -197,11 +199,6 @@ def _in_parts(parts: Path, known: Known) -> Iterator[tuple[np.ndarray, Mapping[s
     for file in sorted(parts.glob("part-*.npz")):
         with np.load(file) as part:
             yield part["ids"], part
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "blake2b").hexdigest()
 
 
 def _file(folder: Path, number: int) -> Path:

@@ -294,26 +294,24 @@ def test_stray_bytes_and_xmp_orientation_give_the_same_pixels_to_every_stage():
 
 
 def test_what_was_decoded_last_is_kept_and_no_more_than_fits():
-    contents = [encode(picture(number), "PNG") for number in range(6)]
-    size = pixels(0).nbytes + len(contents[0])
-    recent = images._Recent(most_bytes=3 * size)
-    encoded = [images.Encoded(content, *picture(0).size) for content in contents]
-    first = [recent.get(image, 8) for image in encoded[:3]]
-    assert recent.get(encoded[0], 8) is first[0]
-    recent.get(encoded[3], 8)  # in the place of the second, which was asked for longest ago
-    assert recent.bytes == 3 * size
-    assert recent.get(encoded[0], 8) is first[0]
-    assert recent.get(encoded[2], 8) is first[2]
-    again = recent.get(encoded[1], 8)
+    side = math.isqrt(images.RECENT.maxsize // 9)  # three fit
+    encoded = [images.Encoded(encode(Image.new("RGB", (side, side), (n, 0, 0)), "PNG"), side, side) for n in range(4)]
+    first = [images.pixels(image) for image in encoded[:3]]
+    assert images.pixels(encoded[0]) is first[0]
+    images.pixels(encoded[3])  # in the place of the second, which was asked for longest ago
+    assert images.RECENT.currsize == 3 * first[0].nbytes
+    assert images.pixels(encoded[0]) is first[0]
+    assert images.pixels(encoded[2]) is first[2]
+    again = images.pixels(encoded[1])
     assert again is not first[1]
     assert np.array_equal(again, first[1])
 
 
 def test_an_image_larger_than_all_that_may_be_kept_is_decoded_all_the_same():
-    recent = images._Recent(most_bytes=1)
-    image = images.Encoded(encode(picture(0), "PNG"), *picture(0).size)
+    side = math.isqrt(images.RECENT.maxsize // 3) + 1
+    image = images.Encoded(encode(Image.new("RGB", (side, side), (7, 8, 9)), "PNG"), side, side)
     for _ in range(2):
-        assert np.array_equal(recent.get(image, 8), pixels(0))
+        assert (images.pixels(image) == (7, 8, 9)).all()
 
 
 @pytest.mark.parametrize("size", [(8, 8), (81, 64), (100, 37)])

@@ -85,6 +85,30 @@ def test_views_are_found_in_any_order_and_in_any_batch(cache, finished):
     assert same(labels.read(keys[[4, 4, 25]]), [records[4], records[4], records[25]])
 
 
+@pytest.mark.parametrize("sizes", [(31, 32, 33), (64, 1, 96)])
+def test_records_are_found_within_their_blocks(tmp_path, sizes):
+    keys = some_keys(sum(sizes))
+    answers = [some_records(size, seed) for seed, size in enumerate(sizes)]
+    for part, records in zip(np.split(keys, np.cumsum(sizes)[:-1]), answers, strict=True):
+        shards.write(tmp_path, DESCRIPTION.fingerprint, part, records)
+    finish(tmp_path, DESCRIPTION, keys)
+    whole = [record(records, number) for records, size in zip(answers, sizes, strict=True) for number in range(size)]
+    for order in (range(len(keys)), np.random.default_rng(0).permutation(len(keys))):
+        labels = SoftLabels(tmp_path, DESCRIPTION)
+        assert same(labels.read(keys[order]), [whole[number] for number in order])
+    assert labels._places.nbytes <= sum(4 * (1 + size // shards.BLOCK) for size in sizes)
+
+
+def test_many_file_handles_are_left_to_others(monkeypatch):
+    limits = {}
+    monkeypatch.setattr(store.resource, "setrlimit", lambda kind, wanted: limits.update({kind: wanted}))
+    monkeypatch.setattr(store.resource, "getrlimit", lambda kind: (1024, 524_288))
+    assert store._allow_open_files(2_322) == 2_322
+    assert limits == {store.resource.RLIMIT_NOFILE: (3_322, 524_288)}
+    monkeypatch.setattr(store.resource, "getrlimit", lambda kind: (256, 256))
+    assert store._allow_open_files(2_322) == 128  # they are taken in turn
+
+
 @pytest.mark.parametrize("most_open", [1, 2, 3])
 def test_with_few_open_files_the_answers_are_the_same(cache, most_open):
     folder, keys, records = cache

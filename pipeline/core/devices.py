@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,19 +76,6 @@ def choose_algorithms(cudnn_benchmark: bool, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-class _Captured(nn.Module):
-    """A wrapper that is recorded in a network's place: recording changes `forward`, and validation calls the network
-    itself, with batches of other shapes.
-    """
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.network(pixels)
-
-
 def capture(network: nn.Module, pixels: Tensor) -> nn.Module:
     """Record a network's forward and backward pass for batches of one shape as CUDA graphs.
 
@@ -111,10 +99,11 @@ def capture(network: nn.Module, pixels: Tensor) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Attempting to run cuBLAS")  # the first product on that stream
-            # Local to this thread: another's may ask CUDA for pinned memory meanwhile, as the DataLoader's of another
-            # run in this process does (benchmarks/engine.py).
+            # In a wrapper, since recording changes `forward`, and validation calls the network itself with batches of
+            # other shapes. Local to this thread: another's may ask CUDA for pinned memory meanwhile, as the
+            # DataLoader's of another run in this process does (benchmarks/engine.py).
             captured = torch.cuda.make_graphed_callables(
-                _Captured(network), (pixels,), capture_error_mode="thread_local"
+                nn.Sequential(network), (pixels,), capture_error_mode="thread_local"
             )
     except RuntimeError as error:
         why = str(error).partition("\n")[0]
@@ -138,6 +127,14 @@ def wait_for_all(processes: Processes) -> None:
     """Wait until every process has come here."""
     if processes.world > 1:
         dist.barrier()
+
+
+def from_first(processes: Processes, value: Any) -> Any:
+    """Give every process what the first one gives."""
+    told = [value]
+    if processes.world > 1:
+        dist.broadcast_object_list(told)
+    return told[0]
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from pipeline.core.data.views import ViewSpec
 RowsAndReplicas = tuple[np.ndarray, np.ndarray]  # (B,) int64 each
 EVERY_REPLICA = 0  # "as many replicas as there are epochs": each epoch sees views of its own
 MOST_WORKERS = 16  # that `auto` starts
-IMAGES_A_PASS = 128  # clean views that a network is asked about at once, where no setting says otherwise
+IMAGES_A_PASS = 128  # clean views in a batch, where no setting says otherwise
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Views(Dataset):
 
 
 class TrainingOrder:
-    """Which views make up each batch of a training run, from a given step on.
+    """Which views make up each batch of a training run.
 
     The order is drawn over the rows, which ascend as ids do, so it does not depend on where a file was found; the last
     images of an epoch that do not fill a batch are left out of it, and each epoch leaves out others.

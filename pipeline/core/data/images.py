@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import cachetools
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -41,6 +42,9 @@ PLANES, APART = 284, 2  # the tag for the layout of colours, and its value where
 # complaints are wanted of.
 AS_PIL_DOES = {"YCbCr": "RGB", "Gray": "RGB"}
 ONLY_TO_CHECK = {"RGB": "RGB", "CMYK": "CMYK", "YCCK": "CMYK"}
+
+# The images that a process decoded last, as many as fit into so many bytes.
+RECENT = cachetools.LRUCache(32_000_000, getsizeof=lambda decoded: decoded.nbytes)
 
 # PIL's own limit is one number for the whole process; `max_pixels` below is checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
@@ -124,7 +128,7 @@ def pixels(image: Encoded, shrink: float = 1.0) -> np.ndarray:
             next larger size that libjpeg's scaled transform (eighths) has, which computes nothing of the full size;
             others come in full.
     """
-    return RECENT.get(image, _eighths(image, shrink))
+    return _decoded(image, _eighths(image, shrink))
 
 
 def _eighths(image: Encoded, shrink: float) -> int:
@@ -136,6 +140,7 @@ def _eighths(image: Encoded, shrink: float) -> int:
     return next(fits, 8)
 
 
+@cachetools.cached(RECENT, key=lambda image, eighths: (image.content, eighths))
 def _decoded(image: Encoded, eighths: int) -> np.ndarray:
     content = image.content
     if _turned(content):
@@ -182,34 +187,6 @@ def _decode_jpeg(content: bytes, wanted: dict[str, str] = AS_PIL_DOES, **least_s
         if str(error).startswith("Corrupt JPEG data") and "extraneous bytes" not in str(error):
             raise Unreadable("unreadable", str(error)) from None
     return None
-
-
-class _Recent:
-    """The images that a process decoded last, as many as fit into so many bytes."""
-
-    def __init__(self, most_bytes: int):
-        self.most_bytes, self.bytes = most_bytes, 0
-        self._images: dict[tuple[bytes, int], np.ndarray] = {}  # the one asked for longest ago first
-
-    def get(self, image: Encoded, eighths: int) -> np.ndarray:
-        key = image.content, eighths
-        found = self._images.pop(key, None)
-        if found is None:
-            found = _decoded(image, eighths)
-            if self._size(key, found) > self.most_bytes:
-                return found
-            self.bytes += self._size(key, found)
-        self._images[key] = found
-        while self.bytes > self.most_bytes:
-            oldest = next(iter(self._images))
-            self.bytes -= self._size(oldest, self._images.pop(oldest))
-        return found
-
-    def _size(self, key: tuple[bytes, int], pixels: np.ndarray) -> int:
-        return len(key[0]) + pixels.nbytes
-
-
-RECENT = _Recent(32_000_000)
 
 
 def _turned(content: bytes) -> bool:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # mlflow takes seconds to import: what does not track must no
 # what a commit has to hold for a run to be repeated
 REPEATABLE_BY = ("pipeline", "models", "params.yaml", "dvc.yaml", "requirements.txt", ".dvc/config", ":(glob)**/*.dvc")
 FLOW_RUN = "SSLD_FLOW_RUN"  # the variable that names the flow run which a stage belongs to
-BATCH = 100  # parameters that MLflow takes in one request
 
 
 class TrackedRun:
@@ -178,6 +177,4 @@ def _describe(client: "MlflowClient", run_id: str, params: dict[str, str], tags:
     there = client.get_run(run_id).data.params
     tags = tags | {f"resumed.{key}": value for key, value in params.items() if there.get(key, value) != value}
     new = [Param(key, value) for key, value in params.items() if key not in there]
-    for start in range(0, len(new), BATCH):
-        client.log_batch(run_id, params=new[start : start + BATCH])
-    client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+    client.log_batch(run_id, params=new, tags=[RunTag(key, str(value)) for key, value in tags.items()])

@@ -10,6 +10,7 @@ from pipeline.core.softlabels.keys import KEY
 from pipeline.core.softlabels.records import Coding, Records
 
 MAGIC = b"SSLDLAB2"  # the digit is the format's version
+BLOCK = 32  # records of which a reader remembers where the first begins
 
 
 def name_of(keys: np.ndarray) -> str:
@@ -39,6 +40,7 @@ class Shard:
 
     Attributes:
         views: how many records it holds.
+        counts_at: where in the file each record's number of classes stands, a byte each.
         checksum: what the file says of its bytes, in hex.
 
     Raises:
@@ -55,7 +57,8 @@ class Shard:
             raise ValueError(f"{path}: its header is damaged") from None
         if found != fingerprint:
             raise ValueError(f"{path}: soft labels of another teacher, of other views or of another coding")
-        self._records_at = self._keys_at + self.views * (KEY.itemsize + 1)
+        self.counts_at = self._keys_at + self.views * KEY.itemsize
+        self._records_at = self.counts_at + self.views
         size = self._records_at + record_bytes + sealed.CHECKSUM_BYTES
         if path.stat().st_size != size:
             raise ValueError(f"{path}: {path.stat().st_size} bytes instead of {size}")
@@ -79,22 +82,18 @@ class Shard:
         """Map the file's bytes into memory; nothing is looked at, that is what `check` is for."""
         return np.memmap(self.path, np.uint8, "r").data
 
-    def check(self) -> tuple[np.ndarray, np.ndarray]:
-        """Check the file's bytes; say of each record how many classes it has, and where in the file it begins.
-
-        Returns:
-            Counts (views,) uint8 and places (views,) uint32.
+    def check(self) -> np.ndarray:
+        """Check the file's bytes; say of every BLOCK-th record where in the file it begins, uint32.
 
         Raises:
             ValueError: the checksum does not hold, or the records are of another coding.
         """
         content = sealed.open_checked(self.path)
-        counts = content[self._records_at - self.views : self._records_at]
-        sizes = self.coding.sizes[counts]
+        sizes = self.coding.sizes[content[self.counts_at : self._records_at]]
         ends = self._records_at + np.cumsum(sizes)
         if len(content) != (ends[-1] if self.views else self._records_at):
             raise ValueError(f"{self.path}: its records are of another coding")
-        return counts, (ends - sizes).astype(np.uint32)
+        return (ends - sizes)[::BLOCK].astype(np.uint32)
 
     def verify(self) -> None:
         """Check everything in the file. Raises ValueError where it does not hold; it names the file."""

@@ -18,7 +18,7 @@ from pipeline.core.softlabels.keys import parts
 from pipeline.core.softlabels.records import Coding, Records, SparseLabels
 
 FORMAT_VERSION = 2
-SPARE_FILES = 100  # file handles that are left to others
+SPARE_FILES = 1000  # file handles, at most, that are left to others: worker processes, images' shards, CUDA
 MOST_MAPS = 60_000  # files mapped at once: Linux allows a process 65,530
 MEND = "`dvc repro --force --single-item cache` computes what is damaged or missing, and no more"
 
@@ -81,11 +81,12 @@ class SoftLabels:
         except ValueError as error:
             raise ValueError(f"{error}; {MEND}") from None
         self._starts = np.cumsum([0] + [shard.views for shard in self.shards])
+        self._counts_at = np.array([shard.counts_at for shard in self.shards], np.int64)
+        self._blocks = np.cumsum([0] + [-(-shard.views // shards.BLOCK) for shard in self.shards])
         self._contents: list[memoryview | None] = [None] * len(self.shards)  # of those that are open
         self._open = np.zeros(len(self.shards), bool)
         self._checked = np.zeros(len(self.shards), bool)
-        self._counts = np.empty(len(self), np.uint8)  # classes of each record, once its shard has been checked
-        self._places = np.empty(len(self), np.uint32)  # where each begins in its shard's bytes, likewise
+        self._places = np.empty(self._blocks[-1], np.uint32)  # of each block's first record in its shard, once checked
         self._most_open = _allow_open_files(len(self.shards))
 
     def __len__(self) -> int:
@@ -118,23 +119,35 @@ class SoftLabels:
         """Read the records of some positions, in their order."""
         numbers = np.searchsorted(self._starts, positions, side="right") - 1
         if self._open[numbers].all():
-            pieces = self._pieces(positions, numbers)
+            counts, pieces = self._pieces(positions, numbers)
         else:
-            asked, pieces = np.unique(numbers), [b""] * len(positions)
+            asked, counts, pieces = np.unique(numbers), np.empty(len(positions), np.uint8), [b""] * len(positions)
             for first in range(0, len(asked), self._most_open):
                 some = asked[first : first + self._most_open]
                 self._open_shards(some)
                 here = np.flatnonzero((numbers >= some[0]) & (numbers <= some[-1]))
-                for place, piece in zip(here.tolist(), self._pieces(positions[here], numbers[here]), strict=True):
+                counts[here], found = self._pieces(positions[here], numbers[here])
+                for place, piece in zip(here.tolist(), found, strict=True):
                     pieces[place] = bytes(piece)  # what points into a shard would keep it open
-        return Records(self._counts[positions], np.frombuffer(b"".join(pieces), np.uint8))
+        return Records(counts, np.frombuffer(b"".join(pieces), np.uint8))
 
-    def _pieces(self, positions: np.ndarray, numbers: np.ndarray) -> list[memoryview]:
-        """Give the bytes of the records of some positions, in the open shards of these numbers."""
-        starts = self._places[positions]
-        ends = starts + self.coding.sizes[self._counts[positions]]
-        contents, where = self._contents, zip(numbers.tolist(), starts.tolist(), ends.tolist(), strict=True)
-        return [contents[number][start:end] for number, start, end in where]
+    def _pieces(self, positions: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, list[memoryview]]:
+        """Give counts (N,) and bytes of the records of some positions, in the open shards of these numbers.
+
+        A record begins where its block does, and what is before it in the block: of a billion records, counts and
+        places of every one would take gigabytes.
+        """
+        if not len(positions):
+            return np.empty(0, np.uint8), []
+        block, of_block = np.divmod(positions - self._starts[numbers], shards.BLOCK)
+        last = self._counts_at[numbers] + block * shards.BLOCK + of_block  # where the records' own counts are
+        contents, at = self._contents, numbers.tolist()
+        until = zip(at, (last - of_block).tolist(), (last + 1).tolist(), strict=True)
+        counts = np.frombuffer(b"".join([contents[number][start:end] for number, start, end in until]), np.uint8)
+        sizes, own = self.coding.sizes[counts], np.cumsum(of_block + 1) - 1
+        ends = self._places[self._blocks[numbers] + block] + np.add.reduceat(sizes, own - of_block)
+        where = zip(at, (ends - sizes[own]).tolist(), ends.tolist(), strict=True)
+        return counts[own], [contents[number][start:end] for number, start, end in where]
 
     def _open_shards(self, asked: np.ndarray) -> None:
         """Open shards; where a process may not have so many files open, close the others.
@@ -148,9 +161,9 @@ class SoftLabels:
         for number in asked[~self._open[asked]].tolist():
             shard = self.shards[number]
             if not self._checked[number]:
-                its = slice(self._starts[number], self._starts[number + 1])
+                its = slice(self._blocks[number], self._blocks[number + 1])
                 try:
-                    self._counts[its], self._places[its] = shard.check()
+                    self._places[its] = shard.check()
                 except ValueError as error:
                     raise ValueError(f"{error}; {MEND}") from None
                 self._checked[number] = True
@@ -296,7 +309,7 @@ def _allow_open_files(count: int) -> int:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return min(MOST_MAPS, count if soft == resource.RLIM_INFINITY else max(1, soft - SPARE_FILES))
+    return min(MOST_MAPS, count if soft == resource.RLIM_INFINITY else max(1, soft - min(SPARE_FILES, soft // 2)))
 
 
 def _flat(content: dict[str, Any], before: str = "") -> dict[str, Any]:

@@ -75,8 +75,9 @@ class Run:
         self.device = self.processes.device
         self.steps = self.recipe.epochs * self.order.steps_per_epoch
         self.classifier.to(self.device, memory_format=torch.channels_last)  # convolutions are faster so
-        self.classifier.requires_grad_(False)
-        self.part.requires_grad_(True)
+        trained = {*self.part.parameters()}
+        for weight in self.classifier.parameters():  # one that the network itself has frozen stays so
+            weight.requires_grad_(weight.requires_grad and weight in trained)
         if self.processes.world > 1:
             norms.synchronise(self.classifier, self.device)
         if self.machine.checkpoint_activations:
@@ -306,11 +307,7 @@ class Run:
 
     def _resume(self) -> None:
         # The first process reads, so that all go on from the same step, whichever machine they run on.
-        state = checkpoints.load(self.scratch) if self.processes.first() else None
-        if self.processes.world > 1:
-            told = [state]
-            dist.broadcast_object_list(told)
-            state = told[0]
+        state = devices.from_first(self.processes, checkpoints.load(self.scratch) if self.processes.first() else None)
         if state is None:
             return
         self.step, self.history = state["step"], json.loads(state["history"])

@@ -1,7 +1,7 @@
 """BatchNorm over the batch of all processes, so that their number does not change what a network learns.
 
-On CUDA it is torch's SyncBatchNorm, which works nowhere else. Elsewhere the two moments below are averaged over
-the processes: some elementwise operations more than torch's own BatchNorm, and two small messages a layer and step.
+On CUDA it is torch's SyncBatchNorm, which works nowhere else. Elsewhere the first two moments are averaged over the
+processes: some elementwise operations more than torch's own BatchNorm, and two small messages a layer and step.
 """
 
 import torch
@@ -11,6 +11,8 @@ from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
+
+KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
 
 
 def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
@@ -33,35 +35,16 @@ def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
     return network
 
 
-class SharedBatchNorm1d(nn.BatchNorm1d):
-    """torch's BatchNorm1d over the batch of all processes, each of which holds as many rows."""
+class _Shared(_BatchNorm):
+    """A BatchNorm over the batch of all processes, each of which holds as many images."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise features (B, C) or (B, C, L)."""
-        return _normalise(self, x)
+        """Normalise features (B, C, ...); timm's BatchNorm also applies its activation."""
+        normalised = _normalise(self, x)
+        return self.act(self.drop(normalised)) if isinstance(self, BatchNormAct2d) else normalised
 
 
-class SharedBatchNorm2d(nn.BatchNorm2d):
-    """torch's BatchNorm2d over the batch of all processes, each of which holds as many images."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise features (B, C, H, W)."""
-        return _normalise(self, x)
-
-
-class SharedBatchNormAct2d(BatchNormAct2d):
-    """timm's BatchNorm with its activation, likewise."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise features (B, C, H, W), and apply the activation."""
-        return self.act(self.drop(_normalise(self, x)))
-
-
-SHARED = {
-    nn.BatchNorm1d: SharedBatchNorm1d,
-    nn.BatchNorm2d: SharedBatchNorm2d,
-    BatchNormAct2d: SharedBatchNormAct2d,
-}
+SHARED = {kind: type(f"Shared{kind.__name__}", (_Shared, kind), {}) for kind in KINDS}
 
 
 class _SumOverProcesses(torch.autograd.Function):

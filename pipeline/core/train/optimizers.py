@@ -69,6 +69,8 @@ def multipliers_and_weights(part: nn.Module, recipe: TrainingRecipe) -> list[tup
 class Average(ModelEmaV3):
     """timm's average of a network's weights over the steps; a module that stands in several places is averaged once.
 
+    The decay of step n is min(decay, 1 - (1 + n)^(-2/3)), timm's warm-up: what began at random is soon forgotten.
+
     timm goes through the state dict, where such a module's weights are found under each of its names: in a CoaT, those
     of some would be averaged nine times a step.
     """
