@@ -13,6 +13,7 @@ object or a tuple that has them, as `logits` or first.
 - Its last nn.Linear, in the order of construction, is taken for the layer that makes the logits. Where another module
   makes them, a method `get_classifier` returns it.
 - Tensors are parameters or buffers, and what it does does not depend on values of pixels, so that it can be exported.
+- A weight that it has frozen (`requires_grad_(False)`) stays as it is; BatchNorm's statistics move all the same.
 - Memory is channels-last: `flatten(1)` or `reshape`, not `view`.
 - With several processes every parameter has to have a part in the logits: no auxiliary classifiers.
 - For weights of its own, an attribute `pretrained_cfg`, a dict of `mean` and `std`, says how pixels are normalised. Of

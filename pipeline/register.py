@@ -259,7 +259,7 @@ def _ask(
     from pipeline.core.progress import Progress
 
     views = batches.Views(student.images, None, resolution, crop)
-    order = batches.in_order(rows, batches.IMAGES_A_PASS)
+    order = batches.in_order(rows, batches.CLEAN_BATCH)
     found = []
     with torch.inference_mode(), Progress(len(rows), "images", f"register: {what}") as progress:
         for batch in batches.load(views, order, params.machine.workers, torch.device("cpu")):

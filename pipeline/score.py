@@ -76,7 +76,7 @@ def bring_up_to_date(params: Params, processes: Processes) -> None:
     asked = [*network, params.teacher.precision, *views, *resume.package_versions(), resume.code_digest()]
     answers = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     rows = np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])
-    known = read_known(answers) if processes.first() else NOTHING_KNOWN
+    known = read_known(answers) if processes.first() else NOTHING_KNOWN  # with a digest of all columns, once
     new = devices.from_first(processes, rows[~np.isin(images.ids[rows], known.ids)])
     parts = resume.SCRATCH / "score" / f"{answers}-{hashlib.sha256(images.ids[new].tobytes()).hexdigest()[:16]}"
     if processes.first():

@@ -161,7 +161,7 @@ def test_accumulated_parts_have_the_losses_of_the_whole(images, tmp_path, accumu
     assert torch.allclose(whole, parts, atol=1e-5)
 
 
-def test_what_a_network_has_frozen_stays_as_it_is(images, tmp_path):
+def test_weights_that_a_network_has_frozen_stay_as_they_are(images, tmp_path):
     def part(classifier):
         classifier.network.conv1.requires_grad_(False)
         return classifier.network
@@ -227,7 +227,7 @@ def share_of_steps(rank, world, prepared_folder, folder):
 
 def validated(images, processes):
     """Top-1 and NLL of a network on the validation split, 3 images a pass."""
-    with mock.patch("pipeline.core.train.training.IMAGES_A_PASS", 3):
+    with mock.patch("pipeline.core.train.training.CLEAN_BATCH", 3):
         return list(validator(tiny(), images, 16, processes)(networks.build(MODEL, 4, seed=3)).values())
 
 

@@ -310,8 +310,10 @@ def test_what_was_decoded_last_is_kept_and_no_more_than_fits():
 def test_an_image_larger_than_all_that_may_be_kept_is_decoded_all_the_same():
     side = math.isqrt(images.RECENT.maxsize // 3) + 1
     image = images.Encoded(encode(Image.new("RGB", (side, side), (7, 8, 9)), "PNG"), side, side)
+    before = images.RECENT.currsize
     for _ in range(2):
         assert (images.pixels(image) == (7, 8, 9)).all()
+    assert images.RECENT.currsize == before
 
 
 @pytest.mark.parametrize("size", [(8, 8), (81, 64), (100, 37)])

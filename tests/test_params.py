@@ -1,5 +1,6 @@
 """Settings: what is wrong is one line that names the key and the nearest right one."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -106,7 +107,6 @@ def test_all_that_is_wrong_is_told_in_one_line(data):
         ("views.flip", 1.5, "less than or equal to 1"),
         ("prepare.labelled_root", "~/photos", "labelled_root begins with ~: write the path out"),
         ("baseline.warmup_epochs", 61, "warmup_epochs, 61, must not be more than epochs, 60"),
-        ("machine", {"processes": 5}, "baseline.batch_size is 24, which 5 processes (machine.processes) cannot share"),
         ("teacher.mean", [123.675, 116.28, 103.53], "teacher.mean.0: should be less than or equal to 1"),
         ("teacher.std", [0.2, 0.2, 0.2], "set them to null to fit one here"),
         ("register.name", "photos/1", "register.name: should be letters"),
@@ -326,3 +326,26 @@ def test_networks_that_were_right_are_not_built_again(data, tmp_path, monkeypatc
     data["student"]["model"] = "ResNet34_vd"
     with pytest.raises(TypeError):
         preflight.check(params.check(data), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"machine.processes": 4}, None),
+        ({"machine.processes": 3, "teacher.source": "timm"}, "distill.batch_size: 32 images"),
+        (
+            {"machine.processes": 3},
+            "teacher.batch_size: 64 images .* to 3 processes: set it to 63, or",
+        ),
+        ({"machine.processes": 16}, "baseline.batch_size: 24 images .* to 16 processes: set it to 32, or"),
+        (
+            {"machine.processes": 4, "fixres.accumulate": 4},
+            "4 parts each .fixres.accumulate.: set it to 32",
+        ),
+        ({"machine.processes": "auto", "machine.device": "cpu"}, None),
+    ],
+)
+def test_batches_that_processes_cannot_share_are_named_before_anything_starts(data, changes, words):
+    settings = params.check(params.with_changes(data, changes))
+    with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
+        preflight.check_batches(settings)

@@ -15,6 +15,8 @@ from commands import wait_until
 from images import CLASSES, write_folder
 from project import ENVIRONMENT, change, execute, make
 
+from pipeline.core import weights
+
 STAGES = ("prepare", "teacher", "score", "mine", "cache", "baseline", "distill", "finetune", "fixres", "evaluate")
 
 
@@ -116,13 +118,26 @@ def test_a_killed_stage_goes_on_and_ends_in_the_same_bytes(project, tmp_path, st
 def test_two_processes_leave_the_same_soft_labels_and_learn_from_them_alike(project, tmp_path):
     clone = tmp_path / "two"
     execute(project, "cp", "-r", str(project), str(clone))
-    alone, losses = digest(clone / "data/cache"), training_losses(clone)
+    alone, losses, scores = digest(clone / "data/cache"), training_losses(clone), digest(clone / "data/score")
     change(clone, **{"machine.processes": 2})
-    execute(clone, "rm", "-rf", "data/cache", "data/distill", ".scratch/distill")
+    execute(clone, "rm", "-rf", "data/cache", "data/score", "data/distill", ".scratch/distill")
+    forget_a_score(clone / ".scratch/scored")
+    assert " 1 images to ask the teacher about" in execute(clone, "python", "-m", "pipeline.score").stdout
+    assert digest(clone / "data/score") == scores
     execute(clone, "python", "-m", "pipeline.cache")
     assert digest(clone / "data/cache") == alone
     execute(clone, "python", "-m", "pipeline.distill")
     assert training_losses(clone) == pytest.approx(losses, abs=1e-5)  # 5e-7 was seen; test_restarts.py kills them
+
+
+def forget_a_score(scored):
+    """Leave out the first image of what the last run of `score` has kept."""
+    note = json.loads((scored / "answers.json").read_text())
+    for column in note["digests"]:
+        file = scored / f"{column}.npy"
+        np.save(file, np.load(file)[1:])
+        note["digests"][column] = weights.file_digest(file)
+    (scored / "answers.json").write_text(json.dumps(note))
 
 
 def training_losses(folder):

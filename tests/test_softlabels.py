@@ -93,20 +93,30 @@ def test_records_are_found_within_their_blocks(tmp_path, sizes):
         shards.write(tmp_path, DESCRIPTION.fingerprint, part, records)
     finish(tmp_path, DESCRIPTION, keys)
     whole = [record(records, number) for records, size in zip(answers, sizes, strict=True) for number in range(size)]
-    for order in (range(len(keys)), np.random.default_rng(0).permutation(len(keys))):
-        labels = SoftLabels(tmp_path, DESCRIPTION)
-        assert same(labels.read(keys[order]), [whole[number] for number in order])
+    labels, few = SoftLabels(tmp_path, DESCRIPTION), SoftLabels(tmp_path, DESCRIPTION)
+    few._most_open = 1
+    for order in (range(len(keys)), np.random.default_rng(0).permutation(len(keys)), [70, 70, 3]):
+        for reader in (labels, few):
+            assert same(reader.read(keys[order]), [whole[number] for number in order])
     assert labels._places.nbytes <= sum(4 * (1 + size // shards.BLOCK) for size in sizes)
 
 
-def test_many_file_handles_are_left_to_others(monkeypatch):
+def test_a_large_cache_asks_for_file_handles_and_some_to_spare(monkeypatch):
     limits = {}
     monkeypatch.setattr(store.resource, "setrlimit", lambda kind, wanted: limits.update({kind: wanted}))
     monkeypatch.setattr(store.resource, "getrlimit", lambda kind: (1024, 524_288))
     assert store._allow_open_files(2_322) == 2_322
     assert limits == {store.resource.RLIMIT_NOFILE: (3_322, 524_288)}
-    monkeypatch.setattr(store.resource, "getrlimit", lambda kind: (256, 256))
-    assert store._allow_open_files(2_322) == 128  # they are taken in turn
+
+
+def test_where_no_more_file_handles_are_given_half_are_left_to_others(monkeypatch):
+    def refuse(kind, wanted):
+        raise ValueError("current limit exceeds maximum limit")  # macOS, below an infinite one
+
+    monkeypatch.setattr(store.resource, "setrlimit", refuse)
+    for hard in (256, store.resource.RLIM_INFINITY):
+        monkeypatch.setattr(store.resource, "getrlimit", lambda kind, hard=hard: (256, hard))
+        assert store._allow_open_files(2_322) == 128
 
 
 @pytest.mark.parametrize("most_open", [1, 2, 3])

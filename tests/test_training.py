@@ -277,7 +277,7 @@ def test_the_network_before_is_kept_only_where_it_is_better_on_validation(images
 
 
 def test_validation_counts_every_image_once_whatever_a_pass_takes(images, monkeypatch):
-    monkeypatch.setattr(training, "IMAGES_A_PASS", 3)
+    monkeypatch.setattr(training, "CLEAN_BATCH", 3)
     params, cpu, asked, found = tiny(), Processes(torch.device("cpu")), [], []
     classifier = networks.build(MODEL, 4, 0)
     classifier.register_forward_pre_hook(lambda module, inputs: asked.append(len(inputs[0])))

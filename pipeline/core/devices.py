@@ -130,7 +130,7 @@ def wait_for_all(processes: Processes) -> None:
 
 
 def from_first(processes: Processes, value: Any) -> Any:
-    """Give every process what the first one gives."""
+    """Give every process the first one's value, whatever it has itself; the value is pickled on the way."""
     told = [value]
     if processes.world > 1:
         dist.broadcast_object_list(told)

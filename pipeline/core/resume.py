@@ -72,7 +72,7 @@ def end_run(folder: Path) -> None:
 
 def package_versions() -> list[str]:
     """Versions of the packages on which views' pixels and networks' answers depend."""
-    return [version(name) for name in ("torch", "torchvision", "timm", "pillow", "simplejpeg", "numpy")]
+    return [version(name) for name in ("torch", "torchvision", "timm", "pillow", "simplejpeg", "numpy", "scipy")]
 
 
 def code_digest() -> str:

@@ -313,20 +313,6 @@ class Params(Section):
         return self.teacher.resolution or self.views.resolution
 
     @model_validator(mode="after")
-    def _processes_share_batches_evenly(self) -> "Params":
-        count = self.machine.processes
-        stages = ("baseline", "distill", "finetune", "fixres", *(["teacher"] if self.teacher.source == "fit" else []))
-        for stage in stages if isinstance(count, int) and count > 1 else ():
-            recipe = getattr(self, stage)
-            if recipe.batch_size % (count * recipe.accumulate):
-                parts = f" in {recipe.accumulate} parts each (accumulate)" if recipe.accumulate > 1 else ""
-                raise ValueError(
-                    f"{stage}.batch_size is {recipe.batch_size}, which {count} processes{parts} (machine.processes) "
-                    "cannot share evenly"
-                )
-        return self
-
-    @model_validator(mode="after")
     def _fixres_is_larger(self) -> "Params":
         if self.fixres.resolution < self.views.resolution:
             raise ValueError(

@@ -19,7 +19,7 @@ import psutil
 
 from pipeline.core import errors
 from pipeline.core import params as settings
-from pipeline.core.sections import Params, TrainingRecipe
+from pipeline.core.sections import Machine, Params, TrainingRecipe
 
 PROFILE_STEPS = 10  # that --profile traces
 
@@ -175,15 +175,20 @@ def _note_of_an_error() -> Path | None:
     return Path(file).parents[1] / "failed" if file else None
 
 
+def processes_of(machine: Machine) -> int:
+    """How many processes share a stage's work."""
+    if machine.processes != "auto":
+        return machine.processes
+    import torch  # it takes a second to load, and only `auto` has to ask it
+
+    return 1 if machine.device == "cpu" else max(1, torch.cuda.device_count())
+
+
 def _relaunch_with_torchrun(params: Params, name: str) -> None:
     """Become `torchrun --nproc-per-node N` of the same stage, unless torchrun started this process or N is 1."""
     if "RANK" in os.environ:
         return
-    count = params.machine.processes
-    if count == "auto":
-        import torch  # it takes a second to load, and only `auto` has to ask it
-
-        count = 1 if params.machine.device == "cpu" else max(1, torch.cuda.device_count())
+    count = processes_of(params.machine)
     if count > 1:
         launcher = [sys.executable, "-m", "pipeline.core.running.torchrun", "--standalone", f"--nproc-per-node={count}"]
         launcher += [f"--max-restarts={params.machine.restarts}", "-m", f"pipeline.{name}"]

@@ -24,7 +24,7 @@ from pipeline.core.data.views import ViewSpec
 RowsAndReplicas = tuple[np.ndarray, np.ndarray]  # (B,) int64 each
 EVERY_REPLICA = 0  # "as many replicas as there are epochs": each epoch sees views of its own
 MOST_WORKERS = 16  # that `auto` starts
-IMAGES_A_PASS = 128  # clean views in a batch, where no setting says otherwise
+CLEAN_BATCH = 128  # clean views in a batch, where no setting says otherwise
 
 
 @dataclass(frozen=True)

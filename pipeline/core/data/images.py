@@ -43,7 +43,7 @@ PLANES, APART = 284, 2  # the tag for the layout of colours, and its value where
 AS_PIL_DOES = {"YCbCr": "RGB", "Gray": "RGB"}
 ONLY_TO_CHECK = {"RGB": "RGB", "CMYK": "CMYK", "YCCK": "CMYK"}
 
-# The images that a process decoded last, as many as fit into so many bytes.
+# The images that a process decoded last, as many as fit into so many bytes; files' contents, the keys, come on top.
 RECENT = cachetools.LRUCache(32_000_000, getsizeof=lambda decoded: decoded.nbytes)
 
 # PIL's own limit is one number for the whole process; `max_pixels` below is checked before anything is decoded.

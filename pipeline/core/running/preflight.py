@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.core import atomic, errors, params
+from pipeline.core import atomic, errors, params, stage
 from pipeline.core.intake import sources
 from pipeline.core.sections import TIMM, Params
 
@@ -38,6 +38,7 @@ def check(settings: Params, root: Path) -> None:
         ValueError: one line that names the key.
     """
     check_files(settings, root)
+    check_batches(settings)
     if settings.machine.device == "cuda":
         from pipeline.core import devices  # torch takes seconds to load
 
@@ -87,6 +88,27 @@ def check_files(settings: Params, root: Path) -> None:
         watched = f"data/weights/{key.partition('.')[0]}"
         if not Path(os.path.abspath(root / file)).is_relative_to(os.path.abspath(root / watched)):
             raise ValueError(f"{key}: {file}: not in {watched}, where DVC sees it change; move it there, or link it")
+
+
+def check_batches(settings: Params) -> None:
+    """Make sure that each stage's batches can be shared out evenly; one with fewer images than that looks again itself.
+
+    Raises:
+        ValueError: see `check`.
+    """
+    count = stage.processes_of(settings.machine)
+    if count == 1:
+        return
+    for name in ("teacher", "baseline", "distill", "finetune", "fixres"):
+        recipe = getattr(settings, name)
+        shares = count * recipe.accumulate
+        if recipe.batch_size % shares and (name != "teacher" or settings.teacher.source == "fit"):
+            parts = f" of {recipe.accumulate} parts each ({name}.accumulate)" if recipe.accumulate > 1 else ""
+            even = max(2 * shares, recipe.batch_size // shares * shares)
+            raise ValueError(
+                f"{name}.batch_size: {recipe.batch_size} images cannot be shared out evenly to {count} "
+                f"processes{parts}: set it to {even}, or machine.processes to another number"
+            )
 
 
 def check_networks(settings: Params, root: Path) -> None:

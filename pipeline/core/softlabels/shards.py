@@ -10,7 +10,7 @@ from pipeline.core.softlabels.keys import KEY
 from pipeline.core.softlabels.records import Coding, Records
 
 MAGIC = b"SSLDLAB2"  # the digit is the format's version
-BLOCK = 32  # records of which a reader remembers where the first begins
+BLOCK = 32  # a reader keeps the place of every 32nd record
 
 
 def name_of(keys: np.ndarray) -> str:
@@ -40,7 +40,7 @@ class Shard:
 
     Attributes:
         views: how many records it holds.
-        counts_at: where in the file each record's number of classes stands, a byte each.
+        counts_at: where in the file the counts begin: each record's number of classes, a byte each.
         checksum: what the file says of its bytes, in hex.
 
     Raises:

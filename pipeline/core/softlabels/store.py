@@ -1,5 +1,6 @@
 """A cache of soft labels: a folder of shards, an index of their keys, and a `cache.json` that says what they are."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,7 +19,8 @@ from pipeline.core.softlabels.keys import parts
 from pipeline.core.softlabels.records import Coding, Records, SparseLabels
 
 FORMAT_VERSION = 2
-SPARE_FILES = 1000  # file handles, at most, that are left to others: worker processes, images' shards, CUDA
+# File handles that are left to others (worker processes, images' shards, CUDA); half of all, where those are few.
+SPARE_FILES = 1000
 MOST_MAPS = 60_000  # files mapped at once: Linux allows a process 65,530
 MEND = "`dvc repro --force --single-item cache` computes what is damaged or missing, and no more"
 
@@ -134,20 +136,20 @@ class SoftLabels:
     def _pieces(self, positions: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, list[memoryview]]:
         """Give counts (N,) and bytes of the records of some positions, in the open shards of these numbers.
 
-        A record begins where its block does, and what is before it in the block: of a billion records, counts and
-        places of every one would take gigabytes.
+        A record begins where its block does, plus the sizes of the records before it in the block. To keep a count and
+        a place for each of a billion records would take gigabytes.
         """
         if not len(positions):
             return np.empty(0, np.uint8), []
-        block, of_block = np.divmod(positions - self._starts[numbers], shards.BLOCK)
-        last = self._counts_at[numbers] + block * shards.BLOCK + of_block  # where the records' own counts are
-        contents, at = self._contents, numbers.tolist()
-        until = zip(at, (last - of_block).tolist(), (last + 1).tolist(), strict=True)
-        counts = np.frombuffer(b"".join([contents[number][start:end] for number, start, end in until]), np.uint8)
-        sizes, own = self.coding.sizes[counts], np.cumsum(of_block + 1) - 1
-        ends = self._places[self._blocks[numbers] + block] + np.add.reduceat(sizes, own - of_block)
-        where = zip(at, (ends - sizes[own]).tolist(), ends.tolist(), strict=True)
-        return counts[own], [contents[number][start:end] for number, start, end in where]
+        contents, shard_of = self._contents, numbers.tolist()
+        block, before = np.divmod(positions - self._starts[numbers], shards.BLOCK)  # before: records, in the block
+        count_at = self._counts_at[numbers] + block * shards.BLOCK + before
+        ranges = zip(shard_of, (count_at - before).tolist(), (count_at + 1).tolist(), strict=True)
+        counts = np.frombuffer(b"".join([contents[number][start:end] for number, start, end in ranges]), np.uint8)
+        sizes, own = self.coding.sizes[counts], np.cumsum(before + 1) - 1  # own: a record's place among these counts
+        ends = self._places[self._blocks[numbers] + block] + np.add.reduceat(sizes, own - before)
+        ranges = zip(shard_of, (ends - sizes[own]).tolist(), ends.tolist(), strict=True)
+        return counts[own], [contents[number][start:end] for number, start, end in ranges]
 
     def _open_shards(self, asked: np.ndarray) -> None:
         """Open shards; where a process may not have so many files open, close the others.
@@ -303,12 +305,14 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def _allow_open_files(count: int) -> int:
-    """Ask for so many file handles, and say how many there are: a process on macOS may have 256 unless it asks."""
+    """Ask for so many file handles, and say how many may be used: a process on macOS has 256 unless it asks."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + SPARE_FILES
+    wanted = min(count, MOST_MAPS) + SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(ValueError, OSError):  # macOS has a limit of its own below an infinite one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+            soft = more
     return min(MOST_MAPS, count if soft == resource.RLIM_INFINITY else max(1, soft - min(SPARE_FILES, soft // 2)))
 
 

@@ -76,7 +76,7 @@ class Run:
         self.steps = self.recipe.epochs * self.order.steps_per_epoch
         self.classifier.to(self.device, memory_format=torch.channels_last)  # convolutions are faster so
         trained = {*self.part.parameters()}
-        for weight in self.classifier.parameters():  # one that the network itself has frozen stays so
+        for weight in self.classifier.parameters():  # what the network itself has frozen stays frozen
             weight.requires_grad_(weight.requires_grad and weight in trained)
         if self.processes.world > 1:
             norms.synchronise(self.classifier, self.device)

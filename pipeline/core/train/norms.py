@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
-
 
 def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
     """Make every BatchNorm of a network see the batch of all processes; parameters and their names stay.
@@ -44,7 +42,10 @@ class _Shared(_BatchNorm):
         return self.act(self.drop(normalised)) if isinstance(self, BatchNormAct2d) else normalised
 
 
-SHARED = {kind: type(f"Shared{kind.__name__}", (_Shared, kind), {}) for kind in KINDS}
+SHARED = {
+    kind: type(f"Shared{kind.__name__}", (_Shared, kind), {})
+    for kind in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
+}
 
 
 class _SumOverProcesses(torch.autograd.Function):

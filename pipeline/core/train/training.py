@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.core import atomic, devices, networks, resume
-from pipeline.core.data.batches import EVERY_REPLICA, IMAGES_A_PASS, Batch, TrainingOrder, Views, in_order, load
+from pipeline.core.data.batches import CLEAN_BATCH, EVERY_REPLICA, Batch, TrainingOrder, Views, in_order, load
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
@@ -160,12 +160,12 @@ def labelled_loss(images: ImageSet, labels: np.ndarray, smoothing: float) -> Los
 
 
 def batches_a_pass(device: torch.device, resolution: int) -> int:
-    """How many batches of IMAGES_A_PASS images a network is asked about at once in validation.
+    """How many batches of CLEAN_BATCH images a network is asked about at once in validation.
 
     On a GPU small images take longer to launch than to compute, so there are as many as have GPU_PIXELS together: a
     ResNet50_vd holds 3 GB of float32 for them.
     """
-    return 1 if device.type == "cpu" else max(1, GPU_PIXELS // (resolution**2 * IMAGES_A_PASS))
+    return 1 if device.type == "cpu" else max(1, GPU_PIXELS // (resolution**2 * CLEAN_BATCH))
 
 
 def validator(
@@ -174,7 +174,7 @@ def validator(
     """Make the function that gives top-1 and NLL on the validation split's clean views; processes share the batches."""
     rows, device = images.rows("val"), processes.device
     views = Views(images, None, resolution, params.views.test_crop)
-    batches = in_order(rows, IMAGES_A_PASS)[processes.rank :: processes.world]
+    batches = in_order(rows, CLEAN_BATCH)[processes.rank :: processes.world]
     rendered = load(views, batches, params.machine.workers, device, again=True)
 
     @torch.inference_mode()
