@@ -241,7 +241,8 @@ def torchdistills(work: Work) -> Course:
         box.teacher_model.eval()
 
     train()
-    return in_loop(work, started, box.train_data_loader, step, box.optimizer, student, train)
+    tested = Classifier(student.network)  # it normalises as its training does, and not as timm says of the network
+    return in_loop(work, started, box.train_data_loader, step, box.optimizer, tested, train)
 
 
 def in_loop(
@@ -305,6 +306,7 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, help="of the schedule (default: the recipe's)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--leave-out", nargs="*", default=[], metavar="PEER", help="timm, torchdistill")
     parser.add_argument("--test", type=int, default=2000, help="test images (default: 2000)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -314,6 +316,7 @@ def main() -> None:
     teacher, card = networks.load(arguments.project / "data/teacher")
     rows = images.rows("labelled", "unlabelled")
     ways = {"this project": ours, "timm": timms} | ({"torchdistill": torchdistills} if DistillationBox else {})
+    ways = {name: way for name, way in ways.items() if name not in arguments.leave_out}
     found: dict[str, list[Course]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as folder:
         write_files(images, rows, Path(folder))
