@@ -3,8 +3,9 @@
 import shutil
 
 import pytest
+import yaml
 from cached_project import go
-from images import prepared
+from images import ROOT, prepared
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +126,9 @@ def root(made_store, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shutil.copy(made_store, tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def data():
+    """The project's params.yaml, to be changed."""
+    return yaml.safe_load((ROOT / "params.yaml").read_text())

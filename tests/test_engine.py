@@ -161,20 +161,6 @@ def test_accumulated_parts_have_the_losses_of_the_whole(images, tmp_path, accumu
     assert torch.allclose(whole, parts, atol=1e-5)
 
 
-def test_weights_that_a_network_has_frozen_stay_as_they_are(images, tmp_path):
-    def part(classifier):
-        classifier.network.conv1.requires_grad_(False)
-        return classifier.network
-
-    before = networks.build(MODEL, len(images.classes), seed=0).network
-    training = run(images, tmp_path, part=part, epochs=1, lr=0.1)
-    training.train()
-    now = training.classifier.network
-    pairs = zip(before.conv1.parameters(), now.conv1.parameters(), strict=True)
-    assert all(torch.equal(*pair) for pair in pairs)
-    assert not torch.equal(before.get_classifier().weight, now.get_classifier().weight)
-
-
 def test_checkpointed_activations_change_no_byte(images, tmp_path):
     plain = run(images, tmp_path / "1", epochs=2)
     saving = run(images, tmp_path / "2", epochs=2, machine={"checkpoint_activations": True})

@@ -305,3 +305,17 @@ def test_the_code_of_the_stage_that_runs_as_a_program_counts(monkeypatch):
     program = SimpleNamespace(__file__=str(Path(stage.__file__).parents[1] / "register.py"))
     monkeypatch.setitem(sys.modules, "__main__", program)
     assert resume.code_digest() != before
+
+
+def test_weights_that_a_network_has_frozen_stay_as_they_are(images, tmp_path):
+    def part(classifier):
+        classifier.network.conv1.requires_grad_(False)
+        return classifier.network
+
+    before = networks.build(MODEL, len(images.classes), seed=0).network
+    training = run(images, tmp_path, part=part, epochs=1, lr=0.1)
+    training.train()
+    now = training.classifier.network
+    pairs = zip(before.conv1.parameters(), now.conv1.parameters(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    assert not torch.equal(before.get_classifier().weight, now.get_classifier().weight)
