@@ -118,16 +118,23 @@ def test_a_killed_stage_goes_on_and_ends_in_the_same_bytes(project, tmp_path, st
 def test_two_processes_leave_the_same_soft_labels_and_learn_from_them_alike(project, tmp_path):
     clone = tmp_path / "two"
     execute(project, "cp", "-r", str(project), str(clone))
-    alone, losses, scores = digest(clone / "data/cache"), training_losses(clone), digest(clone / "data/score")
+    alone, losses, scores = digest(clone / "data/cache"), training_losses(clone), read_scores(clone)
     change(clone, **{"machine.processes": 2})
     execute(clone, "rm", "-rf", "data/cache", "data/score", "data/distill", ".scratch/distill")
     forget_a_score(clone / ".scratch/scored")
     assert " 1 images to ask the teacher about" in execute(clone, "python", "-m", "pipeline.score").stdout
-    assert digest(clone / "data/score") == scores
+    for before, now in zip(scores, read_scores(clone), strict=True):
+        assert np.array_equal(now[1:], before[1:])
+        assert now[:1] == pytest.approx(before[:1], abs=1e-3)  # asked alone, it is rounded otherwise
     execute(clone, "python", "-m", "pipeline.cache")
     assert digest(clone / "data/cache") == alone
     execute(clone, "python", "-m", "pipeline.distill")
     assert training_losses(clone) == pytest.approx(losses, abs=1e-5)  # 5e-7 was seen; test_restarts.py kills them
+
+
+def read_scores(folder):
+    """The columns that `score` wrote."""
+    return [np.load(file) for file in sorted((folder / "data/score").glob("*.npy"))]
 
 
 def forget_a_score(scored):
