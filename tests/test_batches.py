@@ -78,7 +78,11 @@ def test_workers_end_with_a_program_that_is_killed(tmp_path, monkeypatch):
     program = subprocess.Popen(
         [sys.executable, "-m", "waits"],
         cwd=tmp_path,
-        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        env={
+            **ENVIRONMENT,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore:This DataLoader will create",  # torch says so where there is one core
+        },
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
