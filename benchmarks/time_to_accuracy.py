@@ -306,7 +306,7 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, help="of the schedule (default: the recipe's)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--leave-out", nargs="*", default=[], metavar="PEER", help="timm, torchdistill")
+    parser.add_argument("--leave-out", nargs="+", default=[], choices=("timm", "torchdistill"), help="peers")
     parser.add_argument("--test", type=int, default=2000, help="test images (default: 2000)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
