@@ -4,7 +4,6 @@ A stage file ends with `if __name__ == "__main__": stage.main(run, __doc__)`, wh
 """
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
@@ -79,9 +78,12 @@ def main(
             raise
         if os.environ.get("SSLD_TRACEBACK"):
             traceback.print_exc()
-        if not _error_is_told():
-            print(f"{name}: {mark}: {words}", file=sys.stderr, flush=True)
-        if mark == errors.REFUSED:
+        refused = mark == errors.REFUSED
+        tells = _tell_others() if refused else not _error_is_told()
+        if tells:
+            sys.stderr.write(f"{name}: {mark}: {words}\n")  # at once: print writes the end of a line apart
+            sys.stderr.flush()
+        if tells and refused:
             _end_torchrun()
         _exit(1)
 
@@ -153,20 +155,26 @@ def _die_with_parents() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _end_torchrun() -> None:
-    """Keep torchrun from starting the processes again: they would end in the same error."""
-    if not (note := _note_of_an_error()):
-        return
-    with contextlib.suppress(FileExistsError):
-        note.touch(exist_ok=False)  # by one process alone: a second signal would break the clean end
-        if int(os.environ["TORCHELASTIC_RESTART_COUNT"]) < int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
-            os.kill(os.getppid(), signal.SIGTERM)
+def _tell_others() -> bool:
+    """Tell the other processes that this one says what is wrong; false where another of them was first."""
+    try:
+        if note := _note_of_an_error():
+            note.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _error_is_told() -> bool:
-    """Whether another of several processes has said what is wrong."""
+    """Whether another of several processes says what is wrong."""
     note = _note_of_an_error()
     return bool(note and note.exists())
+
+
+def _end_torchrun() -> None:
+    """Keep torchrun from starting the processes again: they would end in the same error."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def _note_of_an_error() -> Path | None:
