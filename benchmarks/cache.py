@@ -34,7 +34,7 @@ from turns import again_and_again, against, header, row, show_rates, silence, ta
 from pipeline import cache
 from pipeline.core import teaching
 from pipeline.core.data.batches import load
-from pipeline.core.softlabels import Description, SoftLabels, dense, finish, shards
+from pipeline.core.softlabels import Description, SoftLabels, dense, shards, writing
 from pipeline.core.softlabels.records import Records
 
 MADE = Description({"digest": "benchmark"}, {}, num_classes=1000, top_k=255, min_probability=5e-5, bits=5)
@@ -69,7 +69,7 @@ def made_cache(folder: Path, views: int, keys: np.ndarray | None = None) -> np.n
         lengths = np.tile(counts, times)[: len(part)]
         size = int(coding.sizes[lengths].sum())
         shards.write(folder, MADE.fingerprint, part, Records(lengths, np.tile(content, times)[:size]))
-    finish(folder, MADE, keys)
+    writing.finish(folder, MADE, keys)
     return keys
 
 

@@ -24,9 +24,10 @@ from machine import machine
 from turns import silence
 
 from pipeline.core import networks, params
-from pipeline.core.data.batches import Batch, TrainingOrder
+from pipeline.core.data.batches import Batch
 from pipeline.core.devices import Processes
 from pipeline.core.train import engine
+from pipeline.core.train.order import TrainingOrder
 from pipeline.core.train.training import labelled_loss
 
 ROOT = Path(__file__).parent.parent

@@ -31,11 +31,12 @@ from turns import against, take_turns
 
 import models
 from pipeline.core import devices, networks, params, small_maps, teaching
-from pipeline.core.data.batches import Batch, TrainingOrder, Views
+from pipeline.core.data.batches import Batch, Views
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
 from pipeline.core.sections import Machine
 from pipeline.core.train import engine
+from pipeline.core.train.order import TrainingOrder
 
 ROOT = Path(__file__).parent.parent
 CLASSES = 1000

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pipeline.core.softlabels import Description, SoftLabels, finish, shards
+from pipeline.core.softlabels import Description, SoftLabels, shards, writing
 
 
 def store_ours(folder: Path, description: Description, keys: np.ndarray, logits: torch.Tensor) -> None:
     shards.write(folder, description.fingerprint, keys, description.coding.encode(logits))
-    finish(folder, description, keys)
+    writing.finish(folder, description, keys)
 
 
 def fetch_ours(folder: Path, description: Description, keys: np.ndarray, order: np.ndarray) -> None:

@@ -27,13 +27,14 @@ from machine import machine, own_memory
 from turns import silence
 
 from pipeline.core import networks, params
-from pipeline.core.data.batches import TrainingOrder, Views
+from pipeline.core.data.batches import Views
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
 from pipeline.core.devices import Processes
 from pipeline.core.intake import image_shards
 from pipeline.core.softlabels import SoftLabels, make_keys
 from pipeline.core.train import distillation, engine, training
+from pipeline.core.train.order import TrainingOrder
 
 ROOT = Path(__file__).parent.parent
 SIDE = 32  # pixels

@@ -12,10 +12,11 @@ from timm.task import LogitDistillationTask
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline import cache
 from pipeline.core import devices, networks, params, small_maps, teaching
-from pipeline.core.data.batches import TrainingOrder, Views, load
+from pipeline.core.data.batches import Views, load
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
 from pipeline.core.train import engine, optimizers
+from pipeline.core.train.order import TrainingOrder
 
 
 class Project:

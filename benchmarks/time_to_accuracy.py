@@ -34,7 +34,7 @@ from timm.task import LogitDistillationTask
 
 from pipeline import cache, recipes
 from pipeline.core import networks, params, small_maps, teaching
-from pipeline.core.data.batches import TrainingOrder, Views
+from pipeline.core.data.batches import Views
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
 from pipeline.core.devices import Processes
@@ -43,6 +43,7 @@ from pipeline.core.running import params_file
 from pipeline.core.sections import Params
 from pipeline.core.softlabels import SoftLabels
 from pipeline.core.train import distillation, engine, optimizers
+from pipeline.core.train.order import TrainingOrder
 
 try:
     from torchdistill.core.distillation import DistillationBox

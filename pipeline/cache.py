@@ -27,7 +27,7 @@ from pipeline.core.networks import Classifier
 from pipeline.core.progress import Progress
 from pipeline.core.recheck import TOLERANCE, recheck
 from pipeline.core.sections import Params
-from pipeline.core.softlabels import Description, SoftLabels, finish, shards, store
+from pipeline.core.softlabels import Description, SoftLabels, shards, writing
 from pipeline.core.softlabels.keys import find_double
 from pipeline.core.softlabels.records import Records
 
@@ -74,7 +74,7 @@ def bring_up_to_date(params: Params, processes: Processes, scratch: Path) -> Non
         write_missing(classifier, views, wanted, numbers_in(missing_at), params, description, processes)
         return
     set_aside_others(FOLDER, scratch, description)
-    for wrong in store.set_damaged_aside(FOLDER, description, scratch / "damaged"):
+    for wrong in writing.set_damaged_aside(FOLDER, description, scratch / "damaged"):
         print(f"cache: {wrong}: set aside in {scratch / 'damaged'}, to be computed again", flush=True)
     for other in set(scratch.glob("*wanted*")) - {keys_at}:  # of a killed run with other images or settings
         other.unlink()
@@ -83,7 +83,7 @@ def bring_up_to_date(params: Params, processes: Processes, scratch: Path) -> Non
     missing = look_up(classifier, views, wanted, params, description, missing_at)
     devices.wait_for_all(processes)
     write_missing(classifier, views, wanted, missing, params, description, processes)
-    finish(FOLDER, description, wanted.keys)
+    writing.finish(FOLDER, description, wanted.keys)
     keys_at.unlink()
     missing_at.unlink()
 
@@ -121,7 +121,7 @@ def look_up(
     Raises:
         ValueError: see `check_same_answers`.
     """
-    store.write_index(FOLDER, description)
+    writing.write_index(FOLDER, description)
     labels = SoftLabels(FOLDER, description)
     with atomic.replacing(file) as beside, beside.open("wb") as listed:
         for numbers in labels.missing(wanted.keys):
@@ -130,7 +130,7 @@ def look_up(
     check_same_answers(classifier, views, labels, wanted, stored_among(len(wanted.keys), missing, RECHECKED), params)
     there = f"{len(labels):,} views are there, " if len(labels) else ""
     print(f"cache: {there}{len(missing):,} views to ask the teacher about", flush=True)
-    store.unfinish(FOLDER)
+    writing.unfinish(FOLDER)
     return missing
 
 
@@ -253,10 +253,10 @@ def _write(description: Description, keys: np.ndarray, packed: list[Future[Recor
 def set_aside_others(folder: Path, scratch: Path, description: Description) -> None:
     """Make sure that the folder holds labels of this description alone; move others aside, and fetch these back."""
     folder.mkdir(parents=True, exist_ok=True)
-    store.unfinish(folder)  # until this run has ended
+    writing.unfinish(folder)  # until this run has ended
     for left in folder.glob(".*.part"):  # by a killed run
         left.unlink()
-    others = {path: name for path, name in store.fingerprints(folder).items() if name != description.fingerprint}
+    others = {path: name for path, name in writing.fingerprints(folder).items() if name != description.fingerprint}
     for path, name in others.items():
         (scratch / name).mkdir(exist_ok=True)
         shutil.move(path, scratch / name / path.name)

@@ -30,6 +30,7 @@ from torch import nn
 import models
 from pipeline import recipes
 from pipeline.core import networks
+from pipeline.core.network_checks import RESIZE_TEACHER, check_takes, embed_on_meta
 from pipeline.core.running import params_file
 from pipeline.core.sections import Count, CountOrZero, Params, Positive, Section, nearest
 from pipeline.core.softlabels.keys import KEY
@@ -165,7 +166,7 @@ def sizes(settings: Params, counts: Counts) -> dict[str, float]:
     scored = counts.unlabelled + counts.val + counts.test
     views = soft_labels(settings, counts)
     index = KEY.itemsize + (4 if views < 2**32 else 8)  # a view's key and its position
-    features = networks.embed_on_meta(networks.Classifier(teacher), settings.teacher_sees)[1].shape[1]
+    features = embed_on_meta(networks.Classifier(teacher), settings.teacher_sees)[1].shape[1]
     each = 4 * counts.classes + 2 * features + THUMBNAIL  # logits float32, embeddings float16
     return {
         "data/prepare, the images once more": 1000 * counts.image_kb * (counts.labelled + scored),
@@ -252,14 +253,14 @@ def read(name: str, root: Path = Path(".")) -> tuple[Params, Counts]:
 
 
 def check_resolutions(settings: Params, counts: Counts) -> None:
-    """Make sure that the networks take what they are shown. Raises ValueError as `networks.check_takes` does."""
+    """Make sure that the networks take what they are shown. Raises ValueError as `check_takes` does."""
     shown = settings.views.resolution
     own = settings.teacher.resolution
     teacher = networks.Classifier(network(settings.teacher.model, counts.classes), resized_to=own)
-    networks.check_takes(teacher, settings.teacher.model, shown, counts.classes, networks.RESIZE_TEACHER)
+    check_takes(teacher, settings.teacher.model, shown, counts.classes, RESIZE_TEACHER)
     student = networks.Classifier(network(settings.student.model, counts.classes))
     for resolution in {shown, settings.fixres.resolution}:
-        networks.check_takes(student, settings.student.model, resolution, counts.classes)
+        check_takes(student, settings.student.model, resolution, counts.classes)
 
 
 def main() -> None:

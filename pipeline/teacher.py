@@ -20,6 +20,7 @@ from pipeline.core.data.batches import Views
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
 from pipeline.core.devices import Processes
+from pipeline.core.network_checks import RESIZE_TEACHER, check_takes
 from pipeline.core.networks import Classifier
 from pipeline.core.sections import Params
 from pipeline.core.train import training
@@ -82,7 +83,7 @@ def take(params: Params, images: ImageSet, device: torch.device) -> None:
     if mean is None or std is None:
         raise ValueError(f"{wanted.model} does not say how its pixels are normalised: set teacher.mean and teacher.std")
     classifier = Classifier(network, mean, std, wanted.resolution)
-    networks.check_takes(classifier, wanted.model, params.views.resolution, classes, networks.RESIZE_TEACHER)
+    check_takes(classifier, wanted.model, params.views.resolution, classes, RESIZE_TEACHER)
     tried = try_out(classifier.to(device), params, images)
     card = {"model": wanted.model, "source": wanted.source, "classes": list(images.classes)}
     with resume.only_writer("teacher"), atomic.replacing_folder(Path("data/teacher")) as folder:

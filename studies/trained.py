@@ -23,12 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import narrow
 from pipeline.core import atomic, devices, networks, params, resume, weights
 from pipeline.core.data import dataset
-from pipeline.core.data.batches import EVERY_REPLICA, TrainingOrder, Views, in_order, load
+from pipeline.core.data.batches import Views, in_order, load
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
 from pipeline.core.networks import Classifier
 from pipeline.core.sections import Params, TrainingRecipe
 from pipeline.core.train import engine, training
+from pipeline.core.train.order import EVERY_REPLICA, TrainingOrder
 
 HERE = Path(__file__).resolve().parent
 BATCH = 128  # images a forward pass

@@ -4,10 +4,11 @@ import torch
 from images import tiny
 
 from pipeline.core import networks
-from pipeline.core.data.batches import TrainingOrder, Views
+from pipeline.core.data.batches import Views
 from pipeline.core.data.views import ViewSpec
 from pipeline.core.devices import Processes
 from pipeline.core.train import engine
+from pipeline.core.train.order import TrainingOrder
 from pipeline.core.train.training import labelled_loss
 
 MODEL = "test_resnet"  # timm's, of a third of a million parameters

@@ -12,8 +12,9 @@ import torch
 from commands import ENVIRONMENT
 from images import ROOT, prepared, tiny
 
-from pipeline.core.data.batches import TrainingOrder, Views, in_order, load, spare_cores
+from pipeline.core.data.batches import Views, in_order, load, spare_cores
 from pipeline.core.data.views import ViewSpec
+from pipeline.core.train.order import TrainingOrder
 
 
 def test_workers_render_the_same_batches(images):

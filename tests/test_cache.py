@@ -18,7 +18,7 @@ from pipeline.core import networks, recheck, softlabels, teaching
 from pipeline.core.data.batches import Views
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
-from pipeline.core.softlabels import SoftLabels, sealed
+from pipeline.core.softlabels import SoftLabels, sealed, writing
 from pipeline.core.softlabels import __main__ as softlabels_command
 from pipeline.core.train import distillation
 
@@ -260,7 +260,7 @@ def test_an_audit_finds_the_teachers_answers_and_notices_others(cached_project, 
     keys = [shard.keys() for shard in labels.shards]
     logits = torch.randn(len(keys[0]), 4, generator=torch.Generator().manual_seed(0)) * 5
     softlabels.shards.write(labels.folder, description.fingerprint, keys[0], description.coding.encode(logits))
-    softlabels.store.write_index(labels.folder, description)
+    writing.write_index(labels.folder, description)
     findings = audit.audit(params, share=1.0, seed=0)
     assert findings.wrong.sum() >= len(keys[0]) // 2
     with pytest.raises(SystemExit) as ended:

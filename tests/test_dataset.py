@@ -13,10 +13,11 @@ from prepare_kit import SPLITS, prepared, read_manifest, with_splits, write
 from pyarrow import feather
 
 from pipeline.core.data import dataset
-from pipeline.core.data.batches import TrainingOrder, Views
+from pipeline.core.data.batches import Views
 from pipeline.core.data.dataset import ImageSet, rank, sample_id
 from pipeline.core.data.views import ViewSpec
 from pipeline.core.intake.image_shards import layout
+from pipeline.core.train.order import TrainingOrder
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from runs import MODEL
 
 import models
 from pipeline.core import networks, weights
+from pipeline.core.network_checks import check_takes
 
 
 def test_weights_come_from_the_seed_alone():
@@ -88,7 +89,7 @@ def test_first_weights_may_be_timms(tmp_path, monkeypatch):
 
 def test_a_network_with_a_module_in_two_places_is_looked_at_saved_and_read(tmp_path):
     made = networks.build("coat_lite_tiny", 4, seed=0).eval()
-    networks.check_takes(made, "coat_lite_tiny", 224, 4)
+    check_takes(made, "coat_lite_tiny", 224, 4)
     assert not any(value.is_meta for value in made.network.state_dict().values())
     networks.save(tmp_path, made, {"model": "coat_lite_tiny", "classes": list("abcd"), "resolution": 64})
     assert networks.digest(networks.load(tmp_path)[0]) == networks.digest(made)
@@ -105,7 +106,7 @@ def test_a_network_that_the_stages_cannot_use_is_refused(name, words):
     with torch.device("meta"):
         made = networks.build(name, 4, seed=0)
     with pytest.raises(ValueError, match=f"^{name} {words}"):
-        networks.check_takes(made, name, 224, 4)
+        check_takes(made, name, 224, 4)
 
 
 def test_a_damaged_card_is_named(tmp_path):
@@ -151,7 +152,7 @@ def test_a_teachers_view_is_resized_as_an_image_is(size):
 )
 def test_an_embedding_is_a_vector_beside_the_networks_own_logits(model, resolution):
     classifier = networks.build(model, 3, 0).eval()
-    networks.check_takes(classifier, model, resolution, 3)
+    check_takes(classifier, model, resolution, 3)
     assert not classifier.training
     assert models.macs(classifier.network, resolution) > 0
     pixels = torch.randint(0, 256, (2, 3, resolution, resolution), generator=torch.Generator().manual_seed(0))
@@ -167,7 +168,7 @@ def test_an_embedding_is_a_vector_beside_the_networks_own_logits(model, resoluti
 )
 def test_networks_with_a_second_classifier_for_distillation_are_taken(tmp_path, capsys, model, columns):
     source = networks.build(model, 3, 0).eval()
-    networks.check_takes(source, model, 224, 3)
+    check_takes(source, model, 224, 3)
     pixels = torch.randint(0, 256, (2, 3, 224, 224), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         logits, features = source.embed(pixels)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.core.data.batches import TrainingOrder
+from pipeline.core.train.order import TrainingOrder
 
 
 def rows_of(order, first, last):

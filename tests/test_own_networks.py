@@ -21,6 +21,7 @@ from torch import nn
 import models
 from pipeline import teacher
 from pipeline.core import networks, weights
+from pipeline.core.network_checks import check_takes
 from pipeline.core.results import model_card, registry
 from pipeline.core.running import preflight
 
@@ -74,7 +75,7 @@ def test_a_network_of_ones_own_may_teach(images, tmp_path, monkeypatch, kind):
     assert torch.equal(logits, own.head(features))
     assert torch.equal(taught(pixels), logits)
     assert not models.has_pretrained(f"own_{kind}")
-    networks.check_takes(networks.build(f"own_{kind}", 4, seed=0), f"own_{kind}", 16, 4)  # as of a student
+    check_takes(networks.build(f"own_{kind}", 4, seed=0), f"own_{kind}", 16, 4)  # as of a student
 
 
 def test_a_network_of_ones_own_learns_and_is_packed(images, tmp_path):

@@ -5,14 +5,16 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.core import progress
-from pipeline.core.progress import Meter, Progress, duration
+from pipeline.core.progress import Progress, duration
+from pipeline.core.train import meter
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands still, but for who moves it: its `now` is in seconds."""
     found = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: found.now))
+    for module in (progress, meter):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: found.now))
     return found
 
 
@@ -46,19 +48,19 @@ def test_of_no_work_and_of_other_processes_nothing_is_said(clock, capsys):
 
 
 def test_a_step_costs_its_share_of_the_time_since_the_last_restart(clock):
-    meter = Meter()
+    steps = meter.Meter()
 
     def slow():
         for _ in range(4):
             clock.now += 3  # a wait for images
             yield None
 
-    for number, _ in enumerate(meter.batches(slow())):
+    for number, _ in enumerate(steps.batches(slow())):
         clock.now += 1 if number < 2 else 2  # the step
         if number == 1:
-            first = meter.figures(images=8)
-            meter.restart()
-    second = meter.figures(images=8)
+            first = steps.figures(images=8)
+            steps.restart()
+    second = steps.figures(images=8)
     assert first == pytest.approx(first | {"step_seconds": 4, "images_per_second": 2, "data_wait_share": 0.75})
     assert second == pytest.approx(second | {"step_seconds": 5, "images_per_second": 1.6, "data_wait_share": 0.6})
     assert 0.05 < second["memory_gb"] < 50

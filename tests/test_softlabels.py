@@ -10,13 +10,13 @@ import torch
 from pipeline.core.softlabels import (
     Description,
     SoftLabels,
-    finish,
     index,
     make_keys,
     read_description,
     sealed,
     shards,
     store,
+    writing,
 )
 from pipeline.core.softlabels import keys as keys_of
 from pipeline.core.softlabels.keys import find_double
@@ -61,7 +61,7 @@ def cache(tmp_path):
     keys, answers = some_keys(30), [some_records(10, seed) for seed in range(3)]
     for part, records in enumerate(answers):
         shards.write(tmp_path / "cache", DESCRIPTION.fingerprint, keys[part * 10 : part * 10 + 10], records)
-    finish(tmp_path / "cache", DESCRIPTION, keys)
+    writing.finish(tmp_path / "cache", DESCRIPTION, keys)
     return tmp_path / "cache", keys, [record(answers[number // 10], number % 10) for number in range(30)]
 
 
@@ -75,8 +75,8 @@ def same(labels, records):
 def test_views_are_found_in_any_order_and_in_any_batch(cache, finished):
     folder, keys, records = cache
     if not finished:
-        store.unfinish(folder)
-        store.write_index(folder, DESCRIPTION)
+        writing.unfinish(folder)
+        writing.write_index(folder, DESCRIPTION)
     labels = SoftLabels(folder, DESCRIPTION)
     assert len(labels) == 30
     order = np.random.default_rng(1).permutation(30)
@@ -91,7 +91,7 @@ def test_records_are_found_within_their_blocks(tmp_path, sizes):
     answers = [some_records(size, seed) for seed, size in enumerate(sizes)]
     for part, records in zip(np.split(keys, np.cumsum(sizes)[:-1]), answers, strict=True):
         shards.write(tmp_path, DESCRIPTION.fingerprint, part, records)
-    finish(tmp_path, DESCRIPTION, keys)
+    writing.finish(tmp_path, DESCRIPTION, keys)
     whole = [record(records, number) for records, size in zip(answers, sizes, strict=True) for number in range(size)]
     labels, few = SoftLabels(tmp_path, DESCRIPTION), SoftLabels(tmp_path, DESCRIPTION)
     few._most_open = 1
@@ -136,7 +136,7 @@ def test_with_few_open_files_the_answers_are_the_same(cache, most_open):
 def test_a_shard_without_views_is_no_trouble(cache):
     folder, keys, records = cache
     shards.write(folder, DESCRIPTION.fingerprint, keys[:0], Records(np.zeros(0, np.uint8), np.zeros(0, np.uint8)))
-    finish(folder, DESCRIPTION, keys)
+    writing.finish(folder, DESCRIPTION, keys)
     labels = SoftLabels(folder, DESCRIPTION)
     labels.verify()
     assert same(labels.read(keys), records)
@@ -158,7 +158,7 @@ def test_keys_of_like_numbers_differ():
 
 
 def test_an_empty_cache_finds_nothing(tmp_path):
-    store.write_index(tmp_path, DESCRIPTION)
+    writing.write_index(tmp_path, DESCRIPTION)
     assert (SoftLabels(tmp_path, DESCRIPTION).find(some_keys(3)) == -1).all()
 
 
@@ -167,7 +167,7 @@ def test_the_index_is_the_same_however_much_is_sorted_at_once(cache, monkeypatch
     folder, keys, _ = cache
     whole = (folder / "index.sl").read_bytes()
     monkeypatch.setattr(keys_of, "SORTED", sorted_at_once)
-    finish(folder, DESCRIPTION, keys)
+    writing.finish(folder, DESCRIPTION, keys)
     assert (folder / "index.sl").read_bytes() == whole
 
 
@@ -213,9 +213,9 @@ def test_missing_views_are_given_by_their_places(cache, monkeypatch, looked_up):
 
 def test_a_cache_that_lacks_a_view_is_not_finished(cache):
     folder, keys, _ = cache
-    store.unfinish(folder)
+    writing.unfinish(folder)
     with pytest.raises(ValueError, match="a view is missing"):
-        finish(folder, DESCRIPTION, np.append(keys, np.uint64(5)))
+        writing.finish(folder, DESCRIPTION, np.append(keys, np.uint64(5)))
     with pytest.raises(ValueError, match="no finished cache"):
         read_description(folder)
 
@@ -278,22 +278,22 @@ def test_a_foreign_shard_is_refused(cache, tmp_path):
     shutil.copy(foreign, folder)
     with pytest.raises(ValueError, match=rf"{foreign.name}: not a shard of this cache"):
         SoftLabels(folder, DESCRIPTION)
-    store.unfinish(folder)
+    writing.unfinish(folder)
     with pytest.raises(ValueError, match=rf"{foreign.name}: soft labels of another teacher"):
-        store.write_index(folder, DESCRIPTION)
+        writing.write_index(folder, DESCRIPTION)
 
 
 def test_damaged_shards_alone_are_set_aside(cache, tmp_path):
     folder, keys, _ = cache
-    store.unfinish(folder)
+    writing.unfinish(folder)
     cut, flipped, sound = sorted(folder.glob("labels-*.sl"))
     cut.write_bytes(cut.read_bytes()[:100])
     flipped.write_bytes(flipped.read_bytes()[:-30] + b"?" + flipped.read_bytes()[-29:])
-    wrong = store.set_damaged_aside(folder, DESCRIPTION, tmp_path / "aside")
+    wrong = writing.set_damaged_aside(folder, DESCRIPTION, tmp_path / "aside")
     assert [file.name in message for file, message in zip([cut, flipped], wrong, strict=True)] == [True, True]
     assert list(folder.glob("*.sl")) == [sound]
     assert {file.name for file in (tmp_path / "aside").iterdir()} == {cut.name, flipped.name}
-    store.write_index(folder, DESCRIPTION)
+    writing.write_index(folder, DESCRIPTION)
     assert (SoftLabels(folder, DESCRIPTION).find(keys) >= 0).sum() == 10
 
 

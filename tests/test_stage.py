@@ -15,7 +15,8 @@ from images import tiny
 from torch._utils import ExceptionWrapper
 
 from pipeline import baseline
-from pipeline.core import errors, resume, signals, stage
+from pipeline.core import errors, resume, stage
+from pipeline.core.train import signals
 
 CHANGES = {
     "machine.checkpoint_seconds": 0,

@@ -10,6 +10,7 @@ import timm
 import torch
 
 from pipeline.core import networks, weights
+from pipeline.core.network_checks import check_takes
 
 
 def test_weights_that_do_not_fit_say_what_to_do(tmp_path):
@@ -102,7 +103,7 @@ def test_weights_of_a_transformer_for_another_image_size_say_what_to_do(tmp_path
         networks.build(model, 4, 0, init=str(tmp_path / "w.safetensors"))
     built = networks.Classifier(timm.create_model(model, img_size=size, num_classes=4))
     with pytest.raises(ValueError, match=rf"does not take images of 32 pixels: .*; it was made for {size}$"):
-        networks.check_takes(built, model, 32, 4)
+        check_takes(built, model, 32, 4)
 
 
 class Evil:

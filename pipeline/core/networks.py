@@ -18,7 +18,6 @@ import models
 from pipeline.core import atomic, small_maps, weights
 from pipeline.core.sections import TIMM
 
-RESIZE_TEACHER = ": set teacher.resolution to that"  # what to do where a teacher does not take the views' size
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -119,80 +118,16 @@ def build(name: str, num_classes: int, seed: int, init: str | None = None, resiz
         torch.manual_seed(seed)
         network = models.build(name, num_classes=num_classes, pretrained=init == TIMM)
     small_maps.replace_convolutions(network)
-    said = normalisation(network)
+    trained_with = normalisation(network)
     if init is None:
-        return Classifier(network, *(said or ()), resized_to=resized_to)
+        return Classifier(network, *(trained_with or ()), resized_to=resized_to)
     if init != TIMM:
         weights.load(network, Path(init), (name, num_classes), new_last_layer=True)
-    if not said:
+    if not trained_with:
         raise ValueError(
             f"{name} does not say how pixels are normalised for weights of its own: give it pretrained_cfg"
         )
-    return Classifier(network, *said, resized_to)
-
-
-def check_takes(classifier: Classifier, name: str, resolution: int, classes: int, remedy: str = "") -> None:
-    """Make sure that a network takes square images of so many pixels a side; nothing is computed.
-
-    Args:
-        classes: how many it was built for.
-        remedy: what to do where it takes another size alone.
-
-    Raises:
-        ValueError: it does not, as transformers at another resolution than their own; or it has no last layer, or
-            weights that have no channels-last order, or does not give one number per class, or cannot be asked without
-            computing.
-    """
-    own = models.is_own(name)
-    instead = "mend it in models/own.py, which says what a network must be" if own else "take another network"
-    last = models.last_layers(classifier.network)
-    if not last:
-        raise ValueError(f"{name} has no last layer, no nn.Linear nor a method get_classifier; {instead}")
-    if own and isinstance(last[0], nn.Linear) and last[0].out_features != classes:
-        made = f"its last nn.Linear makes {last[0].out_features} numbers, not {classes}"
-        raise ValueError(f"{name}: {made}: pass num_classes on, or give it a method get_classifier; {instead}")
-    if any(parameter.ndim == 5 for parameter in classifier.parameters()):
-        raise ValueError(f"{name} has weights of five dimensions, which the stages do not take; {instead}")
-    try:
-        logits, _ = embed_on_meta(classifier, resolution)
-    except (AssertionError, RuntimeError) as error:
-        reason = (str(error).splitlines()[0] if str(error) else type(error).__name__).rstrip(".")
-        if "meta" in reason:
-            raise ValueError(
-                f"{name} cannot be asked without computing ({reason}): what it does must not depend on values of "
-                f"pixels, and its tensors must be parameters or buffers; {instead}"
-            ) from None
-        seen, made_for = classifier.resized_to or resolution, _own_size(classifier.network)
-        hint = f"; it was made for {made_for}{remedy}" if made_for not in (None, seen) else ""
-        raise ValueError(f"{name} does not take images of {seen} pixels: {reason}{hint}") from None
-    except Exception as error:  # whatever a network of one's own may raise
-        words = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{name} cannot be asked ({words}); {instead}") from None
-    if logits.shape != (1, classes):
-        raise ValueError(f"{name} gives {tuple(logits.shape)} for an image and {classes} classes; {instead}")
-
-
-def embed_on_meta(classifier: Classifier, resolution: int) -> tuple[Tensor, Tensor]:
-    """Give what `Classifier.embed` would of one square image, (1, C) and (1, D), without computing it."""
-    return models.on_meta(_Embed(classifier), resolution)
-
-
-class _Embed(nn.Module):
-    """`Classifier.embed` as a network's forward pass."""
-
-    def __init__(self, classifier: Classifier):
-        super().__init__()
-        self.classifier = classifier
-        self.train(classifier.training)
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        return self.classifier.embed(pixels)
-
-
-def _own_size(network: nn.Module) -> int | None:
-    """The pixels a side of the images that a network was made for, where it says so as timm's do."""
-    size = getattr(getattr(network, "patch_embed", None), "img_size", None) or _said(network).get("input_size")
-    return size[-1] if isinstance(size, tuple | list) and size else None
+    return Classifier(network, *trained_with, resized_to)
 
 
 def normalisation(network: nn.Module) -> tuple[Sequence[float], Sequence[float]] | None:
@@ -200,14 +135,14 @@ def normalisation(network: nn.Module) -> tuple[Sequence[float], Sequence[float]]
 
     They are in its `pretrained_cfg`, as timm's networks have it.
     """
-    mean, std = _said(network).get("mean"), _said(network).get("std")
+    mean, std = said(network).get("mean"), said(network).get("std")
     return (mean, std) if all(isinstance(one, tuple | list) and len(one) == 3 for one in (mean, std)) else None
 
 
-def _said(network: nn.Module) -> dict[str, Any]:
-    """What a network says of itself."""
-    said = getattr(network, "pretrained_cfg", None)
-    return said if isinstance(said, dict) else {}
+def said(network: nn.Module) -> dict[str, Any]:
+    """Give what a network says of itself in timm's way, in its `pretrained_cfg`."""
+    config = getattr(network, "pretrained_cfg", None)
+    return config if isinstance(config, dict) else {}
 
 
 def digest(classifier: Classifier) -> str:

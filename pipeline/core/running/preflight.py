@@ -142,16 +142,20 @@ def check_networks(settings: Params, root: Path) -> None:
 
     import models
     from pipeline.core import networks
+    from pipeline.core.network_checks import RESIZE_TEACHER, check_takes
     from pipeline.core.train import optimizers
 
-    remedies = {"teacher": networks.RESIZE_TEACHER, "student": ": set views.resolution and fixres.resolution to that"}
+    remedies = {
+        "teacher": RESIZE_TEACHER,
+        "student": ": set views.resolution and fixres.resolution to that",
+    }
     built = {}
     for who, (name, resolutions) in wanted.items():
         with _named(f"{who}.model"), torch.device("cpu" if models.is_own(name) else "meta"):  # there, none is drawn
             built[who] = networks.build(name, CLASSES, seed=0)
         for key, resolution in resolutions.items():
             with _named(f"{who}.model, {key}"):
-                networks.check_takes(built[who], name, resolution, CLASSES, remedies[who])
+                check_takes(built[who], name, resolution, CLASSES, remedies[who])
                 if models.is_own(name):
                     show_black_images(built[who], name, resolution)
     for resolution in {views, fixres}:  # the student may end with either

@@ -4,17 +4,14 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import re
 import resource
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.core import atomic
-from pipeline.core.softlabels import index, sealed, shards
+from pipeline.core.softlabels import index, shards
 from pipeline.core.softlabels.keys import parts
 from pipeline.core.softlabels.records import Coding, Records, SparseLabels
 
@@ -182,71 +179,10 @@ class SoftLabels:
 
     def _open_index(self) -> index.Index:
         opened = index.Index(self.folder, self._fingerprint)
-        known, there = set(opened.shards), {file.name for file in _shard_files(self.folder)}
+        known, there = set(opened.shards), {file.name for file in shard_files(self.folder)}
         for name in sorted(known ^ there):
             raise ValueError(f"{self.folder / name}: {'missing' if name in known else 'not a shard of this cache'}")
         return opened
-
-
-def set_damaged_aside(folder: Path, description: Description, aside: Path) -> list[str]:
-    """Move shards that do not hold out of a cache that is being written; give what was wrong with each."""
-    wrong = []
-    for path in _shard_files(folder):
-        try:
-            shards.Shard(path, description.fingerprint, description.coding).verify()
-        except ValueError as error:
-            aside.mkdir(parents=True, exist_ok=True)
-            shutil.move(path, aside / path.name)
-            wrong.append(str(error))
-    return wrong
-
-
-def unfinish(folder: Path) -> None:
-    """Take away what makes a cache a finished one: shards are about to be added."""
-    for name in ("cache.json", index.NAME):
-        (folder / name).unlink(missing_ok=True)
-
-
-def write_index(folder: Path, description: Description) -> None:
-    """Write the index of the shards that are there, none of which may come or go as long as it is.
-
-    Raises:
-        ValueError: a shard is damaged, or of another description; it is named, and what mends it.
-    """
-    try:
-        found = [shards.Shard(path, description.fingerprint, description.coding) for path in _shard_files(folder)]
-        for shard in found:
-            shard.keys()
-        index.write(folder, description.fingerprint, found)
-    except ValueError as error:
-        raise ValueError(f"{error}; {MEND}") from None
-
-
-def finish(folder: Path, description: Description, wanted: np.ndarray) -> None:
-    """Write the index and `cache.json`: the cache is whole.
-
-    Args:
-        wanted: (N,) keys that the cache must hold, all different; it may hold others.
-
-    Raises:
-        ValueError: one is missing.
-    """
-    write_index(folder, description)
-    labels = SoftLabels(folder, description)
-    if any(len(part) for part in labels.missing(wanted)):
-        raise ValueError(f"{folder}: a view is missing; run `dvc repro cache`")
-    size = sum(path.stat().st_size for path in (folder / index.NAME, *_shard_files(folder)))
-    content = {
-        "format": FORMAT_VERSION,
-        "fingerprint": description.fingerprint,
-        **dataclasses.asdict(description),
-        "wanted_views": len(wanted),
-        "stored_views": len(labels),
-        "shards": len(labels.shards),
-        "bytes": size,
-        "bytes_per_view": round(size / max(1, len(labels)), 2),
-    }
-    atomic.write_json(folder / "cache.json", {**content, "checksum": _checksum(content)})
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -263,7 +199,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: no finished cache of soft labels here; run `dvc repro cache`") from None
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{path}: damaged; {MEND}") from None
-    if checksum != _checksum(content):
+    if checksum != summary_checksum(content):
         raise ValueError(f"{path}: damaged; {MEND}")
     return content
 
@@ -283,24 +219,13 @@ def read_description(folder: Path) -> Description:
     return Description(**{field.name: content[field.name] for field in dataclasses.fields(Description)})
 
 
-def fingerprints(folder: Path) -> dict[Path, str]:
-    """Say whose labels each shard in a folder holds; those that cannot be read are left out."""
-    found = {}
-    for path in _shard_files(folder):
-        try:
-            name = str(sealed.read_header(path, shards.MAGIC)[0]["fingerprint"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        if re.fullmatch("[0-9a-f]{64}", name):  # else it is damaged
-            found[path] = name
-    return found
-
-
-def _shard_files(folder: Path) -> list[Path]:
+def shard_files(folder: Path) -> list[Path]:
+    """Give the shards in a folder."""
     return sorted(folder.glob("labels-*.sl"))
 
 
-def _checksum(content: dict[str, Any]) -> str:
+def summary_checksum(content: dict[str, Any]) -> str:
+    """Give the checksum of what `cache.json` holds besides."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

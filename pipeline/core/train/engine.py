@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.core import atomic, devices, signals
-from pipeline.core.data.batches import Batch, TrainingOrder, Views, load
+from pipeline.core import atomic, devices
+from pipeline.core.data.batches import Batch, Views, load
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
-from pipeline.core.progress import Meter, Progress
+from pipeline.core.progress import Progress
 from pipeline.core.sections import Machine, TrainingRecipe
-from pipeline.core.train import checkpoints, norms, optimizers
+from pipeline.core.train import checkpoints, cuda_graphs, norms, optimizers, signals, trace
+from pipeline.core.train.meter import Meter
+from pipeline.core.train.order import TrainingOrder
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 History = list[dict[str, float]]
@@ -165,7 +167,7 @@ class Run:
         rows, replicas = self.order.whole_batch(self.step)
         one = self.views[rows[:1], replicas[:1]].pixels.to(self.device)  # for its shape
         with torch.autocast("cuda", torch.bfloat16, enabled=self._mixed, cache_enabled=False):
-            return devices.capture(network, one.repeat(len(rows), 1, 1, 1))
+            return cuda_graphs.capture(network, one.repeat(len(rows), 1, 1, 1))
 
     def _captures(self) -> bool:
         """Whether a step is one forward and one backward pass of one process on a GPU, and nobody looks into it."""
@@ -289,7 +291,7 @@ class Run:
         if not self.machine.profile_steps:
             return nullcontext()
         file = self.scratch.parent / f"trace-{self.processes.rank}.json.gz"
-        return devices.profiled(self.device, self.machine.profile_steps, file)
+        return trace.profiled(self.device, self.machine.profile_steps, file)
 
     def _save(self) -> None:
         """Write a checkpoint, unless a loss or a weight is not finite: the next look at them stops all processes."""

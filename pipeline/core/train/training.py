@@ -20,14 +20,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.core import atomic, devices, networks, resume
-from pipeline.core.data.batches import CLEAN_BATCH, EVERY_REPLICA, Batch, TrainingOrder, Views, in_order, load
+from pipeline.core.data.batches import CLEAN_BATCH, Batch, Views, in_order, load
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.devices import Processes
+from pipeline.core.network_checks import check_takes
 from pipeline.core.networks import Classifier
 from pipeline.core.results import tracking
 from pipeline.core.sections import Params, TrainingRecipe
 from pipeline.core.train import checkpoints, engine, losses
 from pipeline.core.train.engine import Loss
+from pipeline.core.train.order import EVERY_REPLICA, TrainingOrder
 
 DATA = Path("data")
 WORTH_SAYING = 0.1  # share of the images that an epoch leaves out
@@ -84,7 +86,7 @@ def train(task: Task, params: Params, processes: Processes) -> None:
         ValueError: the network does not take the resolution, or the loss is not finite any more.
     """
     images = task.views.images
-    networks.check_takes(task.classifier, task.card["model"], task.resolution, len(images.classes))
+    check_takes(task.classifier, task.card["model"], task.resolution, len(images.classes))
     folder = resume.SCRATCH / task.name / _name(task, params)
     if not processes.first():
         devices.wait_for_all(processes)  # until the first process has made sure that the checkpoint is this run's

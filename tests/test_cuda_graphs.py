@@ -8,6 +8,7 @@ from torch import nn
 
 from pipeline.core import devices
 from pipeline.core.devices import Processes
+from pipeline.core.train import cuda_graphs
 
 PIXELS = torch.zeros(4, 3, 8, 8)
 
@@ -31,7 +32,7 @@ def test_a_capture_leaves_the_network_as_it_was(network, no_gpu, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    captured = devices.capture(network, PIXELS)
+    captured = cuda_graphs.capture(network, PIXELS)
     assert captured is not network
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert torch.equal(captured.eval()(PIXELS), network(PIXELS))
@@ -45,7 +46,7 @@ def test_ctrl_c_in_a_capture_leaves_the_network_as_it_was(network, no_gpu, monke
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     with pytest.raises(KeyboardInterrupt):
-        devices.capture(network, PIXELS)
+        cuda_graphs.capture(network, PIXELS)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
@@ -56,7 +57,7 @@ def test_a_network_that_cannot_be_captured_goes_on_without(network, no_gpu, monk
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    assert devices.capture(network, PIXELS) is network
+    assert cuda_graphs.capture(network, PIXELS) is network
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert capsys.readouterr().err == (
         "warning: goes on without CUDA graphs, which could not be recorded: operation not permitted when stream is "
@@ -110,8 +111,8 @@ def test_what_lies_in_the_hosts_memory_is_sent_from_there(monkeypatch, device, b
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
 @pytest.mark.parametrize("head_alone", [False, True])
 def test_captured_steps_end_in_the_same_bytes(images, tmp_path, head_alone, monkeypatch):
-    capture, captured, ended = devices.capture, [], []
-    monkeypatch.setattr(devices, "capture", lambda *given: captured.append(capture(*given)) or captured[-1])
+    capture, captured, ended = cuda_graphs.capture, [], []
+    monkeypatch.setattr(cuda_graphs, "capture", lambda *given: captured.append(capture(*given)) or captured[-1])
     part = (lambda classifier: classifier.network.get_classifier()) if head_alone else None
     devices.choose_algorithms(cudnn_benchmark=False, deterministic=True)
     try:
