@@ -34,7 +34,7 @@ from timm.task import LogitDistillationTask
 
 from pipeline import cache, recipes
 from pipeline.core import networks, params, small_maps, teaching
-from pipeline.core.data.batches import Views
+from pipeline.core.data.batches import CleanViews, Views
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
 from pipeline.core.devices import Processes
@@ -273,7 +273,7 @@ def in_loop(
 def tester(images: ImageSet, count: int, resolution: int) -> Callable[[Classifier], float]:
     """Make the function that gives top-1 on the first test images by id."""
     rows = images.rows("test")[:count]
-    pixels = Views(images, None, resolution)[rows, np.zeros(len(rows), np.int64)].pixels
+    pixels = CleanViews(images, resolution, 1.0)[rows, np.zeros(len(rows), np.int64)].pixels
     labels = torch.from_numpy(images.labels[rows].astype(np.int64))
 
     def test(classifier: Classifier) -> float:

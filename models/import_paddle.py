@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import models
 from models.paddle_pickle import read_arrays
-from pipeline.core import weights
+from pipeline.core import digests, weights
 
 UNIT = r"\.(?:_?conv\.(?P<conv>weight)|(?:_?bn|_batch_norm)\.(?P<norm>weight|bias|_mean|_variance))"
 STEM = re.compile(r"(?:stem\.(?P<from0>\d)|conv1_(?P<from1>\d)|conv1|conv|_conv_stem)" + UNIT)
@@ -172,7 +172,7 @@ def import_file(file: Path, model: str, output: Path) -> str:
     if broken := [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]:
         others = f", and so have {len(broken) - 1} others" if broken[1:] else ""
         raise ValueError(f"{file}: {broken[0]} has values that are not finite{others}")
-    digest = weights.file_digest(file)
+    digest = digests.of_file(file)
     # One entry of metadata: the order of several is not always the same.
     weights.save(output, state, {"imported": f"{model} from {file.name}, SHA-256 {digest}"})
     parameters = sum(p.numel() for p in network.parameters())

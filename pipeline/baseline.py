@@ -20,15 +20,12 @@ def run(params: Params) -> None:
     classifier = networks.build(params.student.model, len(images.classes), params.seed, params.student.init)
     task = training.Task(
         name="baseline",
-        recipe=params.baseline,
+        model=params.student.model,
         classifier=classifier,
-        part=classifier.network,
         rows=images.rows("labelled"),
         views=Views(images, spec),
         loss=training.labelled_loss(images, images.labels, params.baseline.label_smoothing),
-        resolution=params.views.resolution,
-        card={"model": params.student.model},
-        identities={"data": images.digest, "views": spec.digest, "start": networks.digest(classifier)},
+        identities={"views": spec.digest},
     )
     training.train(task, params, devices.join(params.machine))
 

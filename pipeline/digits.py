@@ -8,7 +8,6 @@ in data/digits/truth.csv, outside of what the pipeline reads.
 Run: python -m pipeline.digits [--params FILE]
 """
 
-import csv
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from pipeline.core import atomic, stage
 from pipeline.core.data.dataset import rank, sample_id
 from pipeline.core.data.images import encode_png
 from pipeline.core.sections import Params
+from pipeline.core.tables import as_csv
 
 OUT = Path("data/digits")
 SIDE, TILES = 32, 4  # pixels a side; tiles a side of an image of no class
@@ -78,14 +78,12 @@ def example(
         make, suffix = KINDS[kind]
         hidden.append((make(drawn[number], np.random.default_rng([seed, number])), suffix, kind, source))
     hidden.sort(key=lambda one: rank(seed, "order", sample_id(one[0])))  # a file's number tells nothing
-    truth = [("file", "kind", "made_from")]
+    truth = []
     for number, (content, suffix, kind, source) in enumerate(hidden):
         name = f"unlabelled/{number:04d}{suffix}"
         files[name] = content
-        truth.append((name, kind, source))
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(truth)
-    return {**files, "truth.csv": out.getvalue().encode()}
+        truth.append({"file": name, "kind": kind, "made_from": source})
+    return {**files, "truth.csv": as_csv(truth).encode()}
 
 
 def enlarge(one: np.ndarray) -> Image.Image:

@@ -9,7 +9,7 @@ network.json, history.csv. Run: python -m pipeline.finetune
 import copy
 from pathlib import Path
 
-from pipeline.core import devices, networks, stage
+from pipeline.core import devices, stage
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.sections import Params
 from pipeline.core.train import distillation, training
@@ -17,15 +17,14 @@ from pipeline.core.train import distillation, training
 
 def run(params: Params) -> None:
     images = ImageSet(Path("data/prepare"))
-    classifier, card = networks.load(Path("data/distill"))
-    before = training.Before("distill", copy.deepcopy(classifier), card["resolution"])
+    before = training.Before.of("distill")
     distillation.train(
         "finetune",
         params,
         images,
         devices.join(params.machine),
-        model=card["model"],
-        classifier=classifier,
+        model=before.card["model"],
+        classifier=copy.deepcopy(before.classifier),
         rows=images.rows("labelled"),
         before=before,
     )

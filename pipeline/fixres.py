@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import nn
 
 import models
-from pipeline.core import devices, networks, stage
-from pipeline.core.data.batches import Views
+from pipeline.core import devices, stage
+from pipeline.core.data.batches import CleanViews
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.sections import Params
 from pipeline.core.train import training
@@ -20,24 +20,18 @@ from pipeline.core.train import training
 
 def run(params: Params) -> None:
     images = ImageSet(Path("data/prepare"))
-    classifier, card = networks.load(Path("data/finetune"))
-    resolution = params.fixres.resolution
-    before = training.Before("finetune", copy.deepcopy(classifier), card["resolution"])
+    before = training.Before.of("finetune")
+    classifier = copy.deepcopy(before.classifier)
+    views = CleanViews(images, params.fixres.resolution, params.views.test_crop)
     task = training.Task(
         name="fixres",
-        recipe=params.fixres,
+        model=before.card["model"],
         classifier=classifier,
-        part=nn.ModuleList(models.last_layers(classifier.network)),
         rows=images.rows("labelled"),
-        views=Views(images, None, resolution, params.views.test_crop),
+        views=views,
         loss=training.labelled_loss(images, images.labels, params.fixres.label_smoothing),
-        resolution=resolution,
-        card={"model": card["model"]},
-        identities={
-            "data": images.digest,
-            "start": networks.digest(classifier),
-            "test view": f"{resolution} {params.views.test_crop}",
-        },
+        identities={"test view": f"{views.resolution} {views.crop}"},
+        part=nn.ModuleList(models.last_layers(classifier.network)),
         before=before,
     )
     training.train(task, params, devices.join(params.machine))

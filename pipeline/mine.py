@@ -10,7 +10,6 @@ says what of the two is alike ("inner part": the image is that of the nearest on
 Run: python -m pipeline.mine
 """
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from pipeline.core.mining.likeness import likeness
 from pipeline.core.mining.ranking import ClassCount
 from pipeline.core.progress import Progress
 from pipeline.core.sections import Params
+from pipeline.core.tables import as_csv
 
 SCORE = Path("data/score")
 
@@ -105,12 +105,18 @@ def scores(images: ImageSet, folder: Path) -> tuple[np.ndarray, np.ndarray, np.n
 
 def write_counts(path: Path, counts: list[ClassCount]) -> None:
     """Write a row a class; a class that took nothing has no lowest score."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["class", "mined", "wanted", "missing", "offered", "lowest_score"])
-        for each in counts:
-            lowest = f"{each.lowest_score:.4f}" if each.mined else ""
-            writer.writerow([each.name, each.mined, each.wanted, each.wanted - each.mined, each.offered, lowest])
+    rows = [
+        {
+            "class": each.name,
+            "mined": each.mined,
+            "wanted": each.wanted,
+            "missing": each.wanted - each.mined,
+            "offered": each.offered,
+            "lowest_score": f"{each.lowest_score:.4f}" if each.mined else "",
+        }
+        for each in counts
+    ]
+    atomic.write_text(path, as_csv(rows))
 
 
 if __name__ == "__main__":

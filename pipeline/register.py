@@ -76,7 +76,7 @@ def run_if_missing(params: Params) -> None:
 def _recorded() -> dict[str, Any] | None:
     """What an earlier run has noted of the version; None where the note is not there, or damaged."""
     try:
-        return json.loads(RECORD.read_text())
+        return json.loads(RECORD.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -258,12 +258,10 @@ def _ask(
     from pipeline.core.data import batches
     from pipeline.core.progress import Progress
 
-    views = batches.Views(student.images, None, resolution, crop)
-    order = batches.in_order(rows, batches.CLEAN_BATCH)
-    found = []
-    with torch.inference_mode(), Progress(len(rows), "images", f"register: {what}") as progress:
-        for batch in batches.load(views, order, params.machine.workers, torch.device("cpu")):
-            found.append(model(batch.pixels.float()).numpy())
+    views, found = batches.CleanViews(student.images, resolution, crop), []
+    with Progress(len(rows), "images", f"register: {what}") as progress:
+        for batch, logits in batches.ask(model, views, rows, params.machine.workers, torch.device("cpu")):
+            found.append(logits.numpy())
             progress.update(len(batch.rows))
     return np.concatenate(found)
 

@@ -6,7 +6,6 @@ these in .scratch/scored, so that a grown pool costs what is new. Thumbnails are
 takes the time. Run: python -m pipeline.score
 """
 
-import hashlib
 import itertools
 import json
 import os
@@ -14,15 +13,17 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from pipeline.core import atomic, devices, networks, resume, stage, weights
-from pipeline.core.data.batches import RowsAndReplicas, Views, in_order, load
+from pipeline.core import atomic, devices, digests, networks, resume, stage
+from pipeline.core.data.batches import RowsAndReplicas, in_order, load
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import render_test
 from pipeline.core.devices import Processes
@@ -38,8 +39,13 @@ LARGEST = float(np.finfo(np.float16).max)
 COLUMNS = ("ids", "logits", "embeddings", "thumbnails")
 
 
-class ViewsAndThumbnails(Views):
+@dataclass(frozen=True)
+class ViewsAndThumbnails(Dataset):
     """Decodes each image once: give it (rows, replicas), get clean views (B, 3, R, R) and thumbnails (B, 32, 32)."""
+
+    images: ImageSet
+    resolution: int
+    crop: float
 
     def __getitem__(self, batch: RowsAndReplicas) -> tuple[Tensor, Tensor]:
         views, small = [], []
@@ -74,11 +80,11 @@ def bring_up_to_date(params: Params, processes: Processes) -> None:
     network = [card["model"], card["digest"], card["mean"], card["std"], card.get("resized_to")]
     views = [params.views.resolution, params.views.test_crop]
     asked = [*network, params.teacher.precision, *views, *resume.package_versions(), resume.code_digest()]
-    answers = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    answers = digests.of_json(asked)[:16]
     rows = np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])
     known = read_known(answers) if processes.first() else NOTHING_KNOWN  # with a digest of all columns, once
     new = devices.from_first(processes, rows[~np.isin(images.ids[rows], known.ids)])
-    parts = resume.SCRATCH / "score" / f"{answers}-{hashlib.sha256(images.ids[new].tobytes()).hexdigest()[:16]}"
+    parts = resume.SCRATCH / "score" / f"{answers}-{digests.of_array(images.ids[new])[:16]}"
     if processes.first():
         resume.begin_run(parts)
         there = f"{len(rows) - len(new):,} images are scored already, " if len(new) < len(rows) else ""
@@ -102,8 +108,8 @@ def keep(answers: str) -> None:
                 os.link(written, kept)
             except OSError:
                 shutil.copyfile(written, kept)
-        digests = {column: weights.file_digest(folder / f"{column}.npy") for column in COLUMNS}
-        atomic.write_json(folder / "answers.json", {"answers": answers, "digests": digests})
+        checksums = {column: digests.of_file(folder / f"{column}.npy") for column in COLUMNS}
+        atomic.write_json(folder / "answers.json", {"answers": answers, "digests": checksums})
 
 
 def read_known(answers: str) -> Known:
@@ -114,9 +120,9 @@ def read_known(answers: str) -> Known:
     """
     files = {column: SCORED / f"{column}.npy" for column in COLUMNS}
     try:
-        noted = json.loads((SCORED / "answers.json").read_text())
+        noted = json.loads((SCORED / "answers.json").read_text(encoding="utf-8"))
         same = noted["answers"] == answers
-        if same and noted["digests"] == {column: weights.file_digest(file) for column, file in files.items()}:
+        if same and noted["digests"] == {column: digests.of_file(file) for column, file in files.items()}:
             columns = {column: np.load(file, mmap_mode="r") for column, file in files.items()}
             return Known(np.asarray(columns["ids"]), columns)
     except (OSError, ValueError, KeyError, TypeError):
@@ -132,7 +138,7 @@ def score_parts(
 
     Of W processes each has every W-th part.
     """
-    views = ViewsAndThumbnails(images, None, params.views.resolution, params.views.test_crop)
+    views = ViewsAndThumbnails(images, params.views.resolution, params.views.test_crop)
     parts = [*enumerate(rows[start : start + PART_IMAGES] for start in range(0, len(rows), PART_IMAGES))]
     own = parts[processes.rank :: processes.world]
     mine = [(number, part) for number, part in own if not is_whole(_file(folder, number))]

@@ -4,7 +4,6 @@ Reads data/prepare, and with `source: checkpoint` a file of weights. Writes data
 network.json, and history.csv, a line an epoch where it was fitted. Run: python -m pipeline.teacher
 """
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from pipeline.core.devices import Processes
 from pipeline.core.network_checks import RESIZE_TEACHER, check_takes
 from pipeline.core.networks import Classifier
 from pipeline.core.sections import Params
+from pipeline.core.tables import as_csv
 from pipeline.core.train import training
 
 ENOUGH_TO_TRY = 100  # validation images with which a teacher that guesses is told from one that does not
@@ -47,15 +47,13 @@ def fit(params: Params, images: ImageSet, processes: Processes) -> None:
     spec = ViewSpec.of(params.seed, params.views)
     task = training.Task(
         name="teacher",
-        recipe=params.teacher,
+        model=wanted.model,
         classifier=classifier,
-        part=classifier.network,
         rows=rows[labels[rows] >= 0],
         views=Views(images, spec),
         loss=training.labelled_loss(images, labels, params.teacher.label_smoothing),
-        resolution=params.views.resolution,
-        card={"model": params.teacher.model, "source": "fit"},
-        identities={"data": images.digest, "views": spec.digest, "start": networks.digest(classifier)},
+        identities={"views": spec.digest},
+        card={"source": "fit"},
     )
     training.train(task, params, processes)
 
@@ -88,8 +86,8 @@ def take(params: Params, images: ImageSet, device: torch.device) -> None:
     card = {"model": wanted.model, "source": wanted.source, "classes": list(images.classes)}
     with resume.only_writer("teacher"), atomic.replacing_folder(Path("data/teacher")) as folder:
         networks.save(folder, classifier, {**card, "resolution": params.views.resolution})
-        with (folder / "history.csv").open("w", newline="") as file:  # it was not trained here: no epoch
-            csv.writer(file, lineterminator="\n").writerow(["epoch", "train_loss", "lr", "val_top1", "val_nll"])
+        columns = ("epoch", "train_loss", "lr", "val_top1", "val_nll")
+        atomic.write_text(folder / "history.csv", as_csv([], columns))  # it was not trained here: no epoch
     origin = wanted.checkpoint if wanted.source == "checkpoint" else "timm"
     print(f"teacher: {wanted.model} from {origin}{tried}")
 

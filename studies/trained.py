@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import narrow
 from pipeline.core import atomic, devices, networks, params, resume, weights
 from pipeline.core.data import dataset
-from pipeline.core.data.batches import Views, in_order, load
+from pipeline.core.data.batches import CleanViews, Views, in_order, load
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
 from pipeline.core.networks import Classifier
@@ -134,7 +134,7 @@ def read(settings: Settings) -> Data:
     known = known[labels[known] >= 0]
     rows = some(images, known, settings.images)
     resolution = settings.resolution or given.views.resolution
-    views = Views(images, None, resolution, given.views.test_crop)
+    views = CleanViews(images, resolution, given.views.test_crop)
 
     def clean(chosen: np.ndarray) -> tuple[Tensor, Tensor]:
         batches = load(views, in_order(chosen, BATCH), 0, torch.device("cpu"))

@@ -18,7 +18,7 @@ import models
 from pipeline import register
 from pipeline.core import networks
 from pipeline.core import params as settings
-from pipeline.core.data.batches import Views, in_order
+from pipeline.core.data.batches import CleanViews, in_order
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.intake import image_shards
 from pipeline.core.networks import Classifier
@@ -74,7 +74,7 @@ def put_student(data, images, classifier):
     networks.save(data / "fixres", classifier, card_of)
     rows = images.rows("test")
     with torch.inference_mode():
-        logits = classifier(Views(images, None, RESOLUTION, 1.0)[in_order(rows, 1000)[0]].pixels).numpy()
+        logits = classifier(CleanViews(images, RESOLUTION, 1.0)[in_order(rows, 1000)[0]].pixels).numpy()
     top1 = float((logits.argmax(1) == images.labels[rows]).mean())
     metrics = {"top1": top1, "top5": 1.0, "nll": 0.5, "ece": 0.1, "agreement": 0.9, "parameters": 372979, "macs": 1}
     folder = data / "evaluate"
@@ -121,7 +121,7 @@ def make(root: Path) -> SimpleNamespace:
     data, replicas = root / "data", settings.load(ROOT / "params.yaml").cache.replicas
     images = write_images(data / "prepare", lambda at: 0)
     rows = images.rows("test", "labelled")
-    pixels = Views(images, None, RESOLUTION, 1.0)[in_order(rows, 1000)[0]].pixels
+    pixels = CleanViews(images, RESOLUTION, 1.0)[in_order(rows, 1000)[0]].pixels
     good = make_network(pixels)
     with torch.inference_mode():
         said = dict(zip(images.ids[rows].tolist(), good(pixels).argmax(1).tolist(), strict=True))

@@ -12,7 +12,7 @@ import torch
 from commands import ENVIRONMENT
 from images import ROOT, prepared, tiny
 
-from pipeline.core.data.batches import Views, in_order, load, spare_cores
+from pipeline.core.data.batches import CleanViews, Views, in_order, load, spare_cores
 from pipeline.core.data.views import ViewSpec
 from pipeline.core.train.order import TrainingOrder
 
@@ -29,7 +29,7 @@ def test_workers_render_the_same_batches(images):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_are_as_many_as_cores_and_batches_allow(images, monkeypatch):
-    views, cpu, gpu = Views(images, None, 16), torch.device("cpu"), torch.device("cuda")
+    views, cpu, gpu = CleanViews(images, 16, 1.0), torch.device("cpu"), torch.device("cuda")
     batches = in_order(images.rows("labelled"), 2)
     monkeypatch.setattr(joblib, "cpu_count", lambda: 6)
     assert load(views, batches, "auto", cpu).num_workers == 0
@@ -55,7 +55,7 @@ if __name__ == "__main__":
     images = ImageSet(Path("data/prepare"))
     batches = in_order(images.rows("labelled"), 4)
     workers = 1  # torch warns of more than there are cores
-    assert len(list(load(Views(images, None, 16), batches, workers, torch.device("cpu")))) == len(batches)
+    assert len(list(load(CleanViews(images, 16, 1.0), batches, workers, torch.device("cpu")))) == len(batches)
 """
 
 
@@ -72,7 +72,7 @@ def test_workers_start_in_silence(tmp_path, monkeypatch):
 def test_workers_end_with_a_program_that_is_killed(tmp_path, monkeypatch):
     prepared(tmp_path, monkeypatch)
     waits = PROGRAM.partition("    workers")[0] + (
-        "    it = iter(load(Views(images, None, 16), batches, 2, torch.device('cpu')))\n"
+        "    it = iter(load(CleanViews(images, 16, 1.0), batches, 2, torch.device('cpu')))\n"
         "    next(it)\n    print('begun', flush=True)\n    input()\n"
     )
     (tmp_path / "waits.py").write_text(waits)

@@ -11,7 +11,7 @@ from PIL import Image
 from student_project import CLASSES, NAME, RESOLUTION, make_network, picture, write_images
 
 from pipeline import register
-from pipeline.core.data.batches import Views, in_order
+from pipeline.core.data.batches import CleanViews, in_order
 from pipeline.core.results import mlflow_store
 
 
@@ -74,7 +74,7 @@ def test_a_champion_of_other_test_images_is_tested_anew(registered, made_project
     images = registered.images = write_images(registered.data / "prepare", lambda at: made_project.labels[47 - at])
     rows = images.rows("test")
     with torch.inference_mode():
-        logits = champion(Views(images, None, RESOLUTION, 1.0)[in_order(rows, 1000)[0]].pixels)
+        logits = champion(CleanViews(images, RESOLUTION, 1.0)[in_order(rows, 1000)[0]].pixels)
     expected = (logits.argmax(1).numpy() == images.labels[rows]).mean()
     assert expected < 1.0
     registered.student(spoilt=0.5)
@@ -99,7 +99,7 @@ def test_a_champion_is_tested_anew_at_its_own_resolution_and_crop(registered, ma
     rows = images.rows("test")
     with torch.inference_mode():
         whole, middle = (
-            champion(Views(images, None, RESOLUTION, crop)[in_order(rows, 1000)[0]].pixels).argmax(1).tolist()
+            champion(CleanViews(images, RESOLUTION, crop)[in_order(rows, 1000)[0]].pixels).argmax(1).tolist()
             for crop in (1.0, 0.5)
         )
     assert whole != middle

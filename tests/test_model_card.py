@@ -10,7 +10,7 @@ from student_project import NAME, RESOLUTION, ROOT, make_network, put_student, w
 
 from pipeline.core import params as settings
 from pipeline.core.data import images, views
-from pipeline.core.data.batches import Views, in_order
+from pipeline.core.data.batches import CleanViews, in_order
 from pipeline.core.results import model_card
 
 
@@ -20,7 +20,7 @@ def student(tmp_path_factory):
     data = tmp_path_factory.mktemp("project") / "data"
     made = write_images(data / "prepare", lambda at: at % 3)
     rows = made.rows("test", "labelled")
-    put_student(data, made, make_network(Views(made, None, RESOLUTION, 1.0)[in_order(rows, 1000)[0]].pixels))
+    put_student(data, made, make_network(CleanViews(made, RESOLUTION, 1.0)[in_order(rows, 1000)[0]].pixels))
     files = data / "fixres/network.json", data / "evaluate/metrics.json"
     return [json.loads(file.read_text()) for file in files]
 

@@ -17,9 +17,9 @@ import yaml
 from student_project import NAME, RESOLUTION, make_network, put_student, write_images
 
 from pipeline import register
-from pipeline.core import networks, weights
+from pipeline.core import digests, networks
 from pipeline.core import params as settings
-from pipeline.core.data.batches import Views, in_order
+from pipeline.core.data.batches import CleanViews, in_order
 from pipeline.core.results import finished, mlflow_store, onnx_file, registry
 
 CODE = """
@@ -50,7 +50,7 @@ def test_the_champion_predicts_in_a_fresh_process_what_was_evaluated(registered,
     """Without this project's code, without unpickling anything, for batches of 1 and of 7."""
     rows = registered.images.rows("test")
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    pixels = Views(registered.images, None, RESOLUTION, 1.0)[in_order(rows, 1000)[0]].pixels
+    pixels = CleanViews(registered.images, RESOLUTION, 1.0)[in_order(rows, 1000)[0]].pixels
     np.save(elsewhere / "pixels.npy", pixels.numpy().astype(np.float32))
     environment = {
         **os.environ,
@@ -75,7 +75,7 @@ def test_a_version_leads_back_and_has_everything_beside_it(project, capfd):
     version = client.get_model_version_by_alias(NAME, "champion")
     assert version.version in ("1", 1)
     assert set(version.aliases) == {"champion", "challenger"}
-    digest = weights.file_digest(project.data / "fixres" / "weights.safetensors")
+    digest = digests.of_file(project.data / "fixres" / "weights.safetensors")
     assert (
         version.tags.items()
         >= {
@@ -106,7 +106,7 @@ def test_a_version_leads_back_and_has_everything_beside_it(project, capfd):
     import mlflow.artifacts
 
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/{NAME}/1", tracking_uri=client.tracking_uri))
-    assert weights.file_digest(folder / "weights.safetensors") == digest
+    assert digests.of_file(folder / "weights.safetensors") == digest
     names = {"MLmodel", "README.md", "network.json", "report.html", "metrics.json", "params.yaml", "dvc.lock"}
     names |= {"student.onnx"}
     assert names <= {file.name for file in folder.iterdir()}

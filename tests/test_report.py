@@ -55,7 +55,9 @@ def content(classes: tuple[str, ...] = ("cat", "dog", "owl"), images: int = 90, 
     return {
         "classes": classes,
         "networks": {
-            name: metrics.summary(each, answers["teacher"], 10) | costs | {"speed": 100.0, "history": history}
+            name: metrics.summary(each, answers["teacher"], 10)
+            | costs
+            | {"kept": None, "speed": 100.0, "history": history}
             for name, each in answers.items()
         },
         "matrices": {name: metrics.confusion(labels, each.predicted, count) for name, each in answers.items()},

@@ -15,7 +15,7 @@ from pipeline.core import networks, resume, stage
 from pipeline.core.devices import Processes
 from pipeline.core.train import checkpoints, engine, training
 from pipeline.core.train.optimizers import Average, learning_rate, optimizer_of
-from pipeline.core.train.training import Before, _name, batches_a_pass, better, labelled_loss, validator
+from pipeline.core.train.training import Before, _name, batches_a_pass, kept_before, labelled_loss, validator
 
 
 def test_the_schedule_warms_up_and_ends_near_zero():
@@ -236,14 +236,14 @@ def test_no_checkpoint_holds_a_loss_that_is_not_finite(images, tmp_path):
 
 def test_a_run_is_named_after_all_that_it_depends_on(monkeypatch):
     """So that it goes on from no other's checkpoint: ResNet50's and ResNet50_va's weights have the same names."""
-    params, network = tiny(), {"model": "ResNet50"}
-    task = SimpleNamespace(recipe=params.baseline, identities={"data": "a"}, replicas=0, resolution=16, card=network)
 
-    def name(seed=0, crop=0.9, **changes):
-        return _name(SimpleNamespace(**vars(task) | changes), tiny(**{"seed": seed, "views.test_crop": crop}))
+    def name(seed=0, crop=0.9, lr=0.1, data="a", model="ResNet50", replicas=0, resolution=16):
+        task = SimpleNamespace(model=model, replicas=replicas, views=SimpleNamespace(resolution=resolution))
+        recipe = tiny(**{"baseline.lr": lr}).baseline
+        return _name(task, recipe, {"data": data}, tiny(**{"seed": seed, "views.test_crop": crop}))
 
-    names = [name(), name(seed=1), name(crop=0.8), name(card={"model": "ResNet50_va"}), name(identities={"data": "b"})]
-    names += [name(replicas=1), name(resolution=17), name(recipe=tiny(**{"baseline.lr": 0.5}).baseline)]
+    names = [name(), name(seed=1), name(crop=0.8), name(model="ResNet50_va"), name(data="b")]
+    names += [name(replicas=1), name(resolution=17), name(lr=0.5)]
     for changed in ("code_digest", "package_versions"):
         monkeypatch.setattr(resume, changed, lambda: "others")
         names.append(name())
@@ -259,17 +259,18 @@ def test_the_network_before_is_kept_only_where_it_is_better_on_validation(images
     assert max(top1(worst)["val_top1"] for top1 in (validate, larger)) < larger(best)["val_top1"]
     assert larger(best) != validate(best)
 
-    def chosen(trained, before, resolution=24):
-        kept = Before("distill", before, resolution)
-        views = SimpleNamespace(images=images)
-        task = SimpleNamespace(name="finetune", classifier=trained, resolution=16, before=kept, views=views)
-        return better(task, [{"val_top1": 1.0}, validate(trained)], params, cpu)
+    def kept_of(before, trained, resolution=24):
+        task = SimpleNamespace(
+            name="finetune",
+            before=Before("distill", before, {"resolution": resolution}),
+            views=SimpleNamespace(images=images),
+        )
+        return kept_before(task, [{"val_top1": 1.0}, validate(trained)], params, cpu)
 
-    assert chosen(best, before=worst) == (best, 16, None)
-    assert chosen(worst, before=worst, resolution=16) == (worst, 16, None)
+    assert kept_of(worst, trained=best) is None
+    assert kept_of(worst, trained=worst, resolution=16) is None
     assert "is kept" not in capsys.readouterr().out
-    network, resolution, kept = chosen(worst, before=best)
-    assert (network, resolution) == (best, 24)
+    kept = kept_of(best, trained=worst)
     assert kept["stage"] == "distill"
     assert kept["val_top1"] == pytest.approx(larger(best)["val_top1"])
     assert kept["instead_of"] == pytest.approx(validate(worst)["val_top1"])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
-from pipeline.core import atomic, small_maps, weights
+from pipeline.core import atomic, digests, small_maps, weights
 from pipeline.core.sections import TIMM
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -174,7 +174,7 @@ def save(folder: Path, classifier: Classifier, card: dict[str, Any]) -> None:
             "std": [round(value / 255, 6) for value in classifier.std.flatten().tolist()],
             **({"resized_to": classifier.resized_to} if classifier.resized_to else {}),
             "parameters": sum(p.numel() for p in classifier.parameters()),
-            "digest": weights.file_digest(folder / "weights.safetensors"),
+            "digest": digests.of_file(folder / "weights.safetensors"),
             **card,
         },
     )
@@ -190,7 +190,7 @@ def load(folder: Path, device: str | torch.device = "cpu") -> tuple[Classifier, 
     """
     folder, card = Path(folder), read_card(Path(folder))
     file = folder / "weights.safetensors"
-    if weights.file_digest(file) != card["digest"]:
+    if digests.of_file(file) != card["digest"]:
         raise ValueError(f"{file}: not the weights that network.json speaks of; run `dvc checkout {folder}`")
     network = models.build(card["model"], num_classes=card["num_classes"])
     classifier = Classifier(network, card["mean"], card["std"], card.get("resized_to"))

@@ -35,7 +35,7 @@ def load(path: Path = Path("params.yaml")) -> Params:
         ValueError: the file is missing or not YAML, or a key or a value is wrong: one line that names it.
     """
     try:
-        data = parse(Path(path).read_text())
+        data = parse(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; run from the project's root, or name one with --params") from None
     except UnicodeDecodeError as error:

@@ -1,7 +1,6 @@
 """State dicts as files: what comes from outside is checked, and nothing of it is run."""
 
 import argparse
-import hashlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -136,16 +135,3 @@ def _check_names(own: dict[str, Tensor], state: dict[str, Tensor], file: Path) -
     for key in sorted(own.keys() ^ state.keys()):
         which = "lacks" if key in own else "has a surplus"
         raise ValueError(f"{file}: of another network: it {which} {key}; set the model's name to what the file holds")
-
-
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hex.
-
-    Raises:
-        ValueError: there is no such file.
-    """
-    try:
-        with Path(file).open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file; run `dvc checkout`, or the stage that makes it") from None

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing import connection, forkserver
 from typing import Literal
@@ -57,12 +57,11 @@ class Views(Dataset):
 
     Args:
         images: the image set.
-        spec: what views may look like; None: the clean test view.
-        resolution, crop: of the test view, where spec is None.
+        spec: what views may look like.
     """
 
-    def __init__(self, images: ImageSet, spec: ViewSpec | None, resolution: int = 0, crop: float = 1.0):
-        self.images, self.spec, self.resolution, self.crop = images, spec, resolution, crop
+    def __init__(self, images: ImageSet, spec: ViewSpec):
+        self.images, self.spec, self.resolution = images, spec, spec.resolution
         self.partners = images.ids[images.rows("labelled")]  # ascending, as all ids are
 
     def __getitem__(self, batch: RowsAndReplicas) -> Batch:
@@ -73,7 +72,6 @@ class Views(Dataset):
 
     def partner_ids(self, rows: np.ndarray, replicas: np.ndarray) -> np.ndarray:
         """The ids (N,) uint64 of the samples mixed into views, a sample's own where none is; nothing is rendered."""
-        assert self.spec is not None
         ids = self.images.ids[rows]
         if not self.spec.mix_probability:
             return ids
@@ -84,8 +82,6 @@ class Views(Dataset):
         return ids
 
     def _render(self, row: int, replica: int) -> tuple[np.ndarray, int, float]:
-        if self.spec is None:
-            return views.render_test(self.images.image(row), self.resolution, self.crop), row, 1.0
         image = self.images.encoded_image(row)
         view = views.draw(self.spec, int(self.images.ids[row]), replica, self.partners)
         if view.partner is None:
@@ -95,8 +91,26 @@ class Views(Dataset):
         return views.render(self.spec, view, image, (of_partner, self.images.encoded_image(other))), other, view.share
 
 
+class CleanViews(Dataset):
+    """Renders batches of the view that networks are tested on, in which nothing is mixed: as `Views` is asked.
+
+    Args:
+        images: the image set.
+        resolution: pixels a side.
+        crop: share of the shorter side that the centre crop takes.
+    """
+
+    def __init__(self, images: ImageSet, resolution: int, crop: float):
+        self.images, self.resolution, self.crop = images, resolution, crop
+
+    def __getitem__(self, batch: RowsAndReplicas) -> Batch:
+        rows, replicas = batch
+        pixels = [views.render_test(self.images.image(int(row)), self.resolution, self.crop) for row in rows]
+        return Batch(rows, replicas, torch.from_numpy(np.stack(pixels)), rows, torch.ones(len(rows)))
+
+
 def load(
-    dataset: Views,
+    dataset: Dataset,
     batches: Iterable[RowsAndReplicas],
     workers: int | Literal["auto"],
     device: torch.device,
@@ -164,6 +178,27 @@ def _end_with_program(number: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@torch.inference_mode()
+def ask(
+    network: Callable[[Tensor], Tensor],
+    views: CleanViews,
+    rows: np.ndarray,
+    workers: int | Literal["auto"],
+    device: torch.device,
+    batch_size: int = CLEAN_BATCH,
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Ask a network about clean views: give each batch, on the device, and its logits (B, C) float32.
+
+    Args:
+        network: gives logits for pixels (B, 3, R, R) float32, 0 to 255; in eval mode, and on the device.
+        rows: (N,) of the image set.
+        workers: as `machine.workers`.
+    """
+    for batch in load(views, in_order(rows, batch_size), workers, device):
+        there = batch.to(device)
+        yield there, network(there.pixels.float()).float()
 
 
 def in_order(rows: np.ndarray, batch_size: int) -> list[RowsAndReplicas]:

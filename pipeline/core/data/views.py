@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.special import betaincinv
 
+from pipeline.core import digests
 from pipeline.core.data import images
 from pipeline.core.data.augment import OPERATIONS
 from pipeline.core.data.images import Encoded
@@ -63,7 +64,7 @@ class ViewSpec:
     @property
     def digest(self) -> str:
         """SHA-256 of the description, in hex."""
-        return hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode()).hexdigest()
+        return digests.of_json(self.description())
 
 
 @dataclasses.dataclass(frozen=True)

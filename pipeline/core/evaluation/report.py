@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 from scipy.sparse import csr_array
 
+from pipeline.core import atomic
 from pipeline.core.data.dataset import SPLITS, ImageSet
 from pipeline.core.evaluation import charts, metrics
 
@@ -79,15 +79,11 @@ def _number(text: str | None) -> float | None:
 
 def read_data(data: Path, images: ImageSet) -> dict[str, Any]:
     """Gather what the report tells of the data: images a split, refusals, and the summaries of mine and cache."""
-    reasons: Counter[str] = Counter()
-    refused = data / "prepare" / "refused.csv"
-    if refused.exists():
-        with refused.open(newline="", encoding="utf-8") as handle:
-            reasons = Counter(row["reason"] for row in csv.DictReader(handle))
+    refused: dict[str, int] = atomic.read_json(data / "prepare" / "summary.json")["refused"]
     return {
         "digest": images.digest,
         "splits": {split: len(images.rows(split)) for split in SPLITS},
-        "refused": sorted(reasons.items(), key=lambda item: (-item[1], item[0])),
+        "refused": sorted(refused.items(), key=lambda item: (-item[1], item[0])),
         "mine": read_summary(data / "mine" / "summary.json"),
         "cache": read_summary(data / "cache" / "cache.json"),
     }
@@ -273,7 +269,7 @@ def render(
 
     Args:
         classes: names, by label.
-        networks: for each of TITLES: metrics.json's numbers, `model`, `digest`, `speed` (images/s) and `history`.
+        networks: for each of TITLES: metrics.json's numbers, `model`, `digest`, `kept`, `speed` (images/s) and `history`.
         matrices: each network's confusion matrix, (C, C).
         diagrams: each network's reliability diagram.
         paired: what `metrics.paired` says of student and baseline.

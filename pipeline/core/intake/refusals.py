@@ -1,9 +1,9 @@
 """What was left out of a data set, and why: counted, compared with a limit, and written as a list."""
 
-import csv
-import io
 from collections import Counter
 from dataclasses import dataclass
+
+from pipeline.core import tables
 
 HIDDEN = "hidden"  # the one reason that is no fault of the images: many programs keep hidden ones of their own
 FURTHER_FRAMES = "further frames"  # the one reason for which the file itself is kept
@@ -58,9 +58,7 @@ def check_share(files: dict[str, int], refusals: list[Refusal], most: float) -> 
 
 
 def as_csv(refusals: list[Refusal]) -> str:
-    """Write the list of refusals, sorted by file and source."""
-    out = io.StringIO()
-    rows = csv.writer(out, lineterminator="\n")
-    rows.writerow(("file", "source", "reason", "detail"))
-    rows.writerows(sorted((each.file, each.source, each.reason, each.detail) for each in refusals))
-    return out.getvalue()
+    """Write the list of refusals as CSV, sorted by file and source."""
+    columns = ("file", "source", "reason", "detail")
+    rows = sorted((each.file, each.source, each.reason, each.detail) for each in refusals)
+    return tables.as_csv([dict(zip(columns, row, strict=True)) for row in rows], columns)

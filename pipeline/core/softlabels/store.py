@@ -193,7 +193,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """
     path = folder / "cache.json"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         checksum = content.pop("checksum")
     except FileNotFoundError:
         raise ValueError(f"{folder}: no finished cache of soft labels here; run `dvc repro cache`") from None

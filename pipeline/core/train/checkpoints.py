@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipeline.core import atomic, weights
+from pipeline.core import atomic, digests
 
 DIGITS = 16
 
@@ -30,7 +30,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
     try:
         torch.save(state, beside)
         atomic.flush(beside)
-        os.replace(beside, folder / f"{step:09d}-{weights.file_digest(beside)[:DIGITS]}.pt")
+        os.replace(beside, folder / f"{step:09d}-{digests.of_file(beside)[:DIGITS]}.pt")
         atomic.flush(folder)
     except RuntimeError as error:  # torch.save says so of a full disk
         raise OSError(f"{folder}: a checkpoint cannot be written: {str(error).splitlines()[0]}") from None
@@ -52,7 +52,7 @@ def load(folder: Path) -> dict[str, Any] | None:
         OSError: one cannot be read, which says nothing about its bytes; all stay.
     """
     for file in files(folder):
-        if weights.file_digest(file)[:DIGITS] == file.stem.partition("-")[2]:
+        if digests.of_file(file)[:DIGITS] == file.stem.partition("-")[2]:
             # To the CPU: the GPU need not hold the state twice while it is loaded.
             return torch.load(file, map_location="cpu", weights_only=True)
         print(f"warning: {file}: damaged, removed", file=sys.stderr, flush=True)

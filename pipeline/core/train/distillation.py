@@ -1,6 +1,5 @@
 """Distillation: the teacher's answers about a batch, from the cache or the teacher itself, as a loss; and training."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.core import networks
+from pipeline.core import digests, networks
 from pipeline.core.data.batches import Batch, Views
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
@@ -116,20 +115,12 @@ def train(
     teacher, answers = open_teacher(params, images, recipe.online, processes.device)
     task = training.Task(
         name=name,
-        recipe=recipe,
+        model=model,
         classifier=classifier,
-        part=classifier.network,
         rows=rows,
         views=Views(images, spec),
         loss=distillation_loss(recipe.loss, recipe.temperature, teacher, images),
-        resolution=spec.resolution,
-        card={"model": model},
-        identities={
-            "data": images.digest,
-            "images": hashlib.sha256(np.sort(images.ids[rows]).tobytes()).hexdigest(),
-            "soft labels": answers,
-            "start": networks.digest(classifier),
-        },
+        identities={"images": digests.of_array(np.sort(images.ids[rows])), "soft labels": answers},
         replicas=params.cache.replicas,
         before=before,
     )

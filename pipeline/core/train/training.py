@@ -4,14 +4,11 @@ A training stage writes to data/<stage>: the network (`weights.safetensors`, `ne
 epoch a line. Its checkpoints are under .scratch/<stage>, in a folder named after all that went in.
 """
 
-import csv
-import hashlib
 import itertools
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -19,14 +16,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.core import atomic, devices, networks, resume
-from pipeline.core.data.batches import CLEAN_BATCH, Batch, Views, in_order, load
+from pipeline.core import atomic, devices, digests, networks, resume
+from pipeline.core.data.batches import CLEAN_BATCH, Batch, CleanViews, Views, in_order, load
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.devices import Processes
 from pipeline.core.network_checks import check_takes
 from pipeline.core.networks import Classifier
 from pipeline.core.results import tracking
 from pipeline.core.sections import Params, TrainingRecipe
+from pipeline.core.tables import as_csv
 from pipeline.core.train import checkpoints, engine, losses
 from pipeline.core.train.engine import Loss
 from pipeline.core.train.order import EVERY_REPLICA, TrainingOrder
@@ -41,42 +39,44 @@ class Task:
     """What distinguishes one training stage from another.
 
     Args:
-        name: the stage's.
-        recipe: epochs, optimizer, schedule.
+        name: the stage's, and its recipe's in params.yaml.
+        model: the network's name.
         classifier: with the weights to start from.
-        part: the part of it that is trained.
         rows: (N,) the samples to train on.
-        views: what they look like.
+        views: what they look like; the network's test view has their resolution.
         loss: (network, batch) -> mean loss.
-        resolution: of the network's test view, pixels a side.
-        card: what the network's card says besides; at least `model`.
-        identities: names and digests of all that went in, besides the recipe.
+        identities: names and digests of what went in, besides the recipe, the data set and the weights to start from.
+        part: the part of the network that is trained; None: all of it.
         replicas: stored views a sample; EVERY_REPLICA: a new one each epoch.
         before: the network that the stage started from, as the stage before left it; it is kept where the trained one
             does worse on the validation split. None: whatever comes out is kept.
+        card: what the network's card says besides.
     """
 
     name: str
-    recipe: TrainingRecipe
+    model: str
     classifier: Classifier
-    part: nn.Module
     rows: np.ndarray
-    views: Views
+    views: Views | CleanViews
     loss: Loss
-    resolution: int
-    card: dict[str, Any]
     identities: dict[str, str]
+    part: nn.Module | None = None
     replicas: int = EVERY_REPLICA
     before: "Before | None" = None
+    card: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Before:
-    """The network that a stage is given: the stage that made it, and the resolution of its test view."""
+class Before(NamedTuple):
+    """The network that a stage goes on from: the stage that made it, and its card."""
 
     stage: str
     classifier: Classifier
-    resolution: int
+    card: dict[str, Any]
+
+    @classmethod
+    def of(cls, stage: str) -> Self:
+        """Read a stage's network. Raises ValueError as `networks.load` does."""
+        return cls(stage, *networks.load(DATA / stage))
 
 
 def train(task: Task, params: Params, processes: Processes) -> None:
@@ -86,52 +86,54 @@ def train(task: Task, params: Params, processes: Processes) -> None:
         ValueError: the network does not take the resolution, or the loss is not finite any more.
     """
     images = task.views.images
-    check_takes(task.classifier, task.card["model"], task.resolution, len(images.classes))
-    folder = resume.SCRATCH / task.name / _name(task, params)
+    check_takes(task.classifier, task.model, task.views.resolution, len(images.classes))
+    recipe: TrainingRecipe = getattr(params, task.name)
+    start = task.before.card["digest"] if task.before else networks.digest(task.classifier)
+    identities = {"data": images.digest, **task.identities, "start": start}
+    folder = resume.SCRATCH / task.name / _name(task, recipe, identities, params)
     if not processes.first():
         devices.wait_for_all(processes)  # until the first process has made sure that the checkpoint is this run's
-        _run(task, params, processes, folder, lambda epoch, figures: None)
+        _run(task, recipe, params, processes, folder, lambda epoch, figures: None)
         return
     with resume.only_writer(task.name):
         resume.begin_run(folder)
         devices.wait_for_all(processes)
-        described = {f"{task.name}.{key}": value for key, value in task.recipe.model_dump().items()}
-        described |= {"seed": params.seed, "model": task.card["model"], "images": len(task.rows)}
-        with tracking.run(task.name, described, task.identities, folder / "mlflow-run") as tracked:
-            run = _run(task, params, processes, folder, tracked.log)
-            best, resolution, kept = better(task, run.history, params, processes.device)
+        described = {f"{task.name}.{key}": value for key, value in recipe.model_dump().items()}
+        described |= {"seed": params.seed, "model": task.model, "images": len(task.rows)}
+        with tracking.run(task.name, described, identities, folder / "mlflow-run") as tracked:
+            history = _run(task, recipe, params, processes, folder, tracked.log).history
+            kept = kept_before(task, history, params, processes.device)
             if kept:
                 tracked.tag({f"kept.{key}": value for key, value in kept.items()})
         with atomic.replacing_folder(DATA / task.name) as out:
-            card = {"classes": list(images.classes), "resolution": resolution, "kept": kept, **task.card}
-            networks.save(out, best, {**card, "identities": task.identities})
-            _write_history(out / "history.csv", run.history)
+            if kept and task.before:
+                networks.save(out, task.before.classifier, {**task.before.card, "kept": kept})
+            else:
+                card = {"model": task.model, "classes": list(images.classes), "resolution": task.views.resolution}
+                networks.save(out, task.classifier, {**card, "kept": None, **task.card, "identities": identities})
+            atomic.write_text(out / "history.csv", as_csv(history))
         checkpoints.keep_last(folder, 1)  # should DVC run the stage once more
         resume.end_run(folder)
 
 
-def better(
-    task: Task, history: engine.History, params: Params, device: torch.device
-) -> tuple[Classifier, int, dict[str, Any] | None]:
-    """Choose between the trained network and the one before, by top-1 on the validation split.
+def kept_before(task: Task, history: engine.History, params: Params, device: torch.device) -> dict[str, Any] | None:
+    """Say whether the network before is kept, since it has the higher top-1 on the validation split.
 
     Args:
         history: of the training; its last epoch says how good the trained network is.
 
     Returns:
-        the network, its resolution, and None, or what the card says of a network that was kept.
+        what the kept network's card says of that; None where the trained one is as good.
     """
-    images = task.views.images
-    if task.before is None or not len(images.rows("val")):
-        return task.classifier, task.resolution, None
-    trained, before = history[-1]["val_top1"], task.before
-    classifier = before.classifier.to(device)
-    had = validator(params, images, before.resolution, Processes(device))(classifier)["val_top1"]
+    images, before = task.views.images, task.before
+    if before is None or not len(images.rows("val")):
+        return None
+    trained, ask_it = history[-1]["val_top1"], validator(params, images, before.card["resolution"], Processes(device))
+    had = ask_it(before.classifier.to(device))["val_top1"]
     if trained >= had:
-        return task.classifier, task.resolution, None
+        return None
     print(f"{task.name}: validation top-1 {trained:.4f} is below the {had:.4f} of {before.stage}: its network is kept")
-    kept = {"stage": before.stage, "val_top1": round(had, 6), "instead_of": round(trained, 6)}
-    return classifier, before.resolution, kept
+    return {"stage": before.stage, "val_top1": round(had, 6), "instead_of": round(trained, 6)}
 
 
 def targets(images: ImageSet, labels: np.ndarray, smoothing: float) -> Callable[[Batch], torch.Tensor]:
@@ -175,7 +177,7 @@ def validator(
 ) -> Callable[[Classifier], dict[str, float]]:
     """Make the function that gives top-1 and NLL on the validation split's clean views; processes share the batches."""
     rows, device = images.rows("val"), processes.device
-    views = Views(images, None, resolution, params.views.test_crop)
+    views = CleanViews(images, resolution, params.views.test_crop)
     batches = in_order(rows, CLEAN_BATCH)[processes.rank :: processes.world]
     rendered = load(views, batches, params.machine.workers, device, again=True)
 
@@ -203,6 +205,7 @@ def validator(
 
 def _run(
     task: Task,
+    recipe: TrainingRecipe,
     params: Params,
     processes: Processes,
     folder: Path,
@@ -210,15 +213,15 @@ def _run(
 ) -> engine.Run:
     order = TrainingOrder(
         task.rows,
-        task.recipe.batch_size,
+        recipe.batch_size,
         params.seed,
         task.replicas,
         processes.rank,
         processes.world,
-        task.recipe.accumulate,
+        recipe.accumulate,
     )
-    if order.batch_size < task.recipe.batch_size and processes.first():
-        print(f"{task.name}: its batch_size, {task.recipe.batch_size:,}, is more than its {order.batch_size:,} images")
+    if order.batch_size < recipe.batch_size and processes.first():
+        print(f"{task.name}: its batch_size, {recipe.batch_size:,}, is more than its {order.batch_size:,} images")
     left_out = len(task.rows) - order.steps_per_epoch * order.batch_size
     if left_out > WORTH_SAYING * len(task.rows) and processes.first():
         print(
@@ -228,13 +231,13 @@ def _run(
     run = engine.Run(
         what=task.name,
         classifier=task.classifier,
-        part=task.part,
+        part=task.part or task.classifier.network,
         views=task.views,
         order=order,
         loss=task.loss,
-        recipe=task.recipe,
+        recipe=recipe,
         processes=processes,
-        validate=validator(params, task.views.images, task.resolution, processes),
+        validate=validator(params, task.views.images, task.views.resolution, processes),
         scratch=folder,
         machine=params.machine,
         on_epoch=on_epoch,
@@ -243,23 +246,16 @@ def _run(
     return run
 
 
-def _name(task: Task, params: Params) -> str:
+def _name(task: Task, recipe: TrainingRecipe, identities: dict[str, str], params: Params) -> str:
     """Name a run after all that its result depends on, so that no checkpoint of another run is gone on from."""
     content = {
         "seed": params.seed,
-        "model": task.card["model"],
-        "recipe": task.recipe.model_dump(),
-        "identities": task.identities,
+        "model": task.model,
+        "recipe": recipe.model_dump(),
+        "identities": identities,
         "replicas": task.replicas,
-        "test view": [task.resolution, params.views.test_crop],
+        "test view": [task.views.resolution, params.views.test_crop],
         "packages": resume.package_versions(),
         "code": resume.code_digest(),
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _write_history(path: Path, history: engine.History) -> None:
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=list(history[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(history)
+    return digests.of_json(content)[:16]
