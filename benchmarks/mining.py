@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
 from planted import KINDS, Answer, Method, hash_bits, ours, read, search, show, unit
 
-from pipeline.core.mining import copies, sheet
+from pipeline.core.mining import contact_sheet, copies
 from pipeline.core.mining.thumbnails import SIDE, thumbnails
 from pipeline.core.progress import Progress, duration
 
@@ -107,9 +107,11 @@ def draw(
 ) -> None:
     """Draw the pool images that were not planted and are taken for copies."""
     order = np.argsort(-similarity)[: (similarity >= threshold).sum() + 12]
-    tiles = [sheet.Tile((half_way + at, int(which[at])), (f"{similarity[at]:.4f}",)) for at in order.tolist()]
-    section = sheet.Part("Not planted", f"those from {threshold} on are taken for copies", [sheet.Line(tiles)])
-    sheet.draw(images.__getitem__, "Pool images and the guarded ones they are most like", [section]).save(file)
+    tiles = [contact_sheet.Tile((half_way + at, int(which[at])), (f"{similarity[at]:.4f}",)) for at in order.tolist()]
+    section = contact_sheet.Part(
+        "Not planted", f"those from {threshold} on are taken for copies", [contact_sheet.Line(tiles)]
+    )
+    contact_sheet.draw(images.__getitem__, "Pool images and the guarded ones they are most like", [section]).save(file)
 
 
 def measure(images: list[Image.Image], sizes: list[int], guarded_count: int) -> None:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.core import atomic, devices, resume, stage
 from pipeline.core.data.dataset import ImageSet
-from pipeline.core.mining import copies, mining_sheet, ranking
+from pipeline.core.mining import copies, ranking, sheet
 from pipeline.core.mining.likeness import likeness
 from pipeline.core.mining.ranking import ClassCount
 from pipeline.core.progress import Progress
@@ -73,7 +73,7 @@ def run(params: Params) -> None:
         pq.write_table(pa.table({name: column[refused] for name, column in judged.items()}), folder / "refused.parquet")
         write_counts(folder / "classes.csv", counts)
         atomic.write_json(folder / "summary.json", whole)
-        mining_sheet.draw(images, mined, judged, refused, counts).save(folder / "sheet.png")
+        sheet.draw(images, mined, judged, refused, counts).save(folder / "sheet.png")
     for line in ranking.say(counts, whole):
         print(f"mine: {line}")
     if whole["refused"].get("low score", 0) > count / 2:

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from pipeline import mine, prepare
 from pipeline.core import teaching
 from pipeline.core.data.dataset import ImageSet
-from pipeline.core.mining import ranking, sheet
+from pipeline.core.mining import contact_sheet, ranking
 from pipeline.core.mining.likeness import likeness
 from pipeline.core.mining.thumbnails import thumbnails
 
@@ -235,15 +235,15 @@ def test_likeness_needs_images_to_learn_from():
 
 def test_a_sheet_shows_every_tile_inside_the_page():
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    tiles = [sheet.Tile((at % 3,), ("words",)) for at in range(40)]
-    page = sheet.draw(
+    tiles = [contact_sheet.Tile((at % 3,), ("words",)) for at in range(40)]
+    page = contact_sheet.draw(
         lambda row: Image.new("RGB", (8, 8), colours[row]),
         "A sheet",
-        [sheet.Part("Some", "of them", [sheet.Line(tiles, "a name " * 20)])],
+        [contact_sheet.Part("Some", "of them", [contact_sheet.Line(tiles, "a name " * 20)])],
     )
     pixels = np.asarray(page).reshape(-1, 3)
     for at, colour in enumerate(colours):
         count = sum(tile.rows == (at,) for tile in tiles)
         assert (pixels == colour).all(1).sum() == count * (
-            sheet.SIDE - 2
+            contact_sheet.SIDE - 2
         ) ** 2  # a frame of one pixel is drawn over each

@@ -1,124 +1,96 @@
-"""A contact sheet: images with a few words beneath each, in named rows under headings, as one picture."""
+"""The contact sheet of mining: some images that were mined and some that were refused, and why."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+import numpy as np
+from PIL import Image
 
-import matplotlib
-from PIL import Image, ImageDraw, ImageFont
+from pipeline.core.data.dataset import ImageSet
+from pipeline.core.mining import contact_sheet, ranking
+from pipeline.core.mining.contact_sheet import Line, Part, Tile
+from pipeline.core.mining.ranking import ClassCount
 
-WIDTH, MARGIN, LABEL = 1240, 24, 170  # pixels: the sheet, its border, the column of names
-SIDE, GAP, CAPTION = 72, 10, 15  # pixels: a tile, between tiles, a line beneath it
-INK, PALE, PAPER, FRAME = "#1b1f24", "#6a7480", "#ffffff", "#d5dae0"
+CLASSES = 20  # shown at most, evenly spread
+TILES = 6  # of a class: the first and the last that it took, so many of each
+COPIES, KEPT, REFUSED = 24, 12, 24  # pairs of near-copies and of the most alike of the rest; images for a reason
 
-
-@dataclass(frozen=True)
-class Tile:
-    """One image, or two to compare side by side; or none, a gap.
-
-    Attributes:
-        rows: of the image set.
-        captions: lines beneath.
-    """
-
-    rows: tuple[int, ...]
-    captions: tuple[str, ...]
+Table = dict[str, np.ndarray]
+WORTH = "Below: what ranks it, the teacher's score times how much likelier the image is in validation than in the pool."
 
 
-@dataclass(frozen=True)
-class Line:
-    """Tiles with a name before them; what does not fit goes on in the next line of the sheet.
-
-    Attributes:
-        tiles: from left to right.
-        name: of the line; may be empty.
-        note: pale, below the name.
-    """
-
-    tiles: list[Tile]
-    name: str = ""
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A heading, a sentence that says what is seen, and lines of tiles."""
-
-    title: str
-    note: str
-    lines: list[Line]
-
-
-def draw(image: Callable[[int], Image.Image], title: str, parts: list[Part]) -> Image.Image:
-    """Draw a sheet; the same images and words give the same pixels.
+def draw(images: ImageSet, mined: Table, judged: Table, refused: np.ndarray, counts: list[ClassCount]) -> Image.Image:
+    """Draw the sheet.
 
     Args:
-        image: gives the RGB image of a row.
-        title: of the sheet.
-        parts: from top to bottom.
+        images: all of them.
+        mined: id, class, score and likeness; a row an image and class.
+        judged: id, reason, class, score, likeness, similarity, nearest and alignment of all pool images.
+        refused: (N,) bool, whether no class took the image.
+        counts: of each class.
     """
-    marks: list[Callable[[ImageDraw.ImageDraw, Image.Image], object]] = []
-
-    def text(x: float, y: float, words: str, size: int, colour: str = INK, bold: bool = False) -> None:
-        marks.append(lambda pen, page: pen.text((x, y), words, colour, _font(size, bold)))
-
-    y = MARGIN
-    text(MARGIN, y, title, 22, bold=True)
-    y += 40
-    for section in parts:
-        text(MARGIN, y, section.title, 16, bold=True)
-        text(MARGIN, y + 23, section.note, 12, PALE)
-        y += 52
-        for line in section.lines:
-            text(MARGIN, y + 18, shorten(line.name, LABEL - 8, 13), 13)
-            text(MARGIN, y + 36, shorten(line.note, LABEL - 8, 11), 11, PALE)
-            y = _tiles(image, line, y, marks, text)
-        y += 20
-    page = Image.new("RGB", (WIDTH, y), PAPER)
-    pen = ImageDraw.Draw(page)
-    for mark in marks:
-        mark(pen, page)
-    return page
-
-
-def _tiles(image: Callable, line: Line, y: int, marks: list[Callable], text: Callable) -> int:
-    """Place the tiles of a line from `y` on; give the y of what follows."""
-    left = MARGIN + (LABEL if line.name or line.note else 0)
-    x, height = left, SIDE + CAPTION * max((len(tile.captions) for tile in line.tiles), default=0) + GAP
-    for tile in line.tiles:
-        width = (SIDE + 2) * len(tile.rows) - 2 if tile.rows else GAP
-        if x + width > WIDTH - MARGIN:
-            x, y = left, y + height
-        for at, row in enumerate(tile.rows):
-            place = (x + at * (SIDE + 2), y)
-            marks.append(lambda pen, page, row=row, place=place: _paste(pen, page, image(row), place))
-        for at, words in enumerate(tile.captions):
-            text(x, y + SIDE + 2 + at * CAPTION, shorten(words, width + GAP - 3, 11), 11, PALE if at else INK)
-        x += width + GAP
-    return y + height
+    copied = judged["reason"] == "near-copy"
+    like = np.argsort(-judged["similarity"], kind="stable")
+    copies, others = like[copied[like]][::-1], like[~copied[like] & (judged["nearest"][like] > 0)]
+    parts = [
+        _classes(images, mined, counts),
+        Part(
+            f"Refused: near-copy ({len(copies):,})",
+            "Left the pool image, right the validation or test image it copies; the least alike first.",
+            [Line([_pair(images, judged, at) for at in _some(copies, COPIES)])],
+        ),
+        Part(
+            "Not taken for copies: the most alike of the rest",
+            "If these are copies, mine.copy_similarity is too high; if some of those above are none, it is too low.",
+            [Line([_pair(images, judged, at) for at in others[:KEPT]])],
+        ),
+    ]
+    for reason in ("low score", "class is full"):
+        found = np.flatnonzero(refused & (judged["reason"] == reason))
+        found = found[np.argsort(-judged["score"][found], kind="stable")]
+        tiles = [_scored(images, judged, at, counts) for at in _some(found, REFUSED)]
+        note = f"{WORTH} The class is the most probable one; the highest score first."
+        parts.append(Part(f"Refused: {reason} ({len(found):,})", note, [Line(tiles)]))
+    title = f"Mining: {len(np.unique(mined['id'])):,} of {len(judged['id']):,} pool images taken"
+    return contact_sheet.draw(images.image, title, [each for each in parts if any(line.tiles for line in each.lines)])
 
 
-def _paste(pen: ImageDraw.ImageDraw, page: Image.Image, image: Image.Image, place: tuple[int, int]) -> None:
-    """Paste an image, whole, into the middle of a framed tile; a small one is enlarged without smoothing."""
-    scale = SIDE / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
-    shown = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS, reducing_gap=3.0)
-    page.paste(shown, (place[0] + (SIDE - size[0]) // 2, place[1] + (SIDE - size[1]) // 2))
-    pen.rectangle((place[0], place[1], place[0] + SIDE - 1, place[1] + SIDE - 1), outline=FRAME)
+def _classes(images: ImageSet, mined: Table, counts: list[ClassCount]) -> Part:
+    """A line a class: the first images that it took, then the last."""
+    lines = []
+    for number in _some(np.arange(len(counts)), CLASSES).tolist():
+        of_class = np.flatnonzero(mined["class"] == number)
+        worth = ranking.worth(mined["score"][of_class], mined["likeness"][of_class])
+        order = of_class[np.lexsort((mined["id"][of_class], -worth))]
+        split = min(TILES, -(-len(order) // 2))
+        first, last = (
+            [Tile(_rows(images, mined["id"][at]), _worth(mined, at)) for at in part]
+            for part in (order[:split], order[max(split, len(order) - TILES) :])
+        )
+        tiles = [*first, Tile((), ()), *last]
+        note = f"{counts[number].mined:,} of {counts[number].wanted:,}"
+        lines.append(Line(tiles, counts[number].name, note))
+    which = f"{len(lines)} of {len(counts):,} classes" if len(lines) < len(counts) else "each class"
+    note = f"For {which}: the first {TILES} images that it took and the last {TILES}. {WORTH}"
+    return Part("Mined", note, lines)
 
 
-def shorten(words: str, width: float, size: int) -> str:
-    """Cut words that are wider than so many pixels."""
-    if _font(size, False).getlength(words) <= width:
-        return words
-    while words and _font(size, False).getlength(words + "…") > width:
-        words = words[:-1]
-    return words.rstrip() + "…"
+def _pair(images: ImageSet, judged: Table, at: int) -> Tile:
+    rows = _rows(images, judged["id"][at], judged["nearest"][at])
+    return Tile(rows, (f"{judged['similarity'][at]:.4f} {judged['alignment'][at]}",))
 
 
-@cache
-def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
-    """Matplotlib's own DejaVu Sans: the same on every machine, with Latin, Greek and Cyrillic letters."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf" / name, size)
+def _scored(images: ImageSet, judged: Table, at: int, counts: list[ClassCount]) -> Tile:
+    return Tile(_rows(images, judged["id"][at]), (*_worth(judged, at), counts[judged["class"][at]].name))
+
+
+def _worth(table: Table, at: int) -> tuple[str, str]:
+    return f"{table['score'][at]:.4f}", f"× {np.exp(table['likeness'][at]):.3g}"
+
+
+def _rows(images: ImageSet, *ids: int) -> tuple[int, ...]:
+    return tuple(images.row_of(np.array(ids, np.uint64)).tolist())
+
+
+def _some(places: np.ndarray, most: int) -> np.ndarray:
+    """Choose evenly, the first and the last among them."""
+    if len(places) <= most:
+        return places
+    return places[np.linspace(0, len(places) - 1, most).round().astype(int)]
