@@ -269,7 +269,8 @@ def render(
 
     Args:
         classes: names, by label.
-        networks: for each of TITLES: metrics.json's numbers, `model`, `digest`, `kept`, `speed` (images/s) and `history`.
+        networks: for each of TITLES: metrics.json's numbers, `model`, `digest`, `kept`, `history`, and `speed`
+            (images/s).
         matrices: each network's confusion matrix, (C, C).
         diagrams: each network's reliability diagram.
         paired: what `metrics.paired` says of student and baseline.
