@@ -50,10 +50,10 @@ serve: .venv/installed  ## start Prefect's server and the deployment ssld/local,
 ui: .venv/installed  ## show the model registry's pages on http://127.0.0.1:5000; PORT=5001 for another
 	@$(BIN)/python -m pipeline.core.running.mlflow_pages --port $(PORT)
 
-lock: .venv/installed  ## make requirements*.txt anew from requirements*.in
+lock: .venv/installed  ## bring requirements*.txt up to requirements*.in; pins that still fit stay
 	for name in requirements requirements-uv; do \
 	  $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
 	    --python-version 3.11 $$name.in -o $$name.txt || exit 1; done
 
-clean:  ## remove checkpoints, workspaces, Prefect's history, soft labels set aside, what prepare knows; results stay
+clean:  ## remove checkpoints, workspaces, Prefect's history, soft labels set aside, prepare's notes; results stay
 	[ ! -d .scratch ] || find .scratch -mindepth 1 -maxdepth 1 ! -name runs -exec rm -rf {} +

@@ -139,7 +139,7 @@ def write(
     """Write every file of data/evaluate to `folder`; give the numbers of each network."""
     labels, classes = images.labels[rows], images.classes
     figures = findings.numbers(results, params.evaluate.bins)
-    fast = findings.speeds(results, device, params.evaluate.batch_size)
+    fast = findings.speeds(results, device, min(params.evaluate.batch_size, len(rows)))
     atomic.write_json(folder / "metrics.json", {**figures, "test_images": len(rows)})
     atomic.write_json(folder / "top1.json", findings.accuracies(figures))
     atomic.write_json(folder / "speed.json", fast)

@@ -109,7 +109,7 @@ def test_what_people_named_is_text(name):
 def test_it_says_what_the_numbers_say():
     text = " ".join(Page(report.render(**content())).text.split())
     assert "the student makes 7 errors; the same network trained on labels alone makes 27, the teacher 4." in text
-    assert "That is 87 % of the gap" in text  # (27 - 7) / (27 - 4)
+    assert "It closes 87 % of the gap" in text  # (27 - 7) / (27 - 4)
     for words in ("truncated 3", "mined 1,234", "labelled 10", "epochs 12"):
         assert words in text
     assert "workers" not in text  # how it was run is not what was computed
@@ -119,7 +119,7 @@ def test_it_says_what_the_numbers_say():
     ("student", "teacher", "words"),
     [
         (0.95, 0.9, "more than the whole gap"),
-        (0.9, 0.9, "That is the whole gap"),
+        (0.9, 0.9, "It closes the whole gap"),
         (0.6, 0.9, "did not help"),
         (0.8, 0.7, "not ahead of the baseline"),
     ],
@@ -132,11 +132,11 @@ def test_the_verdict_is_honest(student, teacher, words):
 @pytest.mark.parametrize(
     ("student", "tile", "words"),
     [
-        (0.8992, "99 %", "That is 99 % of the gap"),  # 99.6 %
-        (0.9, "100 %", "That is the whole gap"),
-        (0.9008, "100 %", "That is more than the whole gap"),
-        (0.7008, "1 %", "That is 1 % of the gap"),
-        (0.7, "0 %", "That is 0 % of the gap"),
+        (0.8992, "99 %", "It closes 99 % of the gap"),  # 99.6 %
+        (0.9, "100 %", "It closes the whole gap"),
+        (0.9008, "100 %", "It closes more than the whole gap"),
+        (0.7008, "1 %", "It closes 1 % of the gap"),
+        (0.7, "0 %", "It closes 0 % of the gap"),
         (0.6992, "0 %", "did not help"),
     ],
 )
@@ -152,9 +152,9 @@ def test_a_gap_is_never_rounded_to_none_or_the_whole(student, tile, words):
 @pytest.mark.parametrize(
     ("less", "before", "words"),
     [
-        (0.5, 0.75, "50.0 % on the validation split were less than the 75.0 %"),
-        (0.98601, 0.98602, "98.601 % on the validation split were less than the 98.602 %"),
-        (0.999999, 1.0, "99.9 % on the validation split were less than the 100.0 %"),
+        (0.5, 0.75, "50.0 % on the validation split, less than the 75.0 %"),
+        (0.98601, 0.98602, "98.601 % on the validation split, less than the 98.602 %"),
+        (0.999999, 1.0, "99.9 % on the validation split, less than the 100.0 %"),
     ],
 )
 def test_a_kept_networks_score_is_seen_to_be_the_better_one(less, before, words):

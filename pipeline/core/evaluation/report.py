@@ -165,13 +165,13 @@ def verdict(networks: dict[str, dict[str, Any]], total: int, paired: tuple[int, 
     if gap is None:
         outcome = "The teacher is not ahead of the baseline here, so there is no gap to recover."
     elif gap < 0:
-        outcome = "It is further from the teacher than the baseline is: distillation did not help here."
+        outcome = "The student is further from the teacher than the baseline is: distillation did not help here."
     elif gap > 1:
-        outcome = "That is more than the whole gap between baseline and teacher."
+        outcome = "It closes more than the whole gap between baseline and teacher."
     elif gap == 1:
-        outcome = "That is the whole gap between baseline and teacher."
+        outcome = "It closes the whole gap between baseline and teacher."
     else:
-        outcome = f"That is {whole_percent(gap)} % of the gap between baseline and teacher."
+        outcome = f"It closes {whole_percent(gap)} % of the gap between baseline and teacher."
     if only_student + only_baseline == 0:
         doubt = "Student and baseline are right on the very same images."
     else:
