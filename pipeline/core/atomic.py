@@ -31,11 +31,15 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
         flush(path.parent)
     except OSError as error:
-        if error.filename is None and error.errno is not None:  # of a write, which knows no name
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+        raise _named(error, path) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """Give an error with the file's name; that of a write has none."""
+    nameless = error.filename is None and error.errno is not None
+    return OSError(error.errno, error.strerror, str(path)) if nameless else error
 
 
 @contextmanager
@@ -60,6 +64,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             os.replace(path, old)
         os.replace(beside, path)
         flush(path.parent)
+    except OSError as error:
+        raise _named(error, path) from error
     finally:
         if old.exists() and not path.exists():
             os.replace(old, path)

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from pipeline.core import atomic
 from pipeline.core.data import images
 
 SPLITS = ("labelled", "unlabelled", "val", "test")
@@ -108,6 +109,7 @@ class ImageSet:
         self._split = self._manifest["split"].indices.to_numpy()  # (N,) int8, an index into SPLITS
         self._sizes = column["width"], column["height"]
         self._place = column["shard"], column["offset"], column["length"]
+        self._check_labels()
         self._check_shards()
         self._maps: dict[int, mmap.mmap] = {}
         self._compared = bytearray(len(self.ids))  # 1: this process has seen that the bytes are what the id says
@@ -120,8 +122,15 @@ class ImageSet:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over images, labels, splits and class names."""
-        return digest(pa.Table.from_batches([self._manifest]), self.classes)
+        """SHA-256 over images, labels, splits and class names.
+
+        Raises:
+            ValueError: it is another than the one that `prepare` noted in summary.json.
+        """
+        found, noted = digest(pa.Table.from_batches([self._manifest]), self.classes), self.folder / "summary.json"
+        if noted.is_file() and atomic.read_json(noted).get("digest", found) != found:
+            raise ValueError(f"{self.folder}: {MANIFEST} or classes.json is damaged; {REMAKE}")
+        return found
 
     @property
     def known_labels(self) -> np.ndarray:
@@ -196,6 +205,11 @@ class ImageSet:
             with (self.folder / shard_name(shard)).open("rb") as file:
                 self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._maps[shard]
+
+    def _check_labels(self) -> None:
+        for labels in (self.labels, self.withheld):
+            if len(labels) and not -1 <= labels.min() <= labels.max() < len(self.classes):
+                raise ValueError(f"{self.folder}: a label is of none of its {len(self.classes)} classes; {REMAKE}")
 
     def _check_shards(self) -> None:
         """Compare each shard's size with what the manifest says, so that a torn copy is found at once."""

@@ -14,16 +14,17 @@ from typing import NamedTuple
 import cachetools
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from pipeline.core import errors
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")  # JPEG includes MPO
+PNG = b"\x89PNG\r\n\x1a\n"
 # How those formats (and HEIC, which cannot be read here) begin: offset, bytes. A file that begins like an image but
 # cannot be opened is a damaged image; any other is not an image.
 BEGINNINGS = (
     (0, b"\xff\xd8\xff"),
-    (0, b"\x89PNG\r\n\x1a\n"),
+    (0, PNG),
     (0, b"GIF87a"),
     (0, b"GIF89a"),
     (8, b"WEBP"),
@@ -48,6 +49,7 @@ RECENT = cachetools.LRUCache(32_000_000, getsizeof=lambda decoded: decoded.nbyte
 
 # PIL's own limit is one number for the whole process; `max_pixels` below is checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # of XMP, which may turn an image: 64 MB, not 1
 
 
 class Encoded(NamedTuple):
@@ -151,7 +153,28 @@ def _decoded(image: Encoded, eighths: int) -> np.ndarray:
 
 
 def _open(content: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(content), formats=FORMATS)
+    if not content.startswith(PNG):
+        return Image.open(io.BytesIO(content), formats=FORMATS)
+    image = Image.open(io.BytesIO(_pixels_of_png(content)), formats=FORMATS)
+    bits, transparent = content[24], image.info.get("transparency")  # which PIL leaves in the file's range
+    if bits < 8 and isinstance(transparent, int) and image.mode == "L":
+        image.info["transparency"] = transparent * 255 // (2**bits - 1)
+    elif bits == 16 and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    return image
+
+
+def _pixels_of_png(content: bytes) -> bytes:
+    """Take out of a PNG file what the pixels do not need, of which PIL refuses what is damaged, or much."""
+    kept = [PNG]
+    for kind, whole in _png_chunks(content):
+        said = whole[8:-4]
+        sound = zlib.crc32(whole[4:-4]) == int.from_bytes(whole[-4:], "big")
+        turns = kind == b"eXIf" or (kind == b"iTXt" and said.startswith(b"XML:com.adobe.xmp\0"))
+        moves = kind in (b"fcTL", b"fdAT") or (kind == b"acTL" and len(said) == 8)
+        if kind[:1].isupper() or kind == b"tRNS" or (sound and (turns or moves)):
+            kept.append(whole)
+    return b"".join(kept)
 
 
 def _decode_with_pillow(image: Image.Image) -> Image.Image:
@@ -275,7 +298,7 @@ def check_whole(encoded: bytes) -> None:
     """
     if encoded.startswith(b"\xff\xd8\xff"):
         _check_jpeg(encoded)
-    elif encoded.startswith(b"\x89PNG\r\n\x1a\n"):
+    elif encoded.startswith(PNG):
         _check_png(encoded)
     elif encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP" and len(encoded) >= 12:
         missing = struct.unpack("<I", encoded[4:8])[0] + 8 - len(encoded)
@@ -309,14 +332,21 @@ def _scan(encoded: bytes) -> int:
 
 def _check_png(encoded: bytes) -> None:
     """Check the checksums of the chunks that hold pixels, and that the last chunk is there."""
-    at = 8
-    while at + 12 <= len(encoded):
-        length, kind = struct.unpack(">I4s", encoded[at : at + 8])
-        end = at + 12 + length
-        needed = kind[:1].isupper() and end <= len(encoded)  # an upper-case letter: the image depends on this chunk
-        if needed and zlib.crc32(encoded[at + 4 : end - 4]) != struct.unpack(">I", encoded[end - 4 : end])[0]:
+    kind = b""
+    for kind, whole in _png_chunks(encoded):
+        needed = kind[:1].isupper()  # an upper-case letter: the image depends on this chunk
+        if needed and zlib.crc32(whole[4:-4]) != int.from_bytes(whole[-4:], "big"):
             raise Unreadable("unreadable", f"wrong checksum in PNG chunk {kind.decode('latin-1')}")
-        if kind == b"IEND":
-            return
-        at = end
-    raise Unreadable("truncated", "no end chunk")
+    if kind != b"IEND":
+        raise Unreadable("truncated", "no end chunk")
+
+
+def _png_chunks(encoded: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Give each whole chunk of a PNG file, to the last one: its kind, and its bytes with length and checksum."""
+    at, kind = 8, b""
+    while at + 12 <= len(encoded) and kind != b"IEND":
+        length, kind = struct.unpack(">I4s", encoded[at : at + 8])
+        whole = encoded[at : at + 12 + length]
+        if len(whole) == 12 + length:
+            yield kind, whole
+        at += 12 + length
