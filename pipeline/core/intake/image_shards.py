@@ -5,7 +5,6 @@ given in. `pipeline.core.data.dataset.ImageSet` reads them.
 """
 
 import hashlib
-import json
 import re
 import tarfile
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 
+from pipeline.core import atomic
 from pipeline.core.data.dataset import SCHEMA, TAR_BLOCK, shard_name, shard_size, write_manifest
 
 
@@ -77,7 +77,7 @@ def write(
             file.write(_header(sample) + encoded)
     assert not where, "contents gave fewer images than there are samples"
     manifest = write_manifest(folder, _columns(samples, places))
-    (folder / "classes.json").write_text(json.dumps(classes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    atomic.write_json(folder / "classes.json", classes)
     return manifest
 
 
