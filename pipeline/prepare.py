@@ -181,8 +181,8 @@ def prepare(
         # In the order of their sources, as archives are fastest to read; a name can stand twice in a zip archive.
         kept = {(each.role, each.file.name, each.sha256) for part in parts.values() for each in part}
         chosen = [each for each in found if (each.role, each.file.name, each.sha256) in kept]
-        reencoded = Reencoded(scratch, max_side, jpeg_quality)
-        stored, give = reencoded.add(chosen, most_bytes), reencoded.contents
+        with Reencoded(scratch, max_side, jpeg_quality) as reencoded:
+            stored, give = reencoded.add(chosen, most_bytes), reencoded.contents
         parts, refused = choose.one_of_each(parts, stored)
         refusals += refused
         check_parts(parts, classes, refusals)

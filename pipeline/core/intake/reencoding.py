@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 from PIL import Image
 
@@ -55,6 +56,9 @@ def encode(content: bytes, max_side: int | None, quality: int) -> tuple[bytes, i
 class Reencoded:
     """Encodes files anew and keeps what comes out in a scratch folder, as journal of kind ENCODED and a file beside it.
 
+    A context manager around `add`: a stopped run, too, leaves all that it has encoded to the next. `contents` opens the
+    file itself.
+
     Args:
         scratch: the folder; what an unfinished run has left there for the same settings is not encoded again.
         max_side, quality: as for `encode`.
@@ -63,13 +67,22 @@ class Reencoded:
     def __init__(self, scratch: Path, max_side: int | None, quality: int):
         self._work = partial(_look, max_side=max_side, quality=quality)
         self._journal = Journal(scratch, ENCODED, [max_side, quality], [__file__, images.__file__])
-        self._file = self._journal.path.with_suffix(".jpegs").open("a+b")
+        self._path = self._journal.path.with_suffix(".jpegs")
+        self._file = self._path.open("a+b")
         self._places: dict[str, tuple[int, int]] = {}  # by SHA-256 of the encoded bytes: start, length
         self._stored: dict[str, Stored] = {}  # by SHA-256 of the file
         for of_file, start, *encoded in self._journal.lines():
             stored = Stored(*encoded)
-            if hashlib.sha256(self._read(start, stored.length)).hexdigest() == stored.sha256:  # else it was cut off
+            self._file.seek(start)
+            if hashlib.sha256(self._file.read(stored.length)).hexdigest() == stored.sha256:  # else it was cut off
                 self._stored[of_file], self._places[stored.sha256] = stored, (start, stored.length)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        self._journal.close()
 
     def add(self, found: list[Found], max_bytes: int) -> dict[str, Stored]:
         """Encode files; give what is stored of each, by the SHA-256 of the file.
@@ -93,19 +106,16 @@ class Reencoded:
                 end += self._file.write(encoded)
             self._journal.add(each.sha256, self._places[stored.sha256][0], *stored)
             self._stored[each.sha256] = stored
-        self._file.flush()
         return {each.sha256: self._stored[each.sha256] for each in found}
 
     def contents(self, samples: list[Sample]) -> Iterator[tuple[Sample, bytes]]:
-        """Give the bytes of samples."""
-        with Progress(len(samples), "images", "prepare: write") as progress:
+        """Give the bytes of samples, once all are added and this is closed."""
+        with self._path.open("rb") as file, Progress(len(samples), "images", "prepare: write") as progress:
             for sample in samples:
                 start, length = self._places[sample.sha256]
-                yield sample, self._read(start, length)
+                file.seek(start)
+                yield sample, file.read(length)
                 progress.update()
-
-    def _read(self, start: int, length: int) -> bytes:
-        return os.pread(self._file.fileno(), length, start)
 
 
 def _look(file: SourceFile, content: bytes, *, max_side: int | None, quality: int) -> tuple[str, bytes, int, int]:
