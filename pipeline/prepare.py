@@ -9,11 +9,11 @@ read again but not decoded again; what an unfinished run has encoded anew is not
 Run: python -m pipeline.prepare [--params FILE]
 """
 
-import hashlib
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,59 +23,59 @@ from pipeline.core.data import dataset
 from pipeline.core.data.images import Unreadable
 from pipeline.core.intake import archives, choose, image_shards, journal
 from pipeline.core.intake.archives import Tree
-from pipeline.core.intake.choose import Found, Parts, Picture, Pictures, Stored
+from pipeline.core.intake.choose import Found, Parts, Pictures, Stored
 from pipeline.core.intake.examined import Examined
 from pipeline.core.intake.image_shards import Sample
-from pipeline.core.intake.reading import in_threads
+from pipeline.core.intake.reading import add_pictures, read_all
 from pipeline.core.intake.reencoding import ENCODED, Reencoded
 from pipeline.core.intake.refusals import FURTHER_FRAMES, Refusal, as_csv, check_share, in_words, reasons
-from pipeline.core.intake.sources import Source, SourceFile, check_apart, class_names, names, open_source
+from pipeline.core.intake.sources import Source, check_apart, class_names, names, open_source
 from pipeline.core.progress import Progress
-from pipeline.core.sections import LEAST_TO_LEARN, Params
+from pipeline.core.sections import LEAST_TO_LEARN, Params, Prepare
 
 OUT = Path("data/prepare")
 
 
 def run(params: Params) -> None:
     """Prepare what the settings name. Raises ValueError where the images cannot be used as they are."""
-    settings, refusals = params.prepare, []
+    settings = params.prepare
     warnings.filterwarnings("ignore", module="PIL")  # damaged metadata says nothing about the pixels
-    with resume.only_writer("prepare") as scratch:
-        listed = scratch / "refused.csv"
-        listed.unlink(missing_ok=True)
-        try:
-            sources = open_sources(settings.model_dump())
-            warn_of_links({settings.labelled_root, settings.unlabelled_root})
-            with atomic.replacing_folder(OUT) as folder:
-                summary = prepare(
-                    sources,
-                    folder,
-                    scratch,
-                    seed=params.seed,
-                    images_per_class=settings.images_per_class,
-                    labels_per_class=settings.labels_per_class,
-                    val_share=settings.val_share if settings.val is None else 0.0,
-                    test_share=settings.test_share if settings.test is None else 0.0,
-                    max_pixels=settings.max_pixels,
-                    max_refused_share=settings.max_refused_share,
-                    max_side=settings.max_side,
-                    jpeg_quality=settings.jpeg_quality,
-                    shard_bytes=settings.shard_mb * 1_000_000,
-                    refusals=refusals,
-                )
-        except ValueError as error:
-            if not refusals:
-                raise
-            atomic.write_text(listed, as_csv(refusals))
-            raise ValueError(f"{error}; {listed} names every file refused and why") from None
+    with resume.only_writer("prepare") as scratch, listed_on_error(scratch / "refused.csv") as refusals:
+        sources = open_sources(settings)
+        warn_of_links({settings.labelled_root, settings.unlabelled_root})
+        with atomic.replacing_folder(OUT) as folder:
+            summary = prepare(sources, folder, scratch, settings, params.seed, refusals)
         journal.remove(scratch, ENCODED)  # it is in place now
+    tell(summary, params.mine.rank_by)
+
+
+@contextmanager
+def listed_on_error(file: Path) -> Iterator[list[Refusal]]:
+    """Give a list to add refusals to; where the block ends in a ValueError, write it, and name its file in the error.
+
+    Args:
+        file: where to write the list; that of an earlier run is removed.
+    """
+    refusals: list[Refusal] = []
+    file.unlink(missing_ok=True)
+    try:
+        yield refusals
+    except ValueError as error:
+        if not refusals:
+            raise
+        atomic.write_text(file, as_csv(refusals))
+        raise ValueError(f"{error}; {file} names every file refused and why") from None
+
+
+def tell(summary: dict[str, Any], rank_by: str) -> None:
+    """Print what was prepared, and warn of what later stages will lack; `rank_by` is that of section `mine`."""
     counts = ", ".join(f"{split['images']:,} {name}" for name, split in summary["splits"].items())
     refused = ", ".join(f"{count:,} {reason}" for reason, count in summary["refused"].items())
     print(f"prepare: {summary['images']:,} images of {summary['classes']:,} classes: {counts}; refused: {refused or 0}")
     for split, missing in without(summary).items():
         print(f"prepare: warning: no {split} image of class {names(missing)}: nothing will be known of it there")
     pool, val = (summary["splits"][split]["images"] for split in ("unlabelled", "val"))
-    if params.mine.rank_by == "likeness" and pool > 0 and min(pool, val) < LEAST_TO_LEARN:
+    if rank_by == "likeness" and pool > 0 and min(pool, val) < LEAST_TO_LEARN:
         print(
             f"prepare: warning: there are {pool:,} pool and {val:,} validation images, and mine.rank_by: likeness "
             f"takes {LEAST_TO_LEARN} of each to learn what belongs: mine will stop at that; set it to probability"
@@ -89,15 +89,16 @@ def without(summary: dict[str, Any]) -> dict[str, list[str]]:
     return {split: missing for split, missing in lacks.items() if missing}
 
 
-def open_sources(settings: dict[str, Any]) -> list[Source]:
-    """List the files of every source that section `prepare` of the settings names."""
+def open_sources(settings: Prepare) -> list[Source]:
+    """List the files of every source that the settings name."""
     opened: dict[Path, Tree] = {}
     found = []
     for role in ("train", "val", "test", "unlabelled"):
-        root = settings["unlabelled_root" if role == "unlabelled" else "labelled_root"]
-        if settings[role] is not None:
-            check_apart(role, Path(root), settings[role], Path(settings["labelled_root"], settings["train"]))
-            source = open_source(role, root, settings[role], opened)
+        root = settings.unlabelled_root if role == "unlabelled" else settings.labelled_root
+        inner = getattr(settings, role)
+        if inner is not None:
+            check_apart(role, Path(root), inner, Path(settings.labelled_root, settings.train))
+            source = open_source(role, root, inner, opened)
             print(f"prepare: {role}: {len(source.files):,} files in {source.place}", file=sys.stderr, flush=True)
             found.append(source)
     return found
@@ -117,21 +118,7 @@ def warn_of_links(roots: set[str]) -> None:
 
 
 def prepare(
-    sources: list[Source],
-    folder: Path,
-    scratch: Path,
-    *,
-    seed: int,
-    images_per_class: int | None,
-    labels_per_class: int | None,
-    val_share: float,
-    test_share: float,
-    max_pixels: int,
-    max_refused_share: float,
-    max_side: int | None,
-    jpeg_quality: int | None,
-    shard_bytes: int,
-    refusals: list[Refusal],
+    sources: list[Source], folder: Path, scratch: Path, settings: Prepare, seed: int, refusals: list[Refusal]
 ) -> dict[str, Any]:
     """Write the data set of some sources into an empty folder; return its summary.
 
@@ -139,103 +126,65 @@ def prepare(
         sources: train, and where there are any val, test and unlabelled.
         folder: where to write.
         scratch: where what was found stays for the next run.
+        settings: section `prepare`; the sources that it names are open already.
         seed: of every choice.
-        images_per_class: at most so many of train; None: all.
-        labels_per_class: keep so many labels; the others' images join the pool; None: all.
-        val_share, test_share: shares of train to hold out.
-        max_pixels: an image with more is refused.
-        max_refused_share: stop when a larger share of the files of one source is refused.
-        max_side, jpeg_quality: how to encode the chosen images anew; None: they stay as they were encoded.
-        shard_bytes: most bytes of a shard.
         refusals: every refusal is added to it, also where this ends in an error.
 
     Raises:
         ValueError: too much was refused, a class has no image, or the sources' classes do not fit together.
     """
     classes = class_names(sources)
-    pictures: Pictures = {}
-    most_bytes = 8 * max_pixels + 10_000_000  # no encoding needs more for a pixel (16-bit RGBA); room for metadata
-    with Examined(scratch, max_pixels) as examined:
+    max_bytes = 8 * settings.max_pixels + 10_000_000  # no encoding needs more a pixel (16-bit RGBA); room for metadata
+    with Examined(scratch, settings.max_pixels) as examined:
         if len(examined):
             print(f"prepare: earlier runs have decoded {len(examined):,} images", file=sys.stderr, flush=True)
-        found, unread = read_all(sources, examined, most_bytes, images_per_class is not None, pictures)
+        labelled_later = settings.images_per_class is not None
+        found, pictures, unread = read_all(sources, examined, max_bytes, labelled_later)
         refusals += unread
         parts, refused = choose.select(
             found,
             pictures,
-            partial(add_pictures, pictures, examined, most_bytes),
+            partial(add_pictures, pictures, examined, max_bytes),
             seed=seed,
-            images_per_class=images_per_class,
-            labels_per_class=labels_per_class,
-            val_share=val_share,
-            test_share=test_share,
+            images_per_class=settings.images_per_class,
+            labels_per_class=settings.labels_per_class,
+            shares=held_out(settings),
         )
     refusals += refused
     looked_at = [each.source for each in unread] + [each.role for each in found if each.sha256 in pictures]
     files = {source.role: looked_at.count(source.role) for source in sources}
-    check_share(files, refusals, max_refused_share)
+    check_share(files, refusals, settings.max_refused_share)
     check_parts(parts, classes, refusals)  # here too, as encoding takes long
 
-    stored, give = as_they_are(parts, pictures), partial(contents, found)
-    if jpeg_quality is not None:
-        # In the order of their sources, as archives are fastest to read; a name can stand twice in a zip archive.
-        kept = {(each.role, each.file.name, each.sha256) for part in parts.values() for each in part}
-        chosen = [each for each in found if (each.role, each.file.name, each.sha256) in kept]
-        with Reencoded(scratch, max_side, jpeg_quality) as reencoded:
-            stored, give = reencoded.add(chosen, most_bytes), reencoded.contents
+    if settings.jpeg_quality is None:
+        stored, contents = as_they_are(parts, pictures), partial(read_again, found)
+    else:
+        with Reencoded(scratch, settings.max_side, settings.jpeg_quality) as reencoded:
+            stored, contents = reencoded.add(in_order(found, parts), max_bytes), reencoded.contents
         parts, refused = choose.one_of_each(parts, stored)
         refusals += refused
         check_parts(parts, classes, refusals)
     refusals += further_frames(parts, pictures)
     samples = to_samples(parts, stored, classes)
-    manifest = image_shards.write(folder, samples, classes, shard_bytes, give)
+    manifest = image_shards.write(folder, samples, classes, settings.shard_mb * 1_000_000, contents)
     atomic.write_text(folder / "refused.csv", as_csv(refusals))
     summary = summarise(samples, classes, files, refusals, dataset.digest(manifest, tuple(classes)))
     atomic.write_json(folder / "summary.json", summary)
     return summary
 
 
-def read_all(
-    sources: list[Source], examined: Examined, most_bytes: int, lazy: bool, pictures: Pictures
-) -> tuple[list[Found], list[Refusal]]:
-    """Hash every file and decode its image; add what was seen to `pictures`.
-
-    Args:
-        sources: whose files.
-        examined: decodes them.
-        most_bytes: a larger file is refused unread.
-        lazy: leave the labelled images of train to be decoded when they are wanted.
-    """
-    found, refusals = [], []
-
-    def look(decode_labelled: bool, file: SourceFile, encoded: bytes) -> tuple[str, int, Picture | Unreadable | None]:
-        sha256 = hashlib.sha256(encoded).hexdigest()
-        picture = examined.picture(sha256, encoded) if decode_labelled or not file.class_name else None
-        return sha256, len(encoded), picture
-
-    for source in sources:
-        work = partial(look, source.role != "train" or not lazy)
-        results = in_threads(source.files, work, most_bytes, f"prepare: read {source.role}")
-        for file, result in zip(source.files, results, strict=True):
-            if isinstance(result, Unreadable):
-                refusals.append(Refusal(source.role, file.name, result.reason, result.detail))
-                continue
-            sha256, length, picture = result
-            found.append(Found(source.role, file, sha256, length))
-            if picture is not None:
-                pictures[sha256] = picture
-    return found, refusals
+def held_out(settings: Prepare) -> dict[str, float]:
+    """Give the shares of train that val and test take: 0 for one that has a source of its own."""
+    return {
+        "val": settings.val_share if settings.val is None else 0.0,
+        "test": settings.test_share if settings.test is None else 0.0,
+    }
 
 
-def add_pictures(pictures: Pictures, examined: Examined, most_bytes: int, found: list[Found]) -> None:
-    """Decode the contents that were not decoded yet."""
-    missing = [each for each in found if each.sha256 not in pictures]
-    files = [each.file for each in missing]
-    if files:
-        work = lambda file, encoded: examined.picture(hashlib.sha256(encoded).hexdigest(), encoded)  # noqa: E731
-        results = in_threads(files, work, most_bytes, "prepare: decode")
-        for each, picture in zip(missing, results, strict=True):
-            pictures[each.sha256] = picture
+def in_order(found: list[Found], parts: Parts) -> list[Found]:
+    """Give the chosen images in the order of their sources, as archives are fastest to read."""
+    chosen = {each for part in parts.values() for each in part}
+    return [each for each in found if each in chosen]
 
 
 def check_parts(parts: Parts, classes: list[str], refusals: list[Refusal]) -> None:
@@ -285,14 +234,15 @@ def to_samples(parts: Parts, stored: dict[str, Stored], classes: list[str]) -> l
             split = "unlabelled" if part == "withheld" else part
             label = -1 if split == "unlabelled" else label_of[name]
             withheld = label_of[name] if part == "withheld" else -1
-            sample = Sample(*content, split, label, withheld, each.file.name, content.sha256 != each.sha256)
+            anew = content.sha256 != each.sha256
+            sample = Sample(*content, split, label, withheld, source=each.file.name, encoded_anew=anew)
             if other := samples.get(sample.id):
                 raise ValueError(f"{sample.source} and {other.source} have one id, {sample.id:016x}; remove one")
             samples[sample.id] = sample
     return list(samples.values())
 
 
-def contents(found: list[Found], samples: list[Sample]) -> Iterator[tuple[Sample, bytes]]:
+def read_again(found: list[Found], samples: list[Sample]) -> Iterator[tuple[Sample, bytes]]:
     """Read the chosen images once more, in the order of their sources.
 
     Raises:

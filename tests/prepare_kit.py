@@ -16,7 +16,7 @@ from pyarrow import feather
 
 from pipeline import prepare as stage_prepare
 from pipeline.core.data.dataset import ImageSet
-from pipeline.core.intake.refusals import as_csv
+from pipeline.core.sections import Prepare
 
 SETTINGS = {  # section `prepare` of params.yaml, whatever the user's says
     "labelled_root": ".",
@@ -51,21 +51,13 @@ def prepared(
     folder: Path, root: Path | str, seed: int = 0, **changes: object
 ) -> tuple[ImageSet, list[tuple[str, ...]]]:
     """Prepare into a new folder; give the images, and (file, source, reason) of what was refused."""
-    chosen = SETTINGS | {"labelled_root": str(root), "unlabelled_root": str(root)} | changes
-    names = ("images_per_class", "labels_per_class", "max_pixels", "max_refused_share", "max_side", "jpeg_quality")
-    arguments = {name: chosen[name] for name in names}
-    for part in ("val", "test"):
-        arguments[f"{part}_share"] = chosen[f"{part}_share"] if chosen[part] is None else 0.0
+    given = SETTINGS | {"labelled_root": str(root), "unlabelled_root": str(root)} | changes
+    # shard_mb may be less than 1 here, so that a few images fill several shards.
+    settings = Prepare(**given | {"shard_mb": 1}).model_copy(update={"shard_mb": given["shard_mb"]})
     folder.mkdir(parents=True)
     scratch = folder.with_name(f"{folder.name} scratch")
     scratch.mkdir(exist_ok=True)
-    refusals = []
-    try:
-        sources = stage_prepare.open_sources(chosen)
-        size = int(chosen["shard_mb"] * 1_000_000)
-        stage_prepare.prepare(sources, folder, scratch, seed=seed, shard_bytes=size, refusals=refusals, **arguments)
-    finally:
-        (folder / "refused.csv").write_text(as_csv(refusals))
+    stage_prepare.prepare(stage_prepare.open_sources(settings), folder, scratch, settings, seed, [])
     with (folder / "refused.csv").open() as file:
         rows = [(row["file"], row["source"], row["reason"]) for row in csv.DictReader(file)]
     return ImageSet(folder), rows

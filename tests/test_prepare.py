@@ -274,12 +274,12 @@ def test_cifar_by_parameters_alone(tmp_path):
 
 
 def test_a_file_that_goes_away_before_it_is_stored_is_named(tmp_path, monkeypatch):
-    root, contents = write(tmp_path / "in", with_splits()), prepare.contents
+    root, read_again = write(tmp_path / "in", with_splits()), prepare.read_again
 
     def later(found, samples):
         next(root.glob("train/a/*.png")).unlink()
-        return contents(found, samples)
+        return read_again(found, samples)
 
-    monkeypatch.setattr(prepare, "contents", later)
+    monkeypatch.setattr(prepare, "read_again", later)
     with pytest.raises(ValueError, match=r"train/a/.*png: the file went away while it was read; run prepare again"):
         prepared(tmp_path / "out", root, **SPLITS)

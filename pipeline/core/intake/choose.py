@@ -74,8 +74,7 @@ def select(
     seed: int,
     images_per_class: int | None,
     labels_per_class: int | None,
-    val_share: float,
-    test_share: float,
+    shares: dict[str, float],
 ) -> tuple[Parts, list[Refusal]]:
     """Choose the images of each part of the data set.
 
@@ -86,7 +85,7 @@ def select(
         seed: of the choices.
         images_per_class: at most so many of train; None: all.
         labels_per_class: keep so many labels; None: all.
-        val_share, test_share: shares of train to hold out.
+        shares: of train, to hold out for val and test.
 
     Returns:
         The images of labelled, withheld, unlabelled, val and test, and the files refused.
@@ -96,7 +95,7 @@ def select(
     train = [each for each in kept if each.role == "train" and not each.pooled]
     train, refused = at_most(train, images_per_class, seed, pictures, decode)
     refusals += refused
-    parts = split(train, val_share, test_share, labels_per_class, seed)
+    parts = split(train, shares, labels_per_class, seed)
     for role in ("val", "test"):
         parts[role] += [each for each in kept if each.role == role]
     labelled = [each for part in parts.values() for each in part]
@@ -191,12 +190,12 @@ def at_most(
                 taken[each.file.class_name].append(each)
 
 
-def split(train: list[Found], val_share: float, test_share: float, labels: int | None, seed: int) -> Parts:
+def split(train: list[Found], shares: dict[str, float], labels: int | None, seed: int) -> Parts:
     """Share out the training images, class by class.
 
     Args:
         train: labelled images.
-        val_share, test_share: shares of each class; rounded, but at least one image of a class of three or more.
+        shares: of each class, for val and test; rounded, but at least one image of a class of three or more.
         labels: how many labels a class to keep; None: all.
         seed: of the order.
 
@@ -206,8 +205,8 @@ def split(train: list[Found], val_share: float, test_share: float, labels: int |
     parts: Parts = {"test": [], "val": [], "labelled": [], "withheld": []}
     for of_class in by_class(train).values():
         of_class.sort(key=lambda each: rank(seed, "held out", each.id))
-        test = _share(len(of_class), test_share)
-        val = _share(len(of_class), val_share)
+        test = _share(len(of_class), shares["test"])
+        val = _share(len(of_class), shares["val"])
         rest = sorted(of_class[test + val :], key=lambda each: rank(seed, "images", each.id))
         parts["test"] += of_class[:test]
         parts["val"] += of_class[test : test + val]
