@@ -150,7 +150,7 @@ def _walk(path: Path | str, prefix: str, tree: Tree, above: tuple[tuple[int, int
     with os.scandir(path) as found:
         items = sorted(found, key=lambda item: item.name)
     if not items and Path(path).suffix.lower() in SUFFIXES and prefix:
-        tree.add(prefix, 0, partial(refuse, "not an image", "an empty folder"))
+        tree.add(prefix, 0, partial(no_content, "not an image", "an empty folder"))
     for item in items:
         name = f"{prefix}/{item.name}" if prefix else item.name
         if item.is_dir() and hidden(name):
@@ -245,8 +245,8 @@ def _from_archive(read: Callable[..., bytes], member: zipfile.ZipInfo | tarfile.
         raise Unreadable("unreadable", f"in the archive: {' '.join(str(error).split())}") from None
 
 
-def refuse(reason: str, detail: str) -> bytes:
-    """Read a file that cannot be read."""
+def no_content(reason: str, detail: str) -> bytes:
+    """Stand in for reading a file that has no bytes to give. Raises Unreadable."""
     raise Unreadable(reason, detail)
 
 

@@ -4,8 +4,6 @@ Read: what `prepare`'s settings name. In a labelled source, the folder just belo
 (.csv with the columns file and label, paths relative to the list), the label is.
 """
 
-import csv
-import io
 import os
 import posixpath
 import re
@@ -15,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from pipeline.core.intake import archives
+from pipeline.core.intake import archives, lists
 from pipeline.core.intake.archives import Entry, Tree
 from pipeline.core.intake.refusals import HIDDEN
 
@@ -186,7 +184,7 @@ def _files(
         listed = (*tree.hidden, *tree.entries) if inside.lower().endswith(".csv") else ()
         entries = {_nfc(entry.name): entry for entry in listed}
         if _nfc(inside) in entries:
-            rows = _rows(entries[_nfc(inside)].read(), where, columns)
+            rows = lists.rows(entries[_nfc(inside)].read(), where, columns)
             return _by_list(rows, partial(_in_archive, entries, posixpath.dirname(inside)), above)
         if inside not in tree.folders:  # but it may be there in another spelling
             inside = next((name for name in sorted(tree.folders) if _nfc(name) == _nfc(inside)), inside)
@@ -195,7 +193,7 @@ def _files(
             raise FileNotFoundError(f"{where}: no such folder or list in the archive{_some(top)}")
         return _by_folder(tree, inside, above)
     if path.suffix.lower() == ".csv":
-        return _by_list(_rows(path.read_bytes(), where, columns), partial(_on_disk, path.parent, base, where), "")
+        return _by_list(lists.rows(path.read_bytes(), where, columns), partial(_on_disk, path.parent, base, where), "")
     raise ValueError(f"{where}: not a folder, an archive ({', '.join(archives.OPENERS)}) or a list (.csv)")
 
 
@@ -210,8 +208,8 @@ def _by_folder(tree: Tree, inside: str, above: str) -> tuple[list[SourceFile], s
             files.append(SourceFile(name, class_name(first) if slash else "", entry.size, entry.read))
     for entry in tree.hidden:
         if entry.name.startswith(start):
-            refuse = partial(archives.refuse, HIDDEN, "its name, or its folder's, begins with a dot")
-            files.append(SourceFile(_text(posixpath.join(above, entry.name)), "", 0, refuse))
+            read = partial(archives.no_content, HIDDEN, "its name, or its folder's, begins with a dot")
+            files.append(SourceFile(_text(posixpath.join(above, entry.name)), "", 0, read))
     below = {name[len(start) :] for name in tree.folders if name.startswith(start)}
     return files, {class_name(name) for name in below if name and "/" not in name}
 
@@ -234,34 +232,6 @@ def _by_list(
     return files, {file.class_name for file in files if file.class_name}
 
 
-def _rows(content: bytes, where: str, needed: list[str]) -> list[tuple[str, str]]:
-    """Read a list with at least the needed columns: (file, label) of each row; the label may be empty."""
-    try:
-        rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig")), skipinitialspace=True, strict=True)
-        columns = rows.fieldnames or []
-        if not {*needed} <= {*columns}:
-            wanted = "columns file and label" if len(needed) > 1 else "column file"
-            raise ValueError(f"its first line must name the {wanted}, not {', '.join(columns) or 'none'}")
-        found = []
-        for number, row in enumerate(rows, start=1):
-            if any(surplus := row.get(None, [])):
-                raise ValueError(
-                    f"row {number} below the heading has {len(columns) + len(surplus)} fields, not {len(columns)}; a "
-                    'name that holds a comma stands in quotation marks: "cat, small"'
-                )
-            found.append(((row["file"] or "").strip(), (row.get("label") or "").strip()))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not a list of images: {error}; save it as UTF-8") from None
-    except (csv.Error, ValueError) as error:
-        raise ValueError(f"{where}: not a list of images: {error}") from None
-    for number, (name, _) in enumerate(found, start=1):
-        if not name:
-            raise ValueError(f"{where}: row {number} below the heading names no file")
-        if "\0" in name:
-            raise ValueError(f"{where}: row {number} below the heading: no file's name holds a zero byte")
-    return found
-
-
 def _on_disk(folder: Path, base: Path, where: str, name: str) -> Entry:
     if "\\" in name and not os.path.lexists(folder / name):
         name = name.replace("\\", "/")  # of a list made on Windows
@@ -274,7 +244,7 @@ def _on_disk(folder: Path, base: Path, where: str, name: str) -> Entry:
 
 def _in_archive(entries: dict[str, Entry], folder: str, name: str) -> Entry:
     name = archives.plain(posixpath.join(folder, name))
-    return entries.get(_nfc(name)) or Entry(name, 0, partial(archives.refuse, "unreadable", "not in the archive"))
+    return entries.get(_nfc(name)) or Entry(name, 0, partial(archives.no_content, "unreadable", "not in the archive"))
 
 
 def _inside(path: Path, base: Path) -> bool:
