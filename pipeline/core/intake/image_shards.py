@@ -23,12 +23,12 @@ class Sample:
 
     sha256: str
     length: int  # of the encoded bytes
-    width: int
+    width: int  # of the upright image
     height: int
-    split: str
-    label: int
-    withheld: int
-    source: str
+    split: str  # one of dataset.SPLITS
+    label: int  # -1: none that the student may know
+    withheld: int  # the label that is kept from it; -1: none
+    source: str  # the name of the file that it came from
     encoded_anew: bool = False  # as JPEG, whatever `source` is
 
     @property
