@@ -134,6 +134,18 @@ def test_a_damaged_member_of_an_archive_is_refused_alone(tmp_path):
     assert refused == [("train/a/03.png", "train", "unreadable")]
 
 
+def test_a_damaged_list_in_an_archive_is_named(tmp_path):
+    path, listed = tmp_path / "x.zip", b"file,label\n" + b"".join(f"{name},{name[6]}\n".encode() for name in good())
+    with zipfile.ZipFile(path, "w") as archive:  # stored
+        for name, content in {"list.csv": listed, **good()}.items():
+            archive.writestr(name, content)
+    whole = path.read_bytes()
+    path.write_bytes(with_flipped_bit(whole, whole.index(listed) + 30))
+    words = r"^prepare\.train: .*x\.zip: list\.csv: unreadable: in the archive: Bad CRC-32 .*; fetch or make"
+    with pytest.raises(ValueError, match=words):
+        prepared(tmp_path / "out", path, train="list.csv")
+
+
 def test_links_in_a_tar_archive_are_followed_inside_it(tmp_path):
     files = good()
     path = tmp_path / "x.tar"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from pipeline.core.data.images import Unreadable
 from pipeline.core.intake import archives, lists
 from pipeline.core.intake.archives import Entry, Tree
 from pipeline.core.intake.refusals import HIDDEN
@@ -184,7 +185,11 @@ def _files(
         listed = (*tree.hidden, *tree.entries) if inside.lower().endswith(".csv") else ()
         entries = {_nfc(entry.name): entry for entry in listed}
         if _nfc(inside) in entries:
-            rows = lists.rows(entries[_nfc(inside)].read(), where, columns)
+            try:
+                content = entries[_nfc(inside)].read()
+            except Unreadable as error:
+                raise ValueError(f"{where}: {error}; fetch or make the archive again") from None
+            rows = lists.rows(content, where, columns)
             return _by_list(rows, partial(_in_archive, entries, posixpath.dirname(inside)), above)
         if inside not in tree.folders:  # but it may be there in another spelling
             inside = next((name for name in sorted(tree.folders) if _nfc(name) == _nfc(inside)), inside)
