@@ -45,7 +45,12 @@ REMAKE = "make it again with `dvc repro prepare`, or fetch it with `dvc pull`"
 
 def sample_id(encoded: bytes) -> int:
     """Give the id of a sample from its encoded bytes; written as text, it is `format(id, "016x")`."""
-    return int.from_bytes(hashlib.sha256(encoded).digest()[:8], "big")
+    return id_of(hashlib.sha256(encoded).hexdigest())
+
+
+def id_of(sha256: str) -> int:
+    """Give the id of a sample from the SHA-256 of its encoded bytes, in hex."""
+    return int(sha256[:16], 16)
 
 
 def rank(seed: int, purpose: str, sample: int) -> int:

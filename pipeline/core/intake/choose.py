@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.core.data.dataset import rank
+from pipeline.core.data.dataset import id_of, rank
 from pipeline.core.data.images import Unreadable
 from pipeline.core.intake.refusals import Refusal
 from pipeline.core.intake.sources import SourceFile
@@ -36,7 +36,7 @@ class Found:
     @property
     def id(self) -> int:
         """The first 8 bytes of the file's SHA-256; the sample's id, unless the image is encoded anew."""
-        return int(self.sha256[:16], 16)
+        return id_of(self.sha256)
 
     @property
     def pooled(self) -> bool:

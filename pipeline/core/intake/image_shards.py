@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 
 from pipeline.core import atomic
-from pipeline.core.data.dataset import SCHEMA, TAR_BLOCK, shard_name, shard_size, write_manifest
+from pipeline.core.data.dataset import SCHEMA, TAR_BLOCK, id_of, shard_name, shard_size, write_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Sample:
     @property
     def id(self) -> int:
         """The first 8 bytes of its SHA-256."""
-        return int(self.sha256[:16], 16)
+        return id_of(self.sha256)
 
 
 def write(
