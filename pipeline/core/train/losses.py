@@ -63,12 +63,12 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets * F.log_softmax(logits, dim=1)).sum(1).mean()
 
 
-def tckd(student_logits: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
+def tckd(student_logits: Tensor, teacher: Tensor) -> Tensor:
     """KL(b_t, b_s), where b = (p_y, 1 - p_y) for the target class y: DKD's part about the target class.
 
-    Source and arguments: as for `dkd`.
+    Source, and what the target class is: as for `dkd`.
     """
-    target, others, _ = _split(teacher, targets)
+    target, others, _ = _split(teacher)
     log_target = F.log_softmax(student_logits, dim=1).gather(1, target)
     log_others = _without(student_logits, target).logsumexp(1, True) - student_logits.logsumexp(1, True)
     of_target = teacher.gather(1, target)
@@ -76,30 +76,28 @@ def tckd(student_logits: Tensor, teacher: Tensor, targets: Tensor | None = None)
     return (entropy - of_target * log_target - others * log_others).mean()
 
 
-def nckd(student_logits: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
+def nckd(student_logits: Tensor, teacher: Tensor) -> Tensor:
     """KL(q_t, q_s), where q_i = p_i / (1 - p_y) for the classes i other than y: DKD's part about the other classes.
 
-    A teacher that gives the other classes nothing at all says nothing of them: 0. Source and arguments: as for `dkd`.
+    A teacher that gives the other classes nothing at all says nothing of them: 0. Source and target: as for `dkd`.
     """
-    target, others, rest = _split(teacher, targets)
+    target, others, rest = _split(teacher)
     share = rest / others.clamp(min=torch.finfo(rest.dtype).tiny)  # (B, C), 0 at the target
     log_share = student_logits - _without(student_logits, target).logsumexp(1, True)
     return (torch.xlogy(share, share) - share * log_share).sum(1).mean()
 
 
-def dkd(
-    student_logits: Tensor, teacher: Tensor, targets: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0
-) -> Tensor:
-    """alpha TCKD + beta NCKD: decoupled knowledge distillation. (KL(t, s) is TCKD + (1 - t_y) NCKD, sample by sample.)
+def dkd(student_logits: Tensor, teacher: Tensor) -> Tensor:
+    """TCKD + NCKD: decoupled knowledge distillation. (KL(t, s) is TCKD + (1 - t_y) NCKD, sample by sample.)
 
-    Source: Zhao et al., "Decoupled Knowledge Distillation", arXiv:2203.08679. On ImageNet its authors take
-    alpha = 1 and beta = 0.5 at T = 1 beside hard labels (megvii-research/mdistiller), PaddleClas 1 and 1.
+    Source: Zhao et al., "Decoupled Knowledge Distillation", arXiv:2203.08679: alpha TCKD + beta NCKD. PaddleClas takes
+    1 and 1, as here; on ImageNet the authors take 1 and 0.5 (`{tckd: 1.0, nckd: 0.5}` in the settings), at T = 1 beside
+    hard labels (megvii-research/mdistiller).
 
-    Args:
-        targets: (B,) int64, the target class y, in the paper the label; None: the class that the teacher finds most
-            probable, as an image without label has no other (PaddleClas' `use_target_as_gt`).
+    The target class y is the one that the teacher finds most probable, as an image without label has no other
+    (PaddleClas' `use_target_as_gt`); in the paper it is the label.
     """
-    return alpha * tckd(student_logits, teacher, targets) + beta * nckd(student_logits, teacher, targets)
+    return tckd(student_logits, teacher) + nckd(student_logits, teacher)
 
 
 def dist_inter(student_logits: Tensor, teacher: Tensor) -> Tensor:
@@ -116,13 +114,14 @@ def dist_intra(student_logits: Tensor, teacher: Tensor) -> Tensor:
     return 1 - _pearson(F.softmax(student_logits, dim=1).T, teacher.T).mean()
 
 
-def dist(student_logits: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0) -> Tensor:
-    """beta (relations between classes) + gamma (relations within a class), each 1 less a mean Pearson correlation.
+def dist(student_logits: Tensor, teacher: Tensor) -> Tensor:
+    """Relations between classes, and relations within a class, each 1 less a mean Pearson correlation.
 
-    Source: Huang et al., "Knowledge Distillation from A Stronger Teacher", arXiv:2205.10536. On ImageNet PaddleClas
-    takes `dist` twice at T = 1, beside hard labels.
+    Source: Huang et al., "Knowledge Distillation from A Stronger Teacher", arXiv:2205.10536, with beta = gamma = 1; for
+    others, weigh `dist_inter` and `dist_intra` apart. On ImageNet PaddleClas takes `dist` twice at T = 1, beside hard
+    labels.
     """
-    return beta * dist_inter(student_logits, teacher) + gamma * dist_intra(student_logits, teacher)
+    return dist_inter(student_logits, teacher) + dist_intra(student_logits, teacher)
 
 
 def hard_targets(labels: Tensor, partner_labels: Tensor, shares: Tensor, classes: int, smoothing: float) -> Tensor:
@@ -155,12 +154,17 @@ def weighted(weights: Mapping[str, float], logits: Tensor, teacher: Tensor, temp
     return temperature**2 * torch.stack(terms).sum()
 
 
-def _split(teacher: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _target(teacher: Tensor) -> Tensor:
+    """Give the target class (B, 1) of DKD."""
+    return teacher.argmax(1, keepdim=True)
+
+
+def _split(teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Give the target class (B, 1), the mass of all others (B, 1), and the probabilities (B, C) with 0 at the target.
 
     The mass is summed, not 1 less the target's, which float32 rounds to 0 where a teacher is sure.
     """
-    target = (teacher.argmax(1) if targets is None else targets)[:, None]
+    target = _target(teacher)
     rest = teacher.scatter(1, target, 0.0)
     return target, rest.sum(1, keepdim=True), rest
 
