@@ -1,13 +1,11 @@
 """Print what a soft-label cache holds, and check every byte of it.
 
     python -m pipeline.core.softlabels [FOLDER]      default: data/cache
-    python -m pipeline.core.softlabels --json        the same, for a program
 
 It needs neither the teacher nor the images. Whether the teacher still says the same: python -m pipeline.audit
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,14 +20,13 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", nargs="?", type=Path, default=Path("data/cache"), help="default: data/cache")
-    parser.add_argument("--json", action="store_true", help="print cache.json's fields as JSON")
     arguments = parser.parse_args()
     try:
         summary = read_summary(arguments.folder)
         SoftLabels(arguments.folder, read_description(arguments.folder)).verify()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(json.dumps(summary, indent=2) if arguments.json else describe(arguments.folder, summary))
+    print(describe(arguments.folder, summary))
 
 
 def describe(folder: Path, summary: dict[str, Any]) -> str:
