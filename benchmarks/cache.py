@@ -34,6 +34,7 @@ from turns import again_and_again, against, header, row, show_rates, silence, ta
 from pipeline import cache
 from pipeline.core import teaching
 from pipeline.core.data.batches import load
+from pipeline.core.labelling import cut
 from pipeline.core.softlabels import Description, SoftLabels, dense, shards, writing
 from pipeline.core.softlabels.records import Records
 
@@ -135,8 +136,8 @@ def write(arguments: argparse.Namespace) -> None:
     A turn is all views, worker processes' start included, or a batch, where it is not (--by-batch).
     """
     project, count = Project(arguments.workers), arguments.views or 2048
-    wanted = project.wanted()
-    some = np.arange(min(count, len(wanted.keys)))
+    labelling, keys = project.labelling, project.keys()
+    some = np.arange(min(count, len(keys)))
     pixels = torch.randint(0, 256, (project.params.cache.batch_size, 3, *[project.params.views.resolution] * 2))
     pixels = pixels.to(torch.uint8)
 
@@ -148,14 +149,13 @@ def write(arguments: argparse.Namespace) -> None:
             bare_pass(min(len(pixels), len(some) - start))
 
     def render() -> None:
-        asked = (wanted.views(some[start : start + len(pixels)]) for start in range(0, len(some), len(pixels)))
+        asked = (labelling.rows_and_replicas(part) for part in cut(some, len(pixels)))
         for batch in load(project.views, asked, project.params.machine.workers, project.device):
             batch.pixels.to(project.device)
 
     def stage() -> None:
         with scratch_cache(), silence():
-            which = project.views, wanted, some
-            cache.write_missing(project.classifier, *which, project.params, project.description, project.processes)
+            cache.write_missing(labelling, keys, some)
 
     if arguments.by_batch:
         if len(some) < 3 * len(pixels):
@@ -227,25 +227,20 @@ def at_rest() -> Iterator[None]:
 def peers(arguments: argparse.Namespace) -> None:
     """The same answers in other formats: time to write, size, time to read an epoch in random order."""
     project, count = Project(arguments.workers), arguments.views or 2048
-    wanted = project.wanted()
-    some = np.arange(min(count, len(wanted.keys)))
-    keys, parts = wanted.keys[some], np.array_split(some, -(-len(some) // 256))
-    batches = load(project.views, [wanted.views(part) for part in parts], 0, project.device)
-    answers = [
-        teaching.answer(project.classifier, b.pixels.to(project.device), project.params.teacher.precision).cpu()
-        for b in batches
-    ]
-    logits, order = torch.cat(answers), np.random.default_rng(0).permutation(len(keys))
+    labelling, keys = project.labelling, project.keys()[:count]
+    asked = [labelling.rows_and_replicas(part) for part in cut(np.arange(len(keys)), 256)]
+    logits = torch.cat([answer.cpu() for answer in labelling.answers(asked)])
+    order = np.random.default_rng(0).permutation(len(keys))
     header("format", "s to write", "bytes a view", "s to read an epoch")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for kind, (store, fetch) in FORMATS.items():
             (folder / "x").mkdir()
             begin = time.perf_counter()
-            store(folder / "x", project.description, keys, logits)
+            store(folder / "x", labelling.description, keys, logits)
             written = time.perf_counter() - begin
             size = sum(file.stat().st_size for file in (folder / "x").iterdir())
-            seconds = best_of(3, lambda fetch=fetch: fetch(folder / "x", project.description, keys, order))
+            seconds = best_of(3, lambda fetch=fetch: fetch(folder / "x", labelling.description, keys, order))
             row(kind, f"{written:.3f}", f"{size / len(order):.1f}", f"{seconds:.3f}")
             shutil.rmtree(folder / "x")
 

@@ -6,15 +6,17 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
+import numpy as np
 import torch
 from timm.task import LogitDistillationTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from turns import silence
+
 from pipeline import cache
-from pipeline.core import devices, networks, params, small_maps, teaching
-from pipeline.core.data.batches import Views, load
-from pipeline.core.data.dataset import ImageSet
-from pipeline.core.data.views import ViewSpec
+from pipeline.core import devices, networks, params, small_maps
+from pipeline.core.data.batches import load
+from pipeline.core.labelling import Labelling
 from pipeline.core.train import engine, optimizers
 from pipeline.core.train.order import TrainingOrder
 
@@ -32,19 +34,16 @@ class Project:
         if workers is not None:
             how = self.params.machine.model_copy(update={"workers": workers})
             self.params = self.params.model_copy(update={"machine": how})
-        self.images = ImageSet(Path("data/prepare"))
         self.processes = devices.join(self.params.machine)
         self.device = self.processes.device
-        self.classifier, card = networks.load(Path("data/teacher"), self.device)
-        self.description = teaching.description(self.params, card)
-        self.spec = ViewSpec.of(self.params.seed, self.params.views)
-        self.views = Views(self.images, self.spec)
-        self.rows = teaching.training_rows(self.images)
+        self.labelling = Labelling.of(self.params, self.processes)
+        self.classifier, self.views, self.rows = self.labelling.classifier, self.labelling.views, self.labelling.rows
+        self.images = self.views.images
 
-    def wanted(self) -> cache.Wanted:
-        with tempfile.TemporaryDirectory() as folder:  # the keys stay mapped
-            file = Path(folder) / "keys.npy"
-            return cache.every_view(self.views, self.rows, self.params.cache.replicas, file, quiet=True)
+    def keys(self) -> np.ndarray:
+        """Give the keys (N,) uint64 of all views."""
+        with tempfile.TemporaryDirectory() as folder, silence():  # the keys stay mapped
+            return cache.list_keys(self.labelling, Path(folder) / "keys.npy")
 
     def order(self) -> TrainingOrder:
         return TrainingOrder(self.rows, self.params.distill.batch_size, 0, self.params.cache.replicas)

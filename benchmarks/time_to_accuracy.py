@@ -38,10 +38,11 @@ from pipeline.core.data.batches import CleanViews, Views
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
 from pipeline.core.devices import Processes
+from pipeline.core.labelling import Labelling
 from pipeline.core.networks import Classifier
 from pipeline.core.running import params_file
 from pipeline.core.sections import Params
-from pipeline.core.softlabels import SoftLabels
+from pipeline.core.softlabels import SoftLabels, writing
 from pipeline.core.train import distillation, engine, optimizers
 from pipeline.core.train.order import TrainingOrder
 
@@ -100,14 +101,12 @@ def ours(work: Work) -> Course:
     settings, images = work.settings, work.images
     spec = ViewSpec.of(settings.seed, settings.views)
     views, described = Views(images, spec), teaching.description(settings, work.card)
+    labelling = Labelling(settings, Processes(CPU), work.teacher, described, views, work.rows)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
         started = time.perf_counter()
-        wanted = cache.every_view(views, work.rows, settings.cache.replicas, Path("keys.npy"), quiet=True)
-        everything = np.arange(len(wanted.keys))
-        cache.write_missing(
-            work.teacher, views, wanted, everything, settings, described, Processes(torch.device("cpu"))
-        )
-        cache.finish(cache.FOLDER, described, wanted.keys)
+        keys = cache.list_keys(labelling, Path("keys.npy"))
+        cache.write_missing(labelling, keys, np.arange(len(keys)))
+        writing.finish(cache.FOLDER, described, keys)
         before = time.perf_counter() - started
         answers = distillation.cached(SoftLabels(cache.FOLDER, described), images)
         recipe, course, paused = settings.distill, [], 0.0
@@ -130,7 +129,7 @@ def ours(work: Work) -> Course:
             order=TrainingOrder(work.rows, recipe.batch_size, settings.seed, settings.cache.replicas),
             loss=distillation.distillation_loss(recipe.loss, recipe.temperature, answers, images),
             recipe=recipe,
-            processes=Processes(torch.device("cpu")),
+            processes=labelling.processes,
             validate=test,
             scratch=Path("scratch"),
             machine=settings.machine.model_copy(update={"checkpoint_seconds": 1e9}),

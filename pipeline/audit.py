@@ -16,9 +16,7 @@ import numpy as np
 
 from pipeline.core import devices, errors, networks, teaching
 from pipeline.core import params as settings
-from pipeline.core.data.batches import Views
-from pipeline.core.data.dataset import ImageSet
-from pipeline.core.data.views import ViewSpec
+from pipeline.core.labelling import Labelling
 from pipeline.core.recheck import Findings, recheck
 from pipeline.core.sections import Params
 
@@ -55,16 +53,11 @@ def audit(params: Params, share: float, seed: int) -> Findings:
     Raises:
         ValueError: the cache is not there, damaged, or of another teacher or other views.
     """
-    images = ImageSet(Path("data/prepare"))
-    device = devices.join(params.machine).device
-    classifier, card = networks.load(Path("data/teacher"), device)
-    labels = teaching.open_labels(params, card)
-    rows = teaching.training_rows(images)
-    total = len(rows) * params.cache.replicas
+    labelling = Labelling.of(params, devices.join(params.machine))
+    labels = teaching.open_labels(params, networks.read_card(Path("data/teacher")))
+    total = len(labelling)
     chosen = spread(total, min(total, max(LEAST_VIEWS, round(share * total))), seed)
-    rows, replicas = rows[chosen // params.cache.replicas], chosen % params.cache.replicas
-    views = Views(images, ViewSpec.of(params.seed, params.views))
-    return recheck(classifier, views, labels, rows, replicas, params, "audit")
+    return recheck(labelling, labels, chosen, "audit")
 
 
 def spread(total: int, count: int, seed: int) -> np.ndarray:

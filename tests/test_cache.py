@@ -14,7 +14,7 @@ from cached_project import go, settings
 from images import write_folder
 
 from pipeline import audit, cache, mine, prepare, score, teacher
-from pipeline.core import networks, recheck, softlabels, teaching
+from pipeline.core import labelling, networks, recheck, softlabels, teaching
 from pipeline.core.data.batches import Views
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
@@ -69,7 +69,7 @@ def test_a_stopped_run_keeps_its_keys_and_one_with_other_settings_does_not_take_
         go(cache)
     (first,) = kept.glob("wanted-*.npy")
     (kept / f".{first.name}.part").touch()  # as kill -9 leaves it
-    monkeypatch.setattr(cache.teaching, "keys", None)
+    monkeypatch.setattr(labelling.Labelling, "keys", None)
     with pytest.raises(KeyboardInterrupt):
         go(cache)  # no key is made
     monkeypatch.undo()

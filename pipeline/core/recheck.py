@@ -6,11 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.core import teaching
-from pipeline.core.data.batches import Views, load
-from pipeline.core.networks import Classifier
+from pipeline.core.labelling import Labelling, cut
 from pipeline.core.progress import Progress
-from pipeline.core.sections import Params
 from pipeline.core.softlabels import SoftLabels, dense
 
 TOLERANCE = 1e-3  # nats: other arithmetic may move a stored number by a step of its rounding
@@ -31,38 +28,31 @@ class Findings(NamedTuple):
         return ~(self.lost <= self.lost_by_coding + TOLERANCE)
 
 
-def recheck(
-    classifier: Classifier,
-    views: Views,
-    labels: SoftLabels,
-    rows: np.ndarray,
-    replicas: np.ndarray,
-    params: Params,
-    title: str,
-) -> Findings:
+def recheck(labelling: Labelling, labels: SoftLabels, numbers: np.ndarray, title: str) -> Findings:
     """Compare the stored answers to views with the teacher's present ones.
 
     Args:
-        rows, replicas: (N,) int64: the views, all of them stored.
+        numbers: (N,) int64, of the views, all of them stored.
         title: of the progress lines.
 
     Raises:
         ValueError: a view is not stored, or a shard is damaged.
     """
-    size, coding, device, found = params.cache.batch_size, labels.coding, classifier.mean.device, []
-    parts = [slice(start, start + size) for start in range(0, len(rows), size)]
-    with Progress(len(rows), "views", title) as progress:
-        batches = load(views, [(rows[part], replicas[part]) for part in parts], params.machine.workers, device)
-        for part, batch in zip(parts, batches, strict=True):
-            logits = teaching.answer(classifier, batch.pixels.to(device), params.teacher.precision).cpu()
-            stored = labels.read(teaching.keys(views, rows[part], replicas[part]))
+    coding, found = labels.coding, []
+    parts = cut(numbers, labelling.params.cache.batch_size)
+    answers = labelling.answers([labelling.rows_and_replicas(part) for part in parts])
+    with Progress(len(numbers), "views", title) as progress:
+        for part, logits in zip(parts, answers, strict=True):
+            logits = logits.cpu()
+            stored = labels.read(labelling.keys(part))
             coded = coding.decode(coding.encode(logits))
             stored, coded = (dense(which, coding.num_classes) for which in (stored, coded))
             now = torch.softmax(logits.double(), 1)
             found.append(((stored == coded).all(1).numpy(), _divergence(now, stored), _divergence(now, coded)))
-            progress.update(len(batch.rows))
+            progress.update(len(part))
     columns = [np.concatenate(column) for column in zip(*found, strict=True)]
-    return Findings(views.images.ids[rows], replicas, *columns)
+    rows, replicas = labelling.rows_and_replicas(numbers)
+    return Findings(labelling.views.images.ids[rows], replicas, *columns)
 
 
 def _divergence(expected: Tensor, found: Tensor) -> np.ndarray:

@@ -7,12 +7,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipeline.core.data.batches import Views
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
 from pipeline.core.networks import Classifier
 from pipeline.core.sections import Params
-from pipeline.core.softlabels import Description, SoftLabels, make_keys, read_description
+from pipeline.core.softlabels import Description, SoftLabels, read_description
 
 
 def description(params: Params, card: dict) -> Description:
@@ -36,17 +35,13 @@ def answer(classifier: Classifier, pixels: Tensor, precision: str) -> Tensor:
         return classifier(pixels).float()
 
 
-def keys(views: Views, rows: np.ndarray, replicas: np.ndarray) -> np.ndarray:
-    """Give the keys (N,) uint64 of views in the cache; nothing is rendered."""
-    return make_keys(views.images.ids[rows], replicas, views.partner_ids(rows, replicas))
-
-
-def open_labels(params: Params, card: dict, folder: Path = Path("data/cache")) -> SoftLabels:
-    """Open the cache, if it holds what this teacher says about these views.
+def open_labels(params: Params, card: dict) -> SoftLabels:
+    """Open data/cache, if it holds what this teacher says about these views.
 
     Raises:
         ValueError: it holds something else; what differs is named.
     """
+    folder = Path("data/cache")
     wanted, found = description(params, card), read_description(folder)
     if wanted != found:
         raise ValueError(
@@ -55,13 +50,13 @@ def open_labels(params: Params, card: dict, folder: Path = Path("data/cache")) -
     return SoftLabels(folder, wanted)
 
 
-def training_rows(images: ImageSet, folder: Path = Path("data/mine")) -> np.ndarray:
+def training_rows(images: ImageSet) -> np.ndarray:
     """Give the rows, ascending, of the labelled and the mined samples.
 
     Raises:
         ValueError: see `mined_ids`.
     """
-    return np.sort(np.concatenate([images.rows("labelled"), images.row_of(mined_ids(folder))]))
+    return np.sort(np.concatenate([images.rows("labelled"), images.row_of(mined_ids(Path("data/mine")))]))
 
 
 def mined_ids(folder: Path) -> np.ndarray:
