@@ -70,15 +70,13 @@ class SoftLabels:
     def __init__(self, folder: Path, description: Description):
         self.folder, self.description, self.coding = Path(folder), description, description.coding
         self._fingerprint = description.fingerprint
-        try:
+        with saying_how_to_mend():
             self._index = self._open_index()
             files = [self.folder / name for name in self._index.shards]
             self.shards = [shards.Shard(file, self._fingerprint, self.coding) for file in files]
             for shard in self.shards:
                 if shard.checksum != self._index.shards[shard.path.name]:
                     raise ValueError(f"{shard.path}: damaged, or another shard in its place")
-        except ValueError as error:
-            raise ValueError(f"{error}; {MEND}") from None
         self._starts = np.cumsum([0] + [shard.views for shard in self.shards])
         self._counts_at = np.array([shard.counts_at for shard in self.shards], np.int64)
         self._blocks = np.cumsum([0] + [-(-shard.views // shards.BLOCK) for shard in self.shards])
@@ -161,21 +159,17 @@ class SoftLabels:
             shard = self.shards[number]
             if not self._checked[number]:
                 its = slice(self._blocks[number], self._blocks[number + 1])
-                try:
+                with saying_how_to_mend():
                     self._places[its] = shard.check()
-                except ValueError as error:
-                    raise ValueError(f"{error}; {MEND}") from None
                 self._checked[number] = True
             self._contents[number] = shard.map()
             self._open[number] = True
 
     def verify(self) -> None:
         """Check every byte of every shard. Raises ValueError where one does not hold; it names the shard."""
-        for shard in self.shards:
-            try:
+        with saying_how_to_mend():
+            for shard in self.shards:
                 shard.verify()
-            except ValueError as error:
-                raise ValueError(f"{error}; {MEND}") from None
 
     def _open_index(self) -> index.Index:
         opened = index.Index(self.folder, self._fingerprint)
@@ -183,6 +177,15 @@ class SoftLabels:
         for name in sorted(known ^ there):
             raise ValueError(f"{self.folder / name}: {'missing' if name in known else 'not a shard of this cache'}")
         return opened
+
+
+@contextlib.contextmanager
+def saying_how_to_mend() -> Iterator[None]:
+    """Add to the message of a ValueError about damage what mends it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}; {MEND}") from None
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

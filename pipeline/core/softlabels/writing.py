@@ -36,13 +36,11 @@ def write_index(folder: Path, description: store.Description) -> None:
     Raises:
         ValueError: a shard is damaged, or of another description; it is named, and what mends it.
     """
-    try:
+    with store.saying_how_to_mend():
         found = [shards.Shard(path, description.fingerprint, description.coding) for path in store.shard_files(folder)]
         for shard in found:
             shard.keys()
         index.write(folder, description.fingerprint, found)
-    except ValueError as error:
-        raise ValueError(f"{error}; {store.MEND}") from None
 
 
 def finish(folder: Path, description: store.Description, wanted: np.ndarray) -> None:
