@@ -72,6 +72,7 @@ def bad_folder(tmp_path_factory) -> Path:
     write(root, with_splits() | ODD | IGNORED | {name: content for name, (content, _) in BAD.items()})
     (root / "train/a/gone.png").symlink_to(root / "nowhere.png")
     (root / "train/b/linked.png").symlink_to(root / "pool/linked.png")
+    (root / "train/a/itself.png").symlink_to("itself.png")
     (root / "train/a/folder.png").mkdir()
     os.mkfifo(root / "train/a/pipe.png")
     return root
@@ -79,6 +80,7 @@ def bad_folder(tmp_path_factory) -> Path:
 
 LINKED = {
     "train/a/gone.png": "unreadable",
+    "train/a/itself.png": "unreadable",
     "train/b/linked.png": "unreadable",
     "train/a/folder.png": "not an image",
     "train/a/pipe.png": "not an image",

@@ -119,7 +119,9 @@ class Prepare(Section):
         for key in ("labelled_root", "unlabelled_root"):
             if getattr(self, key).startswith("~"):
                 raise ValueError(f"{key} begins with ~: write the path out, DVC takes ~ for a folder's name")
-        taken = {f"{part}_share": getattr(self, f"{part}_share") for part in ("val", "test") if not getattr(self, part)}
+        taken = {
+            f"{part}_share": getattr(self, f"{part}_share") for part in ("val", "test") if getattr(self, part) is None
+        }
         if sum(taken.values()) >= 1:
             raise ValueError(f"{' and '.join(taken)} take all of train: together they must be below 1")
         if self.max_side is not None and self.jpeg_quality is None:

@@ -153,14 +153,21 @@ def _walk(path: Path | str, prefix: str, tree: Tree, above: tuple[tuple[int, int
         tree.add(prefix, 0, partial(no_content, "not an image", "an empty folder"))
     for item in items:
         name = f"{prefix}/{item.name}" if prefix else item.name
-        if item.is_dir() and hidden(name):
+        if _is_folder(item) and hidden(name):
             with contextlib.suppress(OSError):  # other programs' own: it need not be readable
                 _walk(item.path, name, tree, above)
-        elif item.is_dir():
+        elif _is_folder(item):
             tree.add_folder(name)
             _walk(item.path, name, tree, above)
         else:
             tree.add(name, _size(item), partial(read_file, item.path))
+
+
+def _is_folder(item: os.DirEntry) -> bool:
+    try:
+        return item.is_dir()
+    except OSError:  # a link that leads to itself; reading it says so
+        return False
 
 
 def _size(item: os.DirEntry) -> int:
