@@ -236,4 +236,4 @@ def set_aside_others(description: Description, scratch: Path) -> None:
 
 
 if __name__ == "__main__":
-    stage.main(run, __doc__, distributed=True)
+    stage.main(run, __doc__, resumes="shared")

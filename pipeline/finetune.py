@@ -31,4 +31,4 @@ def run(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    stage.main(run, __doc__, training=True)
+    stage.main(run, __doc__, resumes="shared")

@@ -288,4 +288,4 @@ def summarise(
 
 
 if __name__ == "__main__":
-    stage.main(run, __doc__, goes_on=True)
+    stage.main(run, __doc__, resumes="alone")

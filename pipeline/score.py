@@ -212,4 +212,4 @@ def _file(folder: Path, number: int) -> Path:
 
 
 if __name__ == "__main__":
-    stage.main(run, __doc__, distributed=True)
+    stage.main(run, __doc__, resumes="shared")

@@ -176,4 +176,4 @@ def swapped(labels: np.ndarray, answers: np.ndarray, classes: Sequence[str]) -> 
 
 
 if __name__ == "__main__":
-    stage.main(run, __doc__, training=True)
+    stage.main(run, __doc__, resumes="shared")

@@ -156,16 +156,29 @@ def pythons_error():
 def said(monkeypatch, capsys):
     """What stage distill says of an error: give it what raises one."""
     monkeypatch.setattr(sys, "argv", ["distill"])
-    monkeypatch.setattr(stage.settings, "load", lambda path: tiny())
+    monkeypatch.setattr(stage, "load", lambda path: tiny())
     monkeypatch.setattr(stage, "_exit", sys.exit)
     monkeypatch.setattr(stage, "signal", SimpleNamespace(SIGTERM=15, SIG_IGN=1, signal=lambda *arguments: None))
 
     def say(work):
         with pytest.raises(SystemExit):
-            stage.main(lambda params: work(), None, training=True)
+            stage.main(lambda params: work(), None, resumes="shared")
         return capsys.readouterr().err
 
     return say
+
+
+@pytest.mark.usefixtures("said")
+@pytest.mark.parametrize(
+    ("name", "trains"),
+    [("teacher", True), ("distill", True), ("fixres", True), ("prepare", False), ("score", False), ("register", False)],
+)
+def test_a_profile_is_of_stages_that_train(monkeypatch, name, trains):
+    monkeypatch.setattr(sys, "argv", [name, "--profile"])
+    ran = []
+    with contextlib.nullcontext() if trains else pytest.raises(SystemExit, match="2"):
+        stage.main(ran.append, None)
+    assert [params.machine.profile_steps for params in ran] == [stage.PROFILE_STEPS] * trains
 
 
 @pytest.mark.parametrize("fill", [torchs_error, gpus_error, pythons_error])

@@ -13,22 +13,24 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import psutil
 
 from pipeline.core import errors
-from pipeline.core import params as settings
+from pipeline.core.params import load
 from pipeline.core.sections import Machine, Params, TrainingRecipe
 
 PROFILE_STEPS = 10  # that --profile traces
+# Whether a stopped stage goes on when its command is given again: no, it starts anew; yes, and it works alone; yes, and
+# as many processes as `machine.processes` says share its work, started by torchrun.
+Resumes = Literal["no", "alone", "shared"]
 
 
 def main(
     run: Callable[[Params], None],
     doc: str | None,
-    distributed: bool = False,
-    training: bool = False,
-    goes_on: bool = False,
+    resumes: Resumes = "no",
     instead: dict[str, Callable[[Params], None]] = {},  # noqa: B006
 ) -> None:
     """Run a stage as a program.
@@ -36,9 +38,7 @@ def main(
     Args:
         run: the stage.
         doc: the stage file's docstring, for --help.
-        distributed: the stage can be shared out to `machine.processes` processes by torchrun.
-        training: the same, and the stage's section is a recipe.
-        goes_on: a stopped run resumes, as it does where one of the two above is true.
+        resumes: see `Resumes`.
         instead: an option, and what to run where it is given; its docstring's first line is the option's help.
     """
     name = Path(sys.argv[0]).stem
@@ -46,9 +46,9 @@ def main(
         prog=f"python -m pipeline.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="settings file (default: params.yaml)")
-    if training:
+    parser.set_defaults(run=run, profile=False)
+    if _trains(name):
         parser.add_argument("--profile", action="store_true", help=f"trace {PROFILE_STEPS} steps into .scratch/{name}/")
-    parser.set_defaults(run=run)
     for option, other in instead.items():
         words = (other.__doc__ or "").partition("\n")[0]
         parser.add_argument(option, dest="run", action="store_const", const=other, help=words)
@@ -57,35 +57,49 @@ def main(
     _die_with_parents()
     params = None
     try:
-        params = settings.load(arguments.params)
-        if training and arguments.profile:
+        params = load(arguments.params)
+        if arguments.profile:
             machine = params.machine.model_copy(update={"profile_steps": PROFILE_STEPS})
             params = params.model_copy(update={"machine": machine})
-        if distributed or training:
+        if resumes == "shared":
             _relaunch_with_torchrun(params, name)
         arguments.run(params)
     except KeyboardInterrupt:
-        then = (
-            "goes on from what is saved so far, if anything" if distributed or training or goes_on else "starts it anew"
-        )
-        if not _error_is_told() and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{name}: stopped; the same command {then}", file=sys.stderr, flush=True)
+        _say_stopped(name, resumes)
         _exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, where another process has failed as well
         mark, words = _explained(error, params, name)
         if not words:
             raise
-        if os.environ.get("SSLD_TRACEBACK"):
-            traceback.print_exc()
-        refused = mark == errors.REFUSED
-        tells = _tell_others() if refused else not _error_is_told()
-        if tells:
-            sys.stderr.write(f"{name}: {mark}: {words}\n")  # at once: print writes the end of a line apart
-            sys.stderr.flush()
-        if tells and refused:
-            _end_torchrun()
+        _say_what_ended_it(name, mark, words)
         _exit(1)
+
+
+def _trains(name: str) -> bool:
+    """Whether a stage trains a network: its section of params.yaml is a recipe."""
+    section = Params.model_fields.get(name)
+    return section is not None and issubclass(section.annotation, TrainingRecipe)
+
+
+def _say_stopped(name: str, resumes: Resumes) -> None:
+    """Say, in one process of several, that Ctrl-C or SIGTERM has stopped the stage."""
+    then = "starts it anew" if resumes == "no" else "goes on from what is saved so far, if anything"
+    if not _error_is_told() and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{name}: stopped; the same command {then}", file=sys.stderr, flush=True)
+
+
+def _say_what_ended_it(name: str, mark: str, words: str) -> None:
+    """Say, in one process of several, what has ended the stage, and let torchrun start no process again in vain."""
+    if os.environ.get("SSLD_TRACEBACK"):
+        traceback.print_exc()
+    refused = mark == errors.REFUSED
+    tells = _tell_others() if refused else not _error_is_told()
+    if tells:
+        sys.stderr.write(f"{name}: {mark}: {words}\n")  # at once: print writes the end of a line apart
+        sys.stderr.flush()
+    if tells and refused:
+        _end_torchrun()
 
 
 def _explained(error: Exception, params: Params | None, name: str) -> tuple[str, str]:
