@@ -304,6 +304,17 @@ def test_what_worker_processes_say_is_one_line():
     assert errors.in_a_line(MemoryError()) == "MemoryError"
 
 
+def test_an_error_of_the_system_names_its_file_first(tmp_path):
+    with pytest.raises(OSError) as error:
+        (tmp_path / "photos").read_bytes()
+    assert errors.in_a_line(error.value) == f"{tmp_path}/photos: No such file or directory"
+    with pytest.raises(OSError) as error:
+        (tmp_path / "photos").rename(tmp_path / "images")
+    assert str(tmp_path / "photos") in errors.in_a_line(error.value)
+    assert str(tmp_path / "images") in errors.in_a_line(error.value)
+    assert errors.in_a_line(OSError("image file is truncated")) == "image file is truncated"
+
+
 @pytest.mark.parametrize(
     "words",
     ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"],

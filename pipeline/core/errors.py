@@ -29,6 +29,8 @@ def out_of_shared_memory(error: BaseException) -> bool:
 def in_a_line(error: BaseException) -> str:
     """Give an error's message in a line, or its class where it has none; of a DataLoader worker's error, that alone."""
     words = str(error)
+    if isinstance(error, OSError) and error.filename and not error.filename2:  # else "[Errno 2] No such ...: 'FILE'"
+        words = f"{error.filename}: {error.strerror}"
     if "DataLoader worker process" in words and "Original Traceback" in words:
         words = words.rpartition(f"\n{type(error).__name__}: ")[2]
     return " ".join(words.split()) or type(error).__name__
