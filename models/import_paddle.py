@@ -13,7 +13,6 @@ ResNet50 and ResNet50_va, have the same keys and shapes: for those the name that
 import argparse
 import contextlib
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 import models
 from models.paddle_pickle import read_arrays
 from pipeline.core import digests, weights
+from pipeline.core.running import commands
 
 UNIT = r"\.(?:_?conv\.(?P<conv>weight)|(?:_?bn|_batch_norm)\.(?P<norm>weight|bias|_mean|_variance))"
 STEM = re.compile(r"(?:stem\.(?P<from0>\d)|conv1_(?P<from1>\d)|conv1|conv|_conv_stem)" + UNIT)
@@ -179,8 +179,7 @@ def import_file(file: Path, model: str, output: Path) -> str:
     return f"{output}: {model}, {len(arrays)} tensors, {parameters:,} parameters, {classes:,} classes"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run as a program; give its exit status."""
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m models.import_paddle", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -188,17 +187,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="whose weights they are, such as ResNet50_vd")
     parser.add_argument("-o", "--output", required=True, type=Path, help="the .safetensors file to write")
     arguments = parser.parse_args(argv)
-    try:
+    with commands.ending("import_paddle", stopped="stopped; nothing was written"):
         print(import_file(arguments.file, arguments.model, arguments.output))
-    except (ValueError, OSError) as error:
-        words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        print(f"import_paddle: error: {' '.join(words.split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("import_paddle: stopped; nothing was written", file=sys.stderr)
-        return 130
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

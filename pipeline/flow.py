@@ -56,7 +56,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pipeline import recipes
 from pipeline.core import errors, params
 from pipeline.core.results import mlflow_store, tracking
-from pipeline.core.running import dvc, params_file, prefect_server, preflight, workspace
+from pipeline.core.running import commands, dvc, params_file, prefect_server, preflight, workspace
 from pipeline.core.running.programs import Programs
 
 LOOK = 2  # seconds between looks whether the run is being cancelled
@@ -293,7 +293,7 @@ def main() -> int:
         parser.error("-S, --recipe and --stages are of a run: give a deployment's run --param 'changes={...}' instead")
     for number in (signal.SIGTERM, signal.SIGHUP):  # by default they would skip all cleaning up
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    try:
+    with commands.ending("flow", stopped="stopped; the same command goes on from here"):
         changes = recipes.changes(arguments.recipe) if arguments.recipe else {}
         changes |= dict(map(change, arguments.set_param))
         port = 4200 if arguments.what == "serve" else 0
@@ -304,12 +304,6 @@ def main() -> int:
                 return 1  # it does not end by itself
             print(f"Prefect's pages, while this runs: {url.removesuffix('/api')}", flush=True)
             return 0 if ssld(changes, arguments.stages, return_state=True).is_completed() else 1
-    except (ValueError, OSError) as error:
-        print(f"flow: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("flow: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv). Smaller images and ba
 
 import argparse
 import math
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -31,7 +30,7 @@ import models
 from pipeline import recipes
 from pipeline.core import networks
 from pipeline.core.network_checks import RESIZE_TEACHER, check_takes, embed_on_meta
-from pipeline.core.running import params_file
+from pipeline.core.running import commands, params_file
 from pipeline.core.sections import Count, CountOrZero, Params, Positive, Section, nearest
 from pipeline.core.softlabels.keys import KEY
 
@@ -275,12 +274,10 @@ def main() -> None:
     for option in ("tflops", "teacher_rate", "student_rate"):
         if (given := getattr(arguments, option)) is not None and not 0 < given < math.inf:
             parser.error(f"--{option.replace('_', '-')} is a number above 0")
-    try:
+    with commands.ending("plan"):
         settings, counts = read(arguments.name)
         check_resolutions(settings, counts)
         print(report(settings, counts, arguments))
-    except (ValueError, OSError) as error:
-        sys.exit(f"plan: error: {error}")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,11 @@ its own, so that it does not matter which recipe was applied before; what no rec
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.core import params
-from pipeline.core.running import params_file
+from pipeline.core.running import commands, params_file
 from pipeline.core.sections import nearest
 
 FOLDER = "recipes"
@@ -96,11 +95,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.recipes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command")
-    commands.add_parser("list", help="list the recipes")
-    commands.add_parser("apply", help="write a recipe's settings into params.yaml").add_argument("name")
+    actions = parser.add_subparsers(dest="command")
+    actions.add_parser("list", help="list the recipes")
+    actions.add_parser("apply", help="write a recipe's settings into params.yaml").add_argument("name")
     arguments = parser.parse_args()
-    try:
+    with commands.ending("recipes"):
         if arguments.command == "apply":
             changed = apply(arguments.name)
             for key, (old, new) in changed.items():
@@ -109,8 +108,6 @@ def main() -> None:
         else:
             for name in names():
                 print(read(name).title)
-    except (ValueError, OSError) as error:
-        sys.exit(f"recipes: error: {error}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import re
+import sys
 import zlib
 from functools import cache
 from pathlib import Path
@@ -56,7 +57,13 @@ def write(path, content, protocol=4):
 
 
 def run(file, model, output):
-    return import_paddle.main([str(file), "--model", model, "-o", str(output)])
+    """Run the command; give its exit code, having written to stderr what Python does."""
+    try:
+        import_paddle.main([str(file), "--model", model, "-o", str(output)])
+    except SystemExit as ended:
+        print(ended.code, file=sys.stderr)
+        return 1
+    return 0
 
 
 def in_the_older_style(weights, depths):

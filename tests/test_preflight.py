@@ -125,7 +125,7 @@ def test_what_cannot_be_read_is_a_line(data, tmp_path, monkeypatch, what):
         Path("params.yaml").write_text(yaml.safe_dump(data))
     else:
         Path("params.yaml").mkdir()
-    with pytest.raises(SystemExit, match=r"^error: .*"):
+    with pytest.raises(SystemExit, match=r"^preflight: error: .*"):
         preflight.main()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.core.running import mlflow_pages
+from pipeline.core.running import commands, mlflow_pages
 from pipeline.core.running.programs import Programs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +103,26 @@ def test_a_python_without_the_projects_packages_is_told_in_a_line(tmp_path):
     assert ended.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("no such\nrecipe"), "recipes: error: no such recipe", ""),
+        (FileNotFoundError(2, "No such file", "a.yaml"), "recipes: error: a.yaml: No such file", ""),
+        (KeyboardInterrupt(), 130, "recipes: stopped; nothing was written\n"),
+    ],
+)
+def test_a_command_ends_in_a_line(error, code, said, capsys):
+    with pytest.raises(SystemExit) as ended, commands.ending("recipes", stopped="stopped; nothing was written"):
+        raise error
+    assert ended.value.code == code
+    assert capsys.readouterr().err == said
+
+
+def test_an_error_of_the_code_keeps_its_traceback():
+    with pytest.raises(KeyError), commands.ending("recipes"):
+        raise KeyError("width")
+
+
 @pytest.fixture
 def taken():
     """A port on which another program listens."""
@@ -119,7 +139,7 @@ def test_mlflows_pages_are_not_shown_where_another_program_listens(taken, tmp_pa
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ended.returncode == 1
     assert ended.stdout == ""  # no links that lead to the other program
-    error = f"error: port {taken} on 127.0.0.1: Address already in use; take another with `make ui PORT="
+    error = f"mlflow_pages: error: port {taken} on 127.0.0.1: Address already in use; take another with `make ui PORT="
     assert ended.stderr.startswith(error)
     assert ended.stderr.count("\n") == 1
 

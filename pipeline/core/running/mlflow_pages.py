@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.core import params
 from pipeline.core.results import mlflow_store
+from pipeline.core.running import commands
 
 
 def check_free(port: int) -> None:
@@ -43,14 +44,12 @@ def main() -> None:
     )
     parser.add_argument("--port", type=int, default=5000, help="default: 5000")
     port = parser.parse_args().port
-    try:
+    with commands.ending("mlflow_pages"):
         name = params.load().register_.name
         if not mlflow_store.is_server(mlflow_store.default_uri(Path())):
             check_free(port)
         client = mlflow_store.connect()
         uri, experiment = client.tracking_uri, mlflow_store.experiment(client)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     address = mlflow_store.shown(uri).rstrip("/") if mlflow_store.is_server(uri) else f"http://127.0.0.1:{port}"
     print(f"The student's versions: {address}/#/models/{name}")
     print(f"The training runs: {address}/#/experiments/{experiment}/runs", flush=True)

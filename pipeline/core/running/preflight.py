@@ -9,7 +9,6 @@ import copy
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.core import atomic, errors, params, stage
 from pipeline.core.intake import sources
+from pipeline.core.running import commands
 from pipeline.core.sections import TIMM, Params
 
 if TYPE_CHECKING:
@@ -262,11 +262,9 @@ def _named(key: str) -> Iterator[None]:
 
 def main() -> None:
     """Check params.yaml, and what it names."""
-    try:
+    with commands.ending("preflight"):
         check(params.load(), Path())
         check_git(Path())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,30 @@
+"""How the project's commands end: a mistake is one line and exit code 1, Ctrl-C another line and 130.
+
+Stages end by core/stage.py, which knows more kinds of errors.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from pipeline.core import errors
+
+
+@contextlib.contextmanager
+def ending(name: str, stopped: str = "stopped") -> Iterator[None]:
+    """End the program where what is done within raises an error that is nobody's but the user's to mend.
+
+    Args:
+        name: the command's, which begins the line on stderr.
+        stopped: what to say after Ctrl-C.
+
+    Raises:
+        SystemExit: with the line `NAME: error: WORDS`, which is exit code 1; after Ctrl-C with 130.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"{name}: {stopped}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{name}: {errors.REFUSED}: {errors.in_a_line(error)}")
