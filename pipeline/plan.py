@@ -57,6 +57,14 @@ class Counts(Section):
     measured_on: str = ""  # what these rates are of
 
 
+class Rates(NamedTuple):
+    """Speeds that are given as options, which go before the recipe's."""
+
+    tflops: float | None = None  # 10^12 operations/s of both networks
+    teacher: float | None = None  # images/s that it answers
+    student: float | None = None  # images/s that it trains on
+
+
 class Work(NamedTuple):
     """What a stage does."""
 
@@ -82,28 +90,28 @@ def network(name: str, classes: int) -> nn.Module:
         return models.build(name, classes)
 
 
-def work(settings: Params, counts: Counts) -> list[Work]:
+def work(params: Params, counts: Counts) -> list[Work]:
     """List what the stages do that cost.
 
     Left out are evaluation and validation, next to nothing beside it, and mining's comparison of the pool with
     validation and test images, which `benchmarks/mining.py --time` measures.
     """
-    teacher, student = (network(part.model, counts.classes) for part in (settings.teacher, settings.student))
-    asks, answers = 2 * models.macs(teacher, settings.teacher_sees), 2 * models.macs(student, settings.views.resolution)
-    larger, used = settings.fixres.resolution, taught(settings, counts)
+    teacher, student = (network(part.model, counts.classes) for part in (params.teacher, params.student))
+    asks, answers = 2 * models.macs(teacher, params.teacher_sees), 2 * models.macs(student, params.views.resolution)
+    larger, used = params.fixres.resolution, taught(params, counts)
 
     def train(stage: str, images: int, each: float, by: str = "student", what: str = "training") -> Work:
-        recipe = getattr(settings, stage)
+        recipe = getattr(params, stage)
         if getattr(recipe, "online", False):
             raise ValueError(f"{stage}.online is true: the teacher in the loop is not planned for")
         passes, batch = recipe.epochs * images, min(recipe.batch_size, images)
         return Work(stage, what, passes, recipe.epochs * (images // batch), passes * each, by)
 
     found = []
-    if settings.teacher.source == "fit":
-        seen = counts.labelled + (counts.withheld if settings.teacher.fit_on == "withheld" else 0)
+    if params.teacher.source == "fit":
+        seen = counts.labelled + (counts.withheld if params.teacher.fit_on == "withheld" else 0)
         found.append(train("teacher", seen, 3 * asks, "fit"))
-    scored, views = counts.unlabelled + counts.val + counts.test, soft_labels(settings, counts)
+    scored, views = counts.unlabelled + counts.val + counts.test, soft_labels(params, counts)
     return [
         *found,
         Work("score", "teacher's answers", scored, 0, scored * asks, "teacher"),
@@ -115,57 +123,56 @@ def work(settings: Params, counts: Counts) -> list[Work]:
     ]
 
 
-def most_mined(settings: Params, counts: Counts) -> int:
+def most_mined(params: Params, counts: Counts) -> int:
     """The most images that can be mined."""
-    return min(counts.unlabelled, settings.mine.per_class * counts.classes)
+    return min(counts.unlabelled, params.mine.per_class * counts.classes)
 
 
-def taught(settings: Params, counts: Counts) -> int:
+def taught(params: Params, counts: Counts) -> int:
     """The images with soft labels: the labelled and the mined ones."""
-    return counts.labelled + most_mined(settings, counts)
+    return counts.labelled + most_mined(params, counts)
 
 
-def soft_labels(settings: Params, counts: Counts) -> int:
+def soft_labels(params: Params, counts: Counts) -> int:
     """The views with soft labels."""
-    return taught(settings, counts) * settings.cache.replicas
+    return taught(params, counts) * params.cache.replicas
 
 
-def speeds(settings: Params, counts: Counts, arguments: argparse.Namespace) -> dict[str, Speed]:
+def speeds(params: Params, counts: Counts, given: Rates) -> dict[str, Speed]:
     """Give operations/s of the teacher asked and fitted and of the student, and where they come from.
 
     A teacher whose fitting has no rate of its own is fitted with as many operations/s as it is asked.
     """
-    found, teacher = {}, (settings.teacher.model, settings.teacher_sees)
-    for role, (model, resolution), passes, verb in (
-        ("teacher", teacher, 1, "answers"),
-        ("fit", teacher, 3, "is fitted to"),
-        ("student", (settings.student.model, settings.views.resolution), 3, "trains on"),
+    found, teacher = {}, (params.teacher.model, params.teacher_sees)
+    student = (params.student.model, params.views.resolution)
+    for role, (model, resolution), passes, verb, asked, measured in (
+        ("teacher", teacher, 1, "answers", given.teacher, counts.teacher_rate),
+        ("fit", teacher, 3, "is fitted to", None, counts.fit_rate),
+        ("student", student, 3, "trains on", given.student, counts.student_rate),
     ):
-        named = getattr(counts, f"{role}_rate")
-        if role == "fit" and (arguments.teacher_rate or arguments.tflops or not named):
+        if role == "fit" and (given.teacher or given.tflops or not measured):
             found[role] = found["teacher"]
             continue
-        given = None if role == "fit" else getattr(arguments, f"{role}_rate")
-        if rate := given or (None if arguments.tflops else named):
+        if rate := asked or (None if given.tflops else measured):
             operations = rate * 2 * passes * models.macs(network(model, counts.classes), resolution)
             words = f"{model} {verb} {rate:,.0f} images/s of {resolution} pixels, {figure(operations / 1e12)} TFLOP/s "
-            words += f"(--{role}-rate)" if given else f"(measured: {counts.measured_on})"
+            words += f"(--{role}-rate)" if asked else f"(measured: {counts.measured_on})"
         else:
-            operations = 1e12 * (arguments.tflops or TFLOPS)
-            origin = "--tflops" if arguments.tflops else "an assumption: no rate was measured; --help says where from"
+            operations = 1e12 * (given.tflops or TFLOPS)
+            origin = "--tflops" if given.tflops else "an assumption: no rate was measured; --help says where from"
             words = f"{model} reaches {figure(operations / 1e12)} TFLOP/s ({origin})"
         found[role] = Speed(operations, words)
     return found
 
 
-def sizes(settings: Params, counts: Counts) -> dict[str, float]:
+def sizes(params: Params, counts: Counts) -> dict[str, float]:
     """Give the bytes of what stages write: name to bytes. Checkpoints are not counted."""
-    teacher, student = (network(part.model, counts.classes) for part in (settings.teacher, settings.student))
+    teacher, student = (network(part.model, counts.classes) for part in (params.teacher, params.student))
     weights = [sum(p.numel() for p in it.parameters()) for it in (teacher, student)]
     scored = counts.unlabelled + counts.val + counts.test
-    views = soft_labels(settings, counts)
+    views = soft_labels(params, counts)
     index = KEY.itemsize + (4 if views < 2**32 else 8)  # a view's key and its position
-    features = embed_on_meta(networks.Classifier(teacher), settings.teacher_sees)[1].shape[1]
+    features = embed_on_meta(networks.Classifier(teacher), params.teacher_sees)[1].shape[1]
     each = 4 * counts.classes + 2 * features + THUMBNAIL  # logits float32, embeddings float16
     return {
         "data/prepare, the images once more": 1000 * counts.image_kb * (counts.labelled + scored),
@@ -175,9 +182,9 @@ def sizes(settings: Params, counts: Counts) -> dict[str, float]:
     }
 
 
-def records(settings: Params, counts: Counts) -> dict[str, float]:
+def records(params: Params, counts: Counts) -> dict[str, float]:
     """Give the bytes of the same soft labels as records of several formats; keys and indices are not counted."""
-    views = soft_labels(settings, counts)
+    views = soft_labels(params, counts)
     kept = min(100, counts.classes)
     return {
         "this project's": views * (counts.view_bytes - KEY_AND_COUNT),
@@ -199,21 +206,21 @@ def in_hours(value: float) -> str:
     return "< 0.01" if 0 < value < 0.01 else figure(value)
 
 
-def report(settings: Params, counts: Counts, arguments: argparse.Namespace) -> str:
+def report(params: Params, counts: Counts, given: Rates) -> str:
     """Say it all in lines for people."""
-    tasks, speed = work(settings, counts), speeds(settings, counts, arguments)
+    tasks, speed = work(params, counts), speeds(params, counts, given)
     hours = {task.stage: task.operations / speed[task.by].operations / SECONDS_AN_HOUR for task in tasks}
     lines = [
         f"images   {counts.labelled:,} labelled, {counts.unlabelled:,} in the pool, of which at most "
-        f"{most_mined(settings, counts):,} are mined; {counts.val:,} validation, {counts.test:,} test; "
+        f"{most_mined(params, counts):,} are mined; {counts.val:,} validation, {counts.test:,} test; "
         f"{counts.classes:,} classes",
-        f"views    {soft_labels(settings, counts):,} with soft labels: {taught(settings, counts):,} images, "
-        f"{settings.cache.replicas} of each",
+        f"views    {soft_labels(params, counts):,} with soft labels: {taught(params, counts):,} images, "
+        f"{params.cache.replicas} of each",
         "",
         f"{'stage':<10}{'network':<24}{'':<19}{'images':>15}{'steps':>12}{'hours':>10}",
     ]
     for task in tasks:
-        model = settings.student.model if task.by == "student" else settings.teacher.model
+        model = params.student.model if task.by == "student" else params.teacher.model
         steps = f"{task.steps:,}" if task.steps else ""
         lines.append(
             f"{task.stage:<10}{model:<24}{task.what:<19}{task.passes:>15,}{steps:>12}{in_hours(hours[task.stage]):>10}"
@@ -221,12 +228,12 @@ def report(settings: Params, counts: Counts, arguments: argparse.Namespace) -> s
     for role in ("teacher", "student"):
         total = sum(hours[task.stage] for task in tasks if (task.by == "student") == (role == "student"))
         lines.append(f"{role + ', in all':<80}{in_hours(total):>10}")
-    size = sizes(settings, counts)
+    size = sizes(params, counts)
     lines += ["", f"{'disk':<51}{'GB':>10}"]
     lines += [f"{name:<51}{figure(value / 1e9):>10}" for name, value in size.items()]
     lines += [f"{'in all, checkpoints not counted':<51}{figure(sum(size.values()) / 1e9):>10}"]
     lines += ["", f"{'soft labels, records alone, in several formats':<51}{'GB':>10}"]
-    lines += [f"{name:<51}{figure(value / 1e9):>10}" for name, value in records(settings, counts).items()]
+    lines += [f"{name:<51}{figure(value / 1e9):>10}" for name, value in records(params, counts).items()]
     lines += ["(what each loses of the teacher's answer: python benchmarks/records.py)"]
     lines += ["", "Nothing was run. The hours are of one machine, kept busy, worked out from"]
     lines += dict.fromkeys(f"  {speed[task.by].where_from}" for task in tasks)
@@ -241,9 +248,9 @@ def read(name: str, root: Path = Path(".")) -> tuple[Params, Counts]:
     Raises:
         ValueError: no such recipe, or a wrong key or value in it.
     """
-    settings = params_file.check(root, recipes.changes(name, root))
+    params = params_file.check(root, recipes.changes(name, root))
     try:
-        return settings, Counts.model_validate(recipes.read(name, root).plan)
+        return params, Counts.model_validate(recipes.read(name, root).plan)
     except ValidationError as error:
         first = error.errors()[0]
         key, known = str(first["loc"][0]), list(Counts.model_fields)
@@ -251,15 +258,15 @@ def read(name: str, root: Path = Path(".")) -> tuple[Params, Counts]:
         raise ValueError(f"recipes/{name}.yaml: {recipes.PLAN}.{key}{told}") from None
 
 
-def check_resolutions(settings: Params, counts: Counts) -> None:
+def check_resolutions(params: Params, counts: Counts) -> None:
     """Make sure that the networks take what they are shown. Raises ValueError as `check_takes` does."""
-    shown = settings.views.resolution
-    own = settings.teacher.resolution
-    teacher = networks.Classifier(network(settings.teacher.model, counts.classes), resized_to=own)
-    check_takes(teacher, settings.teacher.model, shown, counts.classes, RESIZE_TEACHER)
-    student = networks.Classifier(network(settings.student.model, counts.classes))
-    for resolution in {shown, settings.fixres.resolution}:
-        check_takes(student, settings.student.model, resolution, counts.classes)
+    shown = params.views.resolution
+    own = params.teacher.resolution
+    teacher = networks.Classifier(network(params.teacher.model, counts.classes), resized_to=own)
+    check_takes(teacher, params.teacher.model, shown, counts.classes, RESIZE_TEACHER)
+    student = networks.Classifier(network(params.student.model, counts.classes))
+    for resolution in {shown, params.fixres.resolution}:
+        check_takes(student, params.student.model, resolution, counts.classes)
 
 
 def main() -> None:
@@ -271,13 +278,14 @@ def main() -> None:
     parser.add_argument("--teacher-rate", type=float, metavar="N", help="images/s that the teacher answers, measured")
     parser.add_argument("--student-rate", type=float, metavar="N", help="images/s that the student trains on, measured")
     arguments = parser.parse_args()
-    for option in ("tflops", "teacher_rate", "student_rate"):
-        if (given := getattr(arguments, option)) is not None and not 0 < given < math.inf:
-            parser.error(f"--{option.replace('_', '-')} is a number above 0")
+    given = Rates(arguments.tflops, arguments.teacher_rate, arguments.student_rate)
+    for option, rate in zip(("--tflops", "--teacher-rate", "--student-rate"), given, strict=True):
+        if rate is not None and not 0 < rate < math.inf:
+            parser.error(f"{option} is a number above 0")
     with commands.ending("plan"):
-        settings, counts = read(arguments.name)
-        check_resolutions(settings, counts)
-        print(report(settings, counts, arguments))
+        params, counts = read(arguments.name)
+        check_resolutions(params, counts)
+        print(report(params, counts, given))
 
 
 if __name__ == "__main__":

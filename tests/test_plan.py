@@ -1,6 +1,5 @@
 """What a run would cost, against sums done by hand; how many weights and multiply-adds a network has is looked up."""
 
-import argparse
 import sys
 
 import pytest
@@ -24,10 +23,6 @@ def settings(**changes):
 
 def counts(**changes):
     return plan.Counts(**COUNTS | changes)
-
-
-def options(**given):
-    return argparse.Namespace(**{"tflops": None, "teacher_rate": None, "student_rate": None, **given})
 
 
 def macs(name, resolution, classes=10):
@@ -92,7 +87,7 @@ def test_records_of_several_formats(classes, kept, few):
 def test_the_report_has_hours_by_stage_and_network_and_gigabytes():
     """A teacher that answers 2 images/s, and is fitted to a third of that; a student that trains on 3."""
     own, many = settings(), counts(labelled=100_000, unlabelled=3000, image_kb=10_000)
-    lines = plan.report(own, many, options(teacher_rate=2.0, student_rate=3.0)).splitlines()
+    lines = plan.report(own, many, plan.Rates(teacher=2.0, student=3.0)).splitlines()
     rows = {line.split()[0]: line.split() for line in lines if line.split() and line.split()[0] in TEACHERS + STUDENTS}
     images = {task.stage: task.passes for task in plan.work(own, many)}
     hours = {stage: images[stage] / {"teacher": 2 / 3, "score": 2, "cache": 2}.get(stage, 3) / 3600 for stage in images}

@@ -1,6 +1,5 @@
 """Recipes: applied and taken back, every one run shrunken through all that trains, and what they would cost."""
 
-import argparse
 import itertools
 import re
 import shutil
@@ -205,10 +204,9 @@ def test_it_runs_shrunken_through_all_stages_that_train(project, monkeypatch, na
     assert all(parameter.isfinite().all() for parameter in network.parameters())
 
 
-def costs(name, **options):
-    """A recipe's settings, counts and work, as `python -m pipeline.plan` has them."""
-    given = {"name": name, "tflops": None, "teacher_rate": None, "student_rate": None, **options}
-    return *plan.read(name, ROOT), argparse.Namespace(**given)
+def costs(name, **rates):
+    """A recipe's settings and counts, and the rates given, as `python -m pipeline.plan` has them."""
+    return *plan.read(name, ROOT), plan.Rates(**rates)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -231,11 +229,11 @@ def test_recipes_that_were_not_run_give_estimates():
 
 @pytest.mark.parametrize("name", ESTIMATES)
 def test_the_first_lines_have_the_hours_and_the_disk_of_the_plan(name):
-    own, counts, options = costs(name)
+    own, counts, given = costs(name)
     assert counts.measured_on
     head = " ".join((ROOT / f"recipes/{name}.yaml").read_text().replace("\n#  ", "").split())
     told = re.search(r"teacher ([\d.]+) GPU-hours.*?, student ([\d.]+) .*?, ([\d.]+) (GB|TB) of disk", head)
-    speed, hours = plan.speeds(own, counts, options), {"teacher": 0.0, "student": 0.0}
+    speed, hours = plan.speeds(own, counts, given), {"teacher": 0.0, "student": 0.0}
     for task in plan.work(own, counts):
         hours["student" if task.by == "student" else "teacher"] += task.operations / speed[task.by].operations / 3600
     assert float(told[1]) == pytest.approx(hours["teacher"], rel=0.03)
@@ -245,7 +243,7 @@ def test_the_first_lines_have_the_hours_and_the_disk_of_the_plan(name):
 
 
 def test_the_published_run_in_numbers():
-    own, counts, options = costs("imagenet_ssld")
+    own, counts, given = costs("imagenet_ssld")
     tasks = {task.stage: task for task in plan.work(own, counts)}
     used = 1_268_355 + 4_000_000
     assert tasks["cache"].passes == tasks["distill"].passes == 360 * used
@@ -255,7 +253,7 @@ def test_the_published_run_in_numbers():
     assert tasks["cache"].operations == 360 * used * 2 * 36_163_289_088
     assert tasks["distill"].operations == 360 * used * 6 * 4_328_824_832
     assert tasks["fixres"].operations == 10 * 1_268_355 * 2 * 8_832_204_800
-    speed = plan.speeds(own, counts, options)
+    speed = plan.speeds(own, counts, given)
     assert tasks["cache"].operations / speed["teacher"].operations == pytest.approx(360 * used / 642)
     assert tasks["distill"].operations / speed["student"].operations == pytest.approx(360 * used / 1078)
     assert plan.sizes(own, counts)["data/cache, soft labels with keys and index"] == 360 * used * (99 + 12)
@@ -263,8 +261,8 @@ def test_the_published_run_in_numbers():
 
 
 def test_a_given_rate_goes_before_teraflops_and_those_before_the_recipes():
-    own, counts, options = costs("imagenet_v2", tflops=100.0, student_rate=500.0)
-    speed = plan.speeds(own, counts, options)
+    own, counts, given = costs("imagenet_v2", tflops=100.0, student=500.0)
+    speed = plan.speeds(own, counts, given)
     assert speed["teacher"].operations == 100e12
     assert speed["student"].operations == 500 * 6 * 4_328_824_832
     assert "--tflops" in speed["teacher"].where_from
@@ -273,11 +271,11 @@ def test_a_given_rate_goes_before_teraflops_and_those_before_the_recipes():
 
 
 def test_a_teacher_is_fitted_at_its_own_rate_where_one_was_measured():
-    own, counts, options = costs("digits")
+    own, counts, given = costs("digits")
     (fitted,) = (task for task in plan.work(own, counts) if task.stage == "teacher")
-    seconds = fitted.operations / plan.speeds(own, counts, options)[fitted.by].operations
+    seconds = fitted.operations / plan.speeds(own, counts, given)[fitted.by].operations
     assert seconds == pytest.approx(fitted.passes / counts.fit_rate)
-    for other in (costs("digits", tflops=1.0), costs("digits", teacher_rate=1.0), costs("imagenet_v2")):
+    for other in (costs("digits", tflops=1.0), costs("digits", teacher=1.0), costs("imagenet_v2")):
         speed = plan.speeds(*other)
         assert speed["fit"] == speed["teacher"]
 
