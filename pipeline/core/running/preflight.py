@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.core import atomic, errors, params, stage
 from pipeline.core.intake import sources
@@ -26,6 +26,15 @@ PROJECT = Path(__file__).parents[3]
 EXAMPLE = "data/digits"  # what stage digits makes
 NOTED = Path(".scratch/preflight.json")  # the networks that were looked at last, and found good
 CLASSES = 10  # the number makes no difference here, and the images' own is not known yet
+
+
+class Asked(NamedTuple):
+    """What the settings ask of the networks."""
+
+    teacher: tuple[str, dict[str, int]]  # its name, and the pixels a side of what it is shown, by the key that says so
+    student: tuple[str, dict[str, int]]
+    from_timm: list[str]  # the keys that ask for timm's weights
+    lr_multipliers: dict[str, tuple[float, ...] | None]  # by stage
 
 
 def check(settings: Params, root: Path) -> None:
@@ -117,27 +126,41 @@ def check_networks(settings: Params, root: Path) -> None:
     Raises:
         ValueError: see `check`.
     """
-    views, fixres = settings.views.resolution, settings.fixres.resolution
+    asked = _asked(settings)
+    check_own_file(PROJECT)
+    note = json.loads(json.dumps(asked._asdict() | {"made_by": _made_by()}))  # as it is read: with lists for tuples
+    with contextlib.suppress(OSError, ValueError):  # no note, or none that can be read
+        if json.loads((root / NOTED).read_text()) == note:
+            return
+    _look_at(asked, settings)
+    with contextlib.suppress(OSError):  # another run writes its own: no matter
+        atomic.write_json(root / NOTED, note)
+
+
+def _asked(settings: Params) -> Asked:
     seen_by_teacher = "teacher.resolution" if settings.teacher.resolution else "views.resolution"
-    wanted: dict[str, tuple[str, dict[str, int]]] = {
-        "teacher": (settings.teacher.model, {seen_by_teacher: settings.teacher_sees}),
-        "student": (settings.student.model, {"views.resolution": views, "fixres.resolution": fixres}),
+    seen_by_student = {
+        "views.resolution": settings.views.resolution,
+        "fixres.resolution": settings.fixres.resolution,
     }
     weights = {"teacher.source": settings.teacher.source, **_starts(settings)}
-    from_timm = [key for key, value in weights.items() if value == TIMM]
-    multipliers = {name: getattr(settings, name).lr_multipliers for name in ("baseline", "distill", "finetune")}
-    core = (
-        PROJECT / "pipeline/core" / name
-        for name in ("running/preflight.py", "networks.py", "small_maps.py", "train/optimizers.py")
+    return Asked(
+        teacher=(settings.teacher.model, {seen_by_teacher: settings.teacher_sees}),
+        student=(settings.student.model, seen_by_student),
+        from_timm=[key for key, value in weights.items() if value == TIMM],
+        lr_multipliers={name: getattr(settings, name).lr_multipliers for name in ("baseline", "distill", "finetune")},
     )
-    code = [file.read_text() for file in (*sorted((PROJECT / "models").glob("*.py")), *core)]
-    check_own_file(PROJECT)
-    made_by = [version("timm"), version("torch"), hashlib.sha256("".join(code).encode()).hexdigest()]
-    asked = {**wanted, "from timm": from_timm, "lr_multipliers": multipliers, "made by": made_by}
-    asked = json.loads(json.dumps(asked))  # as the note gives it back: with lists for tuples
-    with contextlib.suppress(OSError, ValueError):  # no note, or none that can be read
-        if json.loads((root / NOTED).read_text()) == asked:
-            return
+
+
+def _made_by() -> list[str]:
+    """Say which code builds the networks and looks at them."""
+    core = ("running/preflight.py", "networks.py", "network_checks.py", "small_maps.py", "train/optimizers.py")
+    files = *sorted((PROJECT / "models").glob("*.py")), *(PROJECT / "pipeline/core" / name for name in core)
+    code = "".join(file.read_text() for file in files)
+    return [version("timm"), version("torch"), hashlib.sha256(code.encode()).hexdigest()]
+
+
+def _look_at(asked: Asked, settings: Params) -> None:
     import torch  # with timm, it takes seconds to load
 
     import models
@@ -145,32 +168,30 @@ def check_networks(settings: Params, root: Path) -> None:
     from pipeline.core.network_checks import RESIZE_TEACHER, check_takes
     from pipeline.core.train import optimizers
 
-    remedies = {
-        "teacher": RESIZE_TEACHER,
-        "student": ": set views.resolution and fixres.resolution to that",
-    }
     built = {}
-    for who, (name, resolutions) in wanted.items():
+    for who, (name, resolutions), remedy in (
+        ("teacher", asked.teacher, RESIZE_TEACHER),
+        ("student", asked.student, ": set views.resolution and fixres.resolution to that"),
+    ):
         with _named(f"{who}.model"), torch.device("cpu" if models.is_own(name) else "meta"):  # there, none is drawn
             built[who] = networks.build(name, CLASSES, seed=0)
         for key, resolution in resolutions.items():
             with _named(f"{who}.model, {key}"):
-                check_takes(built[who], name, resolution, CLASSES, remedies[who])
+                check_takes(built[who], name, resolution, CLASSES, remedy)
                 if models.is_own(name):
                     show_black_images(built[who], name, resolution)
-    for resolution in {views, fixres}:  # the student may end with either
+    student, resolutions = asked.student
+    for resolution in set(resolutions.values()):  # the student may end with either
         with _named("student.model"):
-            check_exports(built["student"], settings.student.model, resolution)
-    for key in from_timm:
-        model = wanted[key.partition(".")[0]][0]
+            check_exports(built["student"], student, resolution)
+    for key in asked.from_timm:
+        model = getattr(settings, key.partition(".")[0]).model
         if not models.has_pretrained(model):
             raise ValueError(f"{key}: timm has no pretrained weights of {model}")
-    for name, numbers in multipliers.items():
+    for stage_name, numbers in asked.lr_multipliers.items():
         if numbers is not None:
-            with _named(name):
-                optimizers.multipliers_and_weights(built["student"].network, getattr(settings, name))
-    with contextlib.suppress(OSError):  # another run writes its own: no matter
-        atomic.write_json(root / NOTED, asked)
+            with _named(stage_name):
+                optimizers.multipliers_and_weights(built["student"].network, getattr(settings, stage_name))
 
 
 def check_own_file(project: Path) -> None:
