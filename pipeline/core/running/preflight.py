@@ -14,8 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.core import atomic, errors, params, stage
+from pipeline.core import atomic, errors, stage
 from pipeline.core.intake import sources
+from pipeline.core.params import load, parse
 from pipeline.core.running import commands
 from pipeline.core.sections import TIMM, Params
 
@@ -37,7 +38,7 @@ class Asked(NamedTuple):
     lr_multipliers: dict[str, tuple[float, ...] | None]  # by stage
 
 
-def check(settings: Params, root: Path) -> None:
+def check(params: Params, root: Path) -> None:
     """Make sure that images, weights and the GPU are there, and that the networks are known and take the images.
 
     Args:
@@ -46,13 +47,13 @@ def check(settings: Params, root: Path) -> None:
     Raises:
         ValueError: one line that names the key.
     """
-    check_files(settings, root)
-    check_batches(settings)
-    if settings.machine.device == "cuda":
+    check_files(params, root)
+    check_batches(params)
+    if params.machine.device == "cuda":
         from pipeline.core import devices  # torch takes seconds to load
 
-        devices.join(settings.machine)
-    check_networks(settings, root)
+        devices.join(params.machine)
+    check_networks(params, root)
 
 
 def check_git(root: Path) -> None:
@@ -68,27 +69,27 @@ def check_git(root: Path) -> None:
         raise ValueError("this folder is in no Git repository, as DVC wants: clone the project, or run `git init`")
 
 
-def check_files(settings: Params, root: Path) -> None:
+def check_files(params: Params, root: Path) -> None:
     """Make sure that files and folders are there, all but the example's, which the first stage makes.
 
     Raises:
         ValueError: see `check`.
     """
     for key in ("labelled_root", "unlabelled_root"):
-        path = getattr(settings.prepare, key)
+        path = getattr(params.prepare, key)
         if not _is_example(path) and not (root / path).exists():
             raise ValueError(f"prepare.{key}: {path}: no such folder or archive")
         if Path(os.path.abspath(root / path)) in Path(os.path.abspath(root / "data/prepare")).parents:
             raise ValueError(f"prepare.{key}: {path}: holds what the stages write; take a folder such as data/photos")
-    train = root / settings.prepare.labelled_root / settings.prepare.train
+    train = root / params.prepare.labelled_root / params.prepare.train
     for role in ("train", "val", "test", "unlabelled"):
-        path = settings.prepare.unlabelled_root if role == "unlabelled" else settings.prepare.labelled_root
-        inner = getattr(settings.prepare, role)
+        path = params.prepare.unlabelled_root if role == "unlabelled" else params.prepare.labelled_root
+        inner = getattr(params.prepare, role)
         if not _is_example(path) and inner is not None:
             sources.check_there(role, root / path, inner)
             sources.check_apart(role, root / path, inner, train)
-    checkpoint = settings.teacher.checkpoint if settings.teacher.source == "checkpoint" else None
-    starts = {key: init for key, init in _starts(settings).items() if init != TIMM}
+    checkpoint = params.teacher.checkpoint if params.teacher.source == "checkpoint" else None
+    starts = {key: init for key, init in _starts(params).items() if init != TIMM}
     for key, file in {"teacher.checkpoint": checkpoint, **starts}.items():
         if not file:
             continue
@@ -120,35 +121,32 @@ def check_batches(settings: Params) -> None:
             )
 
 
-def check_networks(settings: Params, root: Path) -> None:
+def check_networks(params: Params, root: Path) -> None:
     """Make sure that the networks are known and fit the settings; those of the last time are not built again.
 
     Raises:
         ValueError: see `check`.
     """
-    asked = _asked(settings)
+    asked = _asked(params)
     check_own_file(PROJECT)
     note = json.loads(json.dumps(asked._asdict() | {"made_by": _made_by()}))  # as it is read: with lists for tuples
     with contextlib.suppress(OSError, ValueError):  # no note, or none that can be read
         if json.loads((root / NOTED).read_text()) == note:
             return
-    _look_at(asked, settings)
+    _look_at(asked, params)
     with contextlib.suppress(OSError):  # another run writes its own: no matter
         atomic.write_json(root / NOTED, note)
 
 
-def _asked(settings: Params) -> Asked:
-    seen_by_teacher = "teacher.resolution" if settings.teacher.resolution else "views.resolution"
-    seen_by_student = {
-        "views.resolution": settings.views.resolution,
-        "fixres.resolution": settings.fixres.resolution,
-    }
-    weights = {"teacher.source": settings.teacher.source, **_starts(settings)}
+def _asked(params: Params) -> Asked:
+    seen_by_teacher = "teacher.resolution" if params.teacher.resolution else "views.resolution"
+    seen_by_student = {"views.resolution": params.views.resolution, "fixres.resolution": params.fixres.resolution}
+    weights = {"teacher.source": params.teacher.source, **_starts(params)}
     return Asked(
-        teacher=(settings.teacher.model, {seen_by_teacher: settings.teacher_sees}),
-        student=(settings.student.model, seen_by_student),
+        teacher=(params.teacher.model, {seen_by_teacher: params.teacher_sees}),
+        student=(params.student.model, seen_by_student),
         from_timm=[key for key, value in weights.items() if value == TIMM],
-        lr_multipliers={name: getattr(settings, name).lr_multipliers for name in ("baseline", "distill", "finetune")},
+        lr_multipliers={name: getattr(params, name).lr_multipliers for name in ("baseline", "distill", "finetune")},
     )
 
 
@@ -160,7 +158,7 @@ def _made_by() -> list[str]:
     return [version("timm"), version("torch"), hashlib.sha256(code.encode()).hexdigest()]
 
 
-def _look_at(asked: Asked, settings: Params) -> None:
+def _look_at(asked: Asked, params: Params) -> None:
     import torch  # with timm, it takes seconds to load
 
     import models
@@ -185,13 +183,13 @@ def _look_at(asked: Asked, settings: Params) -> None:
         with _named("student.model"):
             check_exports(built["student"], student, resolution)
     for key in asked.from_timm:
-        model = getattr(settings, key.partition(".")[0]).model
+        model = getattr(params, key.partition(".")[0]).model
         if not models.has_pretrained(model):
             raise ValueError(f"{key}: timm has no pretrained weights of {model}")
     for stage_name, numbers in asked.lr_multipliers.items():
         if numbers is not None:
             with _named(stage_name):
-                optimizers.multipliers_and_weights(built["student"].network, getattr(settings, stage_name))
+                optimizers.multipliers_and_weights(built["student"].network, getattr(params, stage_name))
 
 
 def check_own_file(project: Path) -> None:
@@ -202,7 +200,7 @@ def check_own_file(project: Path) -> None:
     """
     file = project / "models/own.py"
     try:
-        stages = params.parse((project / "dvc.yaml").read_text())["stages"].values()
+        stages = parse((project / "dvc.yaml").read_text())["stages"].values()
         with_it = [set(stage["deps"]) for stage in stages if "models/own.py" in stage.get("deps", ())]
     except ValueError as error:
         raise ValueError(f"dvc.yaml: {error}") from None
@@ -267,9 +265,9 @@ def _is_example(path: str) -> bool:
     return os.path.normpath(path) == EXAMPLE
 
 
-def _starts(settings: Params) -> dict[str, str | None]:
+def _starts(params: Params) -> dict[str, str | None]:
     """The weights that teacher and student are to go on from."""
-    return {"teacher.init": settings.teacher.init, "student.init": settings.student.init}
+    return {"teacher.init": params.teacher.init, "student.init": params.student.init}
 
 
 @contextlib.contextmanager
@@ -284,7 +282,7 @@ def _named(key: str) -> Iterator[None]:
 def main() -> None:
     """Check params.yaml, and what it names."""
     with commands.ending("preflight"):
-        check(params.load(), Path())
+        check(load(), Path())
         check_git(Path())
 
 
