@@ -228,7 +228,7 @@ def show_results(results: Path) -> None:
     if report.exists():  # a browser does not follow a link from a page to a file
         lines += [f"Full report, to paste into the address bar: `{report.absolute().as_uri()}`", ""]
     if (results / "metrics.json").exists():
-        rows = table(json.loads((results / "metrics.json").read_text()))
+        rows = table(json.loads((results / "metrics.json").read_text(encoding="utf-8")))
         create_table_artifact(rows, key="metrics", description="Scores on the test split")
         cells = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
         lines += ["| " + " | ".join(map(str, row)) + " |" for row in cells]

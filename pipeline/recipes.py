@@ -49,7 +49,7 @@ def read(name: str, root: Path = Path(".")) -> Recipe:
         raise ValueError(f"{root / FOLDER}: no recipes here; run from the project's root")
     if name not in known:
         raise ValueError(f"no recipe is called {name!r}{nearest(name, known)}")
-    text = (root / FOLDER / f"{name}.yaml").read_text()
+    text = (root / FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
     try:
         content = params.parse(text)
     except ValueError as error:

@@ -1,7 +1,10 @@
 """params.yaml with changes: written as DVC and the stages read it, and a wrong change named."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import toy_project
@@ -52,6 +55,17 @@ def test_what_is_not_changed_stays_as_it_is_spelt(tmp_path, spelt):
     (tmp_path / "params.yaml").write_text(before)
     params_file.write(tmp_path, tmp_path, {"seed": 5})
     assert (tmp_path / "params.yaml").read_text() == before.replace("\nseed: 0 ", "\nseed: 5 ")
+
+
+def test_it_is_utf_8_in_any_locale(tmp_path):
+    before = "# für alle\n" + (toy_project.ROOT / "params.yaml").read_text(encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(before, encoding="utf-8")
+    code = "from pathlib import Path; from pipeline.core.running import params_file as file"
+    command = [sys.executable, "-X", "utf8=0", "-c", f"{code}; file.write(Path(), Path(), {{'seed': 5}})"]
+    variables = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(toy_project.ROOT)}
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, **variables}, check=True)
+    after = (tmp_path / "params.yaml").read_text(encoding="utf-8")
+    assert after == before.replace("\nseed: 0 ", "\nseed: 5 ")
 
 
 @pytest.mark.parametrize("recipe", recipes.names(toy_project.ROOT))

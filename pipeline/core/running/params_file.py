@@ -19,7 +19,7 @@ from pipeline.core.sections import Params
 
 def read(root: Path) -> dict[str, Any]:
     """Give what a tree's params.yaml holds, unchecked."""
-    return params.parse((root / "params.yaml").read_text())
+    return params.parse((root / "params.yaml").read_text(encoding="utf-8"))
 
 
 def changed(root: Path, changes: dict[str, Any]) -> dict[str, Any]:
@@ -52,13 +52,13 @@ def write(root: Path, folder: Path, changes: dict[str, Any]) -> None:
     text.representer.add_representer(str, _text)
     text.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     text.representer.add_representer(float, lambda to, it: to.represent_scalar("tag:yaml.org,2002:float", _decimal(it)))
-    document, wanted = text.load((root / "params.yaml").read_text()), changed(root, changes)
+    document, wanted = text.load((root / "params.yaml").read_text(encoding="utf-8")), changed(root, changes)
     for name, section in wanted.items():
         _replace(document, name, section)
-    with atomic.replacing(folder / "params.yaml") as beside, beside.open("w") as file:
+    with atomic.replacing(folder / "params.yaml") as beside, beside.open("w", encoding="utf-8") as file:
         text.dump(document, file)
         file.flush()
-        if params.parse(beside.read_text()) != wanted:
+        if params.parse(beside.read_text(encoding="utf-8")) != wanted:
             raise ValueError(
                 "params.yaml: what its sections share (&, *, <<) cannot be changed in one of them: write it out in each"
             )

@@ -61,7 +61,7 @@ def serving(url: str) -> Iterator[None]:
     Raises:
         ValueError: another one does already.
     """
-    with (_home() / "serving").open("a+") as note:
+    with (_home() / "serving").open("a+", encoding="utf-8") as note:
         deadline = time.monotonic() + 1  # who only looks (`_served`) holds it for a moment
         while not _locked(note, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
@@ -75,7 +75,7 @@ def serving(url: str) -> Iterator[None]:
 
 def _served() -> str | None:
     """The address that `serving` noted, while it is at it."""
-    with (_home() / "serving").open("a+") as note:
+    with (_home() / "serving").open("a+", encoding="utf-8") as note:
         if _locked(note, fcntl.LOCK_SH):
             return None
         note.seek(0)
@@ -97,7 +97,7 @@ def _start(port: int, meanwhile: Callable[[], None], tries: int = 1) -> str:
     # One at a time: two servers that make the database at once spoil it.
     with (_home() / "starting").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
-        with log.open("w") as output:
+        with log.open("w", encoding="utf-8") as output:
             server = programs.start(command, Path.cwd(), os.environ | {"PREFECT_API_URL": url}, output)
         atexit.register(programs.end, server.pid)
         meanwhile()
@@ -107,7 +107,7 @@ def _start(port: int, meanwhile: Callable[[], None], tries: int = 1) -> str:
     if server.poll() is not None and tries > 1:  # another program may have taken the port meanwhile
         return _start(_free_port(port + 1), lambda: None, tries - 1)
     if not answers or server.poll() is not None:
-        lines = log.read_text(errors="replace").splitlines()
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         named = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
         said = " ".join(named[-1:] or lines[-3:]).strip() or "it said nothing"
         raise ValueError(f"the Prefect server did not start ({said}); all that it said is in {log}")

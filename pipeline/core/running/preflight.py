@@ -62,8 +62,8 @@ def check_git(root: Path) -> None:
     Raises:
         ValueError: it is in none, and DVC was not told to do without (core.no_scm).
     """
-    settings = (root / ".dvc" / name for name in ("config", "config.local"))
-    if any("no_scm" in file.read_text() for file in settings if file.exists()):
+    files = (root / ".dvc" / name for name in ("config", "config.local"))
+    if any("no_scm" in file.read_text(encoding="utf-8") for file in files if file.exists()):
         return
     if not any((folder / ".git").exists() for folder in (root.resolve(), *root.resolve().parents)):
         raise ValueError("this folder is in no Git repository, as DVC wants: clone the project, or run `git init`")
@@ -131,7 +131,7 @@ def check_networks(params: Params, root: Path) -> None:
     check_own_file(PROJECT)
     note = json.loads(json.dumps(asked._asdict() | {"made_by": _made_by()}))  # as it is read: with lists for tuples
     with contextlib.suppress(OSError, ValueError):  # no note, or none that can be read
-        if json.loads((root / NOTED).read_text()) == note:
+        if json.loads((root / NOTED).read_text(encoding="utf-8")) == note:
             return
     _look_at(asked, params)
     with contextlib.suppress(OSError):  # another run writes its own: no matter
@@ -154,8 +154,8 @@ def _made_by() -> list[str]:
     """Say which code builds the networks and looks at them."""
     core = ("running/preflight.py", "networks.py", "network_checks.py", "small_maps.py", "train/optimizers.py")
     files = *sorted((PROJECT / "models").glob("*.py")), *(PROJECT / "pipeline/core" / name for name in core)
-    code = "".join(file.read_text() for file in files)
-    return [version("timm"), version("torch"), hashlib.sha256(code.encode()).hexdigest()]
+    code = b"".join(file.read_bytes() for file in files)
+    return [version("timm"), version("torch"), hashlib.sha256(code).hexdigest()]
 
 
 def _look_at(asked: Asked, params: Params) -> None:
@@ -200,13 +200,13 @@ def check_own_file(project: Path) -> None:
     """
     file = project / "models/own.py"
     try:
-        stages = parse((project / "dvc.yaml").read_text())["stages"].values()
+        stages = parse((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"].values()
         with_it = [set(stage["deps"]) for stage in stages if "models/own.py" in stage.get("deps", ())]
     except ValueError as error:
         raise ValueError(f"dvc.yaml: {error}") from None
     except (TypeError, KeyError, AttributeError):
         raise ValueError("dvc.yaml: expected stages, and of each what it runs and reads") from None
-    for node in ast.walk(ast.parse(file.read_text(), str(file))):
+    for node in ast.walk(ast.parse(file.read_bytes(), str(file))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -148,7 +148,7 @@ def nearest_lock(root: Path, changes: dict[str, Any]) -> Path:
 def _settings_of(lock: Path) -> dict[str, Any]:
     """Give the sections, or keys, of params.yaml with which a dvc.lock's soft labels were made."""
     try:
-        stages = (params.parse(lock.read_text()) or {}).get("stages", {})
+        stages = (params.parse(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
     except FileNotFoundError:  # nothing has run yet, or another run is just writing it anew
         return {}
     made: dict[str, Any] = {}
