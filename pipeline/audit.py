@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.core import devices, errors, networks, teaching
-from pipeline.core import params as settings
 from pipeline.core.labelling import Labelling
+from pipeline.core.params import load
 from pipeline.core.recheck import Findings, recheck
+from pipeline.core.running import commands
 from pipeline.core.sections import Params
 
 LEAST_VIEWS = 256
@@ -33,16 +34,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 0 < arguments.share <= 1:
         parser.error("--share is a number above 0, up to 1")
-    try:
-        findings = audit(settings.load(arguments.params), arguments.share, arguments.seed)
-    except (ValueError, OSError) as error:
-        sys.exit(f"audit: error: {error}")
-    except (RuntimeError, MemoryError) as error:
-        if not errors.out_of_memory(error):
-            raise
-        sys.exit("audit: error: out of memory: halve cache.batch_size, or set machine.device to cpu")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with commands.ending("audit"):
+        try:
+            findings = audit(load(arguments.params), arguments.share, arguments.seed)
+        except (RuntimeError, MemoryError) as error:
+            if not errors.out_of_memory(error):
+                raise
+            raise ValueError("out of memory: halve cache.batch_size, or set machine.device to cpu") from None
     print(report(findings))
     sys.exit(1 if findings.wrong.any() else 0)
 

@@ -244,7 +244,7 @@ def test_what_is_lost_is_the_stored_answers_divergence_from_the_teachers():
 def test_an_audit_finds_the_teachers_answers_and_notices_others(cached_project, monkeypatch, capsys):
     params = settings()
     monkeypatch.setattr(sys, "argv", ["audit", "--share", "1"])
-    monkeypatch.setattr(audit.settings, "load", lambda file: params)
+    monkeypatch.setattr(audit, "load", lambda file: params)
     findings = audit.audit(params, share=1.0, seed=0)
     assert len(set(zip(findings.samples.tolist(), findings.replicas.tolist(), strict=True))) == stored_views()
     assert set(findings.replicas) == set(range(params.cache.replicas))
