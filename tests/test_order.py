@@ -1,8 +1,12 @@
 """The order of training: which views make up each batch, for any start, number of processes and parts."""
 
+import itertools
+import re
+
 import numpy as np
 import pytest
 
+from pipeline.core.sections import images_at_once
 from pipeline.core.train.order import TrainingOrder
 
 
@@ -32,20 +36,33 @@ def test_processes_share_out_each_batch():
     assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in whole]
     of_order = TrainingOrder(np.arange(14), 4, 0, 0, 1, 2)
     assert [of_order.whole_batch(step)[0].tolist() for step in (5, 0)] == [whole[5], whole[0]]
-    with pytest.raises(ValueError, match=r"evenly to 5 processes; set machine.processes to a smaller number$"):
+    with pytest.raises(ValueError, match=r"evenly to 5 processes: set machine.processes to a smaller number$"):
         TrainingOrder(np.arange(4), 8, 0, 0, 0, 5)
-    with pytest.raises(ValueError, match=r"evenly to 3 processes; set the stage's batch_size to 3, or machine.pro"):
+    with pytest.raises(ValueError, match=r"evenly to 3 processes: set the stage's batch_size to 6, or machine.pro"):
         TrainingOrder(np.arange(14), 4, 0, 0, 0, 3)
     with pytest.raises(
-        ValueError, match=r"in 3 parts each; set the stage's batch_size to 6, or its accumulate or machine.processes to"
+        ValueError, match=r"in 3 parts each: set the stage's batch_size to 12, or accumulate or machine.processes to"
     ):
         TrainingOrder(np.arange(14), 8, 0, 0, 0, 2, parts=3)
 
 
 def test_too_few_images_for_the_parts_of_a_step_are_an_error_that_says_how_many_fit():
-    with pytest.raises(ValueError, match=r"5 images to train on, in 4 parts.*set the stage's accumulate to 2"):
+    with pytest.raises(ValueError, match=r"a batch of all 5 images in 4 parts.*set the stage's accumulate to 2"):
         TrainingOrder(np.arange(5), 16, 0, 0, parts=4)
     TrainingOrder(np.arange(5), 16, 0, 0, parts=2)
+
+
+@pytest.mark.parametrize("images", [None, 2, 5, 7, 20, 40])
+def test_a_number_that_is_advised_will_do(images):
+    for batch_size, accumulate, processes in itertools.product((2, 4, 8, 24), (1, 2, 3, 4), (1, 2, 3, 5, 16)):
+        given = {"batch_size": batch_size, "accumulate": accumulate, "processes": processes, "images": images}
+        try:
+            images_at_once(**given)
+        except ValueError as error:
+            if advised := re.search(r"the stage's (\w+) to (\d+)", str(error)):
+                images_at_once(**given | {advised[1]: int(advised[2])})
+            else:
+                assert images < processes * accumulate
 
 
 def test_replicas_go_round():
@@ -58,3 +75,6 @@ def test_replicas_go_round():
 def test_no_image_is_an_error():
     with pytest.raises(ValueError, match="no image to train on"):
         TrainingOrder(np.arange(0), 4, 0, 0)
+    for processes in (1, 2):
+        with pytest.raises(ValueError, match="one image to train on, and it takes two"):
+            TrainingOrder(np.arange(1), 4, 0, 0, world=processes)

@@ -148,15 +148,18 @@ def test_networks_that_were_right_are_not_built_again(data, tmp_path, monkeypatc
     ("changes", "words"),
     [
         ({"machine.processes": 4}, None),
-        ({"machine.processes": 3, "teacher.source": "timm"}, "distill.batch_size: 32 images"),
+        ({"machine.processes": 3, "teacher.source": "timm"}, "distill: a batch of 32 images"),
         (
             {"machine.processes": 3},
-            "teacher.batch_size: 64 images .* to 3 processes: set it to 63, or",
+            "teacher: a batch of 64 images .* to 3 processes: set the stage's batch_size to 63, or",
         ),
-        ({"machine.processes": 16}, "baseline.batch_size: 24 images .* to 16 processes: set it to 32, or"),
+        (
+            {"machine.processes": 16},
+            "baseline: a batch of 24 images .* to 16 processes: set the stage's batch_size to 32, or",
+        ),
         (
             {"machine.processes": 4, "fixres.accumulate": 4},
-            "4 parts each .fixres.accumulate.: set it to 32",
+            "fixres: .* 4 parts each: set the stage's batch_size to 32, or accumulate or",
         ),
         ({"machine.processes": "auto", "machine.device": "cpu"}, None),
     ],

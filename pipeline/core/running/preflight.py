@@ -18,7 +18,7 @@ from pipeline.core import atomic, errors, stage
 from pipeline.core.intake import sources
 from pipeline.core.params import load, parse
 from pipeline.core.running import commands
-from pipeline.core.sections import TIMM, Params
+from pipeline.core.sections import TIMM, Params, images_at_once
 
 if TYPE_CHECKING:
     from pipeline.core.networks import Classifier
@@ -101,24 +101,17 @@ def check_files(params: Params, root: Path) -> None:
 
 
 def check_batches(settings: Params) -> None:
-    """Make sure that each stage's batches can be shared out evenly; one with fewer images than that looks again itself.
+    """Make sure that processes can share each stage's batches; a stage with fewer images than one looks again itself.
 
     Raises:
         ValueError: see `check`.
     """
     count = stage.processes_of(settings.machine)
-    if count == 1:
-        return
-    for name in ("teacher", "baseline", "distill", "finetune", "fixres"):
+    fitted = ["teacher"] if settings.teacher.source == "fit" else []
+    for name in (*fitted, "baseline", "distill", "finetune", "fixres"):
         recipe = getattr(settings, name)
-        shares = count * recipe.accumulate
-        if recipe.batch_size % shares and (name != "teacher" or settings.teacher.source == "fit"):
-            parts = f" of {recipe.accumulate} parts each ({name}.accumulate)" if recipe.accumulate > 1 else ""
-            even = max(2 * shares, recipe.batch_size // shares * shares)
-            raise ValueError(
-                f"{name}.batch_size: {recipe.batch_size} images cannot be shared out evenly to {count} "
-                f"processes{parts}: set it to {even}, or machine.processes to another number"
-            )
+        with _named(name):
+            images_at_once(recipe.batch_size, recipe.accumulate, count)
 
 
 def check_networks(params: Params, root: Path) -> None:

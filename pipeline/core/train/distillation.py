@@ -14,7 +14,7 @@ from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
-from pipeline.core.sections import HARD, Distill, Params
+from pipeline.core.sections import HARD, Distill, Params, images_at_once
 from pipeline.core.softlabels import SoftLabels, dense, make_keys
 from pipeline.core.teaching import answer, description, open_labels
 from pipeline.core.train import losses, training
@@ -81,11 +81,11 @@ def check_compares(name: str, recipe: Distill, images: int, world: int) -> None:
     """Make sure that a loss that compares images with each other has two to compare.
 
     Raises:
-        ValueError: each process computes its share of a batch image by image.
+        ValueError: each process computes its share of a batch image by image, or a batch cannot be shared out.
     """
     batch = min(recipe.batch_size, images)
     compares = any(recipe.loss.get(loss) for loss in ("dist", "dist_intra"))
-    if compares and world > 1 and batch == world * recipe.accumulate:  # of fewer, the batches' order says what is wrong
+    if compares and images_at_once(recipe.batch_size, recipe.accumulate, world, images) == 1:
         raise ValueError(
             f"{name}.loss: dist_intra compares the images that a process has at a time, which is one where {world} "
             f"processes share a batch of {batch}, each in {recipe.accumulate} parts: raise {name}.batch_size, or lower "

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeline.core.data.batches import RowsAndReplicas
+from pipeline.core.sections import images_at_once
 
 EVERY_REPLICA = 0  # "as many replicas as there are epochs": each epoch sees views of its own
 
@@ -24,7 +25,7 @@ class TrainingOrder:
         parts: that each process computes its share of a batch in, one after another.
 
     Raises:
-        ValueError: there are no samples, or a batch cannot be shared out evenly.
+        ValueError: there are fewer than two samples, or a batch cannot be shared out: see `sections.images_at_once`.
     """
 
     def __init__(
@@ -37,25 +38,9 @@ class TrainingOrder:
         world: int = 1,
         parts: int = 1,
     ):
-        if len(rows) == 0:
-            raise ValueError("there is no image to train on: see data/prepare/summary.json for what was found")
+        images_at_once(batch_size, parts, world, len(rows))
         self.rows = np.sort(rows).astype(np.int32)
         self.batch_size = min(batch_size, len(rows))
-        if self.batch_size < 2 * parts:  # params.yaml's batch_size is more, so there are fewer images
-            mend = f"set the stage's accumulate to {len(rows) // 2}" if len(rows) > 1 else "it takes more images"
-            raise ValueError(
-                f"{len(rows)} images to train on, in {parts} parts a step (accumulate), leave a part fewer than two, "
-                f"and BatchNorm needs two: {mend}"
-            )
-        if world > 1 and self.batch_size % (world * parts):
-            each, shares = f" in {parts} parts each" if parts > 1 else "", world * parts
-            even = self.batch_size // shares * shares
-            other = f"{'its accumulate or ' if each else ''}machine.processes to"
-            mend = f"the stage's batch_size to {even}, or {other} another" if even else f"{other} a smaller"
-            raise ValueError(
-                f"a batch of {self.batch_size} images cannot be shared out evenly to {world} processes{each}; "
-                f"set {mend} number"
-            )
         self.seed, self.replicas, self.rank, self.world, self.parts = seed, replicas, rank, world, parts
         self.steps_per_epoch = len(rows) // self.batch_size
         self._order = (-1, self.rows)  # the last epoch that was asked for, and its order
