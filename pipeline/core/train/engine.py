@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,6 @@ class Run:
     scratch: Path
     machine: Machine
     on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, figures: None
-    history: History = field(default_factory=list)
-    losses: list[Tensor] = field(default_factory=list)  # of the epoch's steps so far
-    cost: dict[str, float] = field(default_factory=dict)  # of the last epoch's steps, as Meter gives it
-    step: int = 0
-    looked: int = 0  # how many of these losses were found finite
-    between_steps: bool = False  # all that belongs to `step` steps is done, and no more: what a checkpoint may hold
 
     def __post_init__(self) -> None:
         self.device = self.processes.device
@@ -94,6 +88,12 @@ class Run:
         decay = self.recipe.ema_decay
         self.ema = optimizers.Average(self.classifier, decay) if decay else None
         self.meter = Meter(self.device.type)
+        self.step = 0  # how many are done
+        self.between_steps = False  # all that belongs to `step` steps is done, and no more: a checkpoint may hold it
+        self.losses: list[Tensor] = []  # of the epoch's steps so far
+        self.looked = 0  # how many of these losses were found finite
+        self.history: History = []
+        self.cost: dict[str, float] = {}  # of the last epoch's steps, as Meter gives it
 
     @property
     def kept(self) -> Classifier:
