@@ -14,6 +14,7 @@ import models
 from pipeline.core import networks, resume, stage
 from pipeline.core.devices import Processes
 from pipeline.core.train import checkpoints, engine, training
+from pipeline.core.train.finite import LOOK_EVERY, Losses
 from pipeline.core.train.optimizers import Average, learning_rate, optimizer_of
 from pipeline.core.train.training import Before, _name, batches_a_pass, kept_before, labelled_loss, validator
 
@@ -206,30 +207,45 @@ def test_weights_that_the_last_step_spoilt_are_not_kept(images, tmp_path, spoilt
     assert checkpoints.load(tmp_path)["step"] == 3
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_samples(images, tmp_path):
+@pytest.mark.parametrize(("look_every", "bad"), [(1, 3), (50, 2)])  # the second time found at the epoch's end
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_samples(
+    images, tmp_path, monkeypatch, look_every, bad
+):
+    monkeypatch.setitem(LOOK_EVERY, "cpu", look_every)
     real = labelled_loss(images, images.labels, 0.1)
     steps = iter(range(100))
 
     def loss(network: nn.Module, batch):
-        return real(network, batch) * (float("nan") if next(steps) == 3 else 1.0)
+        return real(network, batch) * (float("nan") if next(steps) == bad else 1.0)
 
     training = run(images, tmp_path, loss)
-    with pytest.raises(ValueError, match="not finite at step 3 of 4") as error:
+    with pytest.raises(ValueError, match=f"not finite at step {bad} of 4") as error:
         training.train()
-    rows, replicas = training.order.whole_batch(3)
-    listed = (tmp_path / "not-finite-3.csv").read_text().splitlines()[1:]
+    assert training.step == 4
+    assert checkpoints.load(tmp_path)["step"] == bad
+    rows, replicas = training.order.whole_batch(bad)
+    listed = (tmp_path / f"not-finite-{bad}.csv").read_text().splitlines()[1:]
     wanted = zip(images.ids[rows], replicas, map(images.source, rows), strict=True)
     assert listed == [f"{sample:016x},{replica},{source}" for sample, replica, source in wanted]
     assert listed[0][:16] in str(error.value)
     assert "test.lr" in str(error.value)
 
 
+def test_a_look_at_the_losses_goes_on_from_the_last_one():
+    losses = Losses(torch.ones(3))
+    assert losses.not_finite() is None
+    losses.each[0] = torch.tensor(float("nan"))  # which nobody looks at again
+    for value in (1.0, float("inf"), float("nan")):
+        losses.add(torch.tensor(value))
+    assert [losses.not_finite(), losses.not_finite()] == [4, 4]
+
+
 def test_no_checkpoint_holds_a_loss_that_is_not_finite(images, tmp_path):
     training = run(images, tmp_path)
-    training.losses = [torch.tensor(1.0), torch.tensor(float("nan"))]
+    training.losses = Losses([torch.tensor(1.0), torch.tensor(float("nan"))])
     training._save()
     assert checkpoints.files(tmp_path) == []
-    training.losses = training.losses[:1]
+    training.losses = Losses(training.losses.each[:1])
     training._save()
     assert len(checkpoints.files(tmp_path)) == 1
 

@@ -4,7 +4,6 @@ A run is cut into steps. Everything a step needs follows from its number and the
 ends, on a CPU, in the same bytes as one that was not.
 """
 
-import csv
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -19,19 +18,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.core import atomic, devices
+from pipeline.core import devices
 from pipeline.core.data.batches import Batch, Views, load
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
 from pipeline.core.progress import Progress
 from pipeline.core.sections import Machine, TrainingRecipe
-from pipeline.core.train import checkpoints, cuda_graphs, norms, optimizers, signals, trace
+from pipeline.core.train import checkpoints, cuda_graphs, finite, norms, optimizers, signals, trace
 from pipeline.core.train.meter import Meter
 from pipeline.core.train.order import TrainingOrder
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 History = list[dict[str, float]]
-LOOK_EVERY = {"cpu": 1, "cuda": 50}  # steps between two looks at the losses: a look makes a GPU wait
 
 
 @dataclass
@@ -90,8 +88,7 @@ class Run:
         self.meter = Meter(self.device.type)
         self.step = 0  # how many are done
         self.between_steps = False  # all that belongs to `step` steps is done, and no more: a checkpoint may hold it
-        self.losses: list[Tensor] = []  # of the epoch's steps so far
-        self.looked = 0  # how many of these losses were found finite
+        self.losses = finite.Losses()
         self.history: History = []
         self.cost: dict[str, float] = {}  # of the last epoch's steps, as Meter gives it
 
@@ -134,10 +131,10 @@ class Run:
             for batch in self.meter.batches(batches):
                 with signals.finish_first() if self.processes.world == 1 else nullcontext():
                     self.between_steps = False
-                    self.losses.append(self._update(network, batch))
+                    self.losses.add(self._update(network, batch))
                     self.step += 1
                     self.between_steps = self.step % self.order.steps_per_epoch != 0
-                if self.step % LOOK_EVERY[self.device.type] == 0:
+                if self.step % finite.LOOK_EVERY[self.device.type] == 0:
                     self._check_losses()
                 if self.step % self.order.steps_per_epoch == 0:
                     self._end_epoch()
@@ -226,54 +223,38 @@ class Run:
 
     def _end_epoch(self) -> None:
         self._check_losses()
-        if not self._weights_are_finite():  # of which no loss speaks where the last step made them so
+        if not finite.weights_are_finite(self.part):  # of which no loss speaks where the last step made them so
             where = f"after step {self.step:,} of {self.steps:,}"
             raise ValueError(f"weights are not finite {where}, though its loss was; {self._remedy()}")
         self.cost = self.meter.figures(self.order.batch_size)
-        mean = torch.stack(self.losses).mean()
         epoch = self.step // self.order.steps_per_epoch
-        figures = {"train_loss": mean.item(), "lr": self.optimizer.param_groups[0]["lr"], **self.validate(self.kept)}
+        figures = {"train_loss": self.losses.stacked().mean().item(), "lr": self.optimizer.param_groups[0]["lr"]}
+        figures |= self.validate(self.kept)
         self._set_mode()
-        self.losses, self.looked = [], 0
+        self.losses = finite.Losses()
         self.history.append({"epoch": epoch, **figures})
         self.on_epoch(epoch, {**figures, **self.cost})
         self.meter.restart()
 
-    def _finite(self) -> Tensor:
-        """Whether each loss since the last look is finite, (steps,) bool; one true value where there is none."""
-        new = self.losses[self.looked :]
-        return torch.isfinite(torch.stack(new)) if new else torch.ones(1, dtype=torch.bool)
-
     def _check_losses(self) -> None:
         """Stop where a loss is not finite. Every process sees the same mean losses, so all of them stop."""
-        finite = self._finite()
-        if finite.all():
-            self.looked = len(self.losses)
+        bad = self.losses.not_finite()
+        if bad is None:
             return
-        first = self.step - len(finite) + int(finite.int().argmin())
-        rows, replicas = self.order.whole_batch(first)
-        images, listed = self.views.images, self.scratch / f"not-finite-{first}.csv"
+        step = self.step - len(self.losses.each) + bad
+        rows, replicas = self.order.whole_batch(step)
+        images, listed = self.views.images, self.scratch / f"not-finite-{step}.csv"
         if self.processes.first():
-            with atomic.replacing(listed) as beside, beside.open("w", newline="") as file:
-                table = csv.writer(file, lineterminator="\n")
-                table.writerow(["id", "replica", "source"])
-                for row, replica in zip(rows, replicas, strict=True):
-                    table.writerow([f"{images.ids[row]:016x}", replica, images.source(row)])
+            finite.list_samples(listed, images, (rows, replicas))
         devices.wait_for_all(self.processes)  # until the list is written: the first that ends will end all others
         some = ", ".join(f"{images.ids[row]:016x}" for row in rows[:4])
         raise ValueError(
-            f"the loss is not finite at step {first:,} of {self.steps:,}, whose batch is {some}"
+            f"the loss is not finite at step {step:,} of {self.steps:,}, whose batch is {some}"
             f"{', ...' if len(rows) > 4 else ''} ({listed} names all {len(rows)} samples); {self._remedy()}"
         )
 
     def _remedy(self) -> str:
         return f"a smaller {self.what}.lr (now {self.recipe.lr}), a longer warm-up, or float32 may help"
-
-    def _weights_are_finite(self) -> bool:
-        """Whether all that is trained is finite, BatchNorm's statistics included."""
-        norms = [module for module in self.part.modules() if isinstance(module, _BatchNorm)]
-        learned = [*self.part.parameters(), *(buffer for norm in norms for buffer in norm.buffers())]
-        return bool(torch.stack([value.isfinite().all() for value in learned]).all())
 
     def _note(self) -> str:
         """What stands at the end of the progress line: the epoch, how good it is, and what a step costs."""
@@ -295,12 +276,14 @@ class Run:
 
     def _save(self) -> None:
         """Write a checkpoint, unless a loss or a weight is not finite: the next look at them stops all processes."""
-        if not self.processes.first() or not self._finite().all() or not self._weights_are_finite():
+        if not self.processes.first():
+            return
+        if self.losses.not_finite() is not None or not finite.weights_are_finite(self.part):
             return
         state = {
             "step": self.step,
             "history": json.dumps(self.history),
-            "losses": torch.stack(self.losses) if self.losses else torch.zeros(0),
+            "losses": self.losses.stacked(),
             "classifier": self.classifier.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
@@ -313,7 +296,7 @@ class Run:
         if state is None:
             return
         self.step, self.history = state["step"], json.loads(state["history"])
-        self.losses = list(state["losses"].to(self.device))
+        self.losses = finite.Losses(state["losses"].to(self.device))
         self.classifier.load_state_dict(state["classifier"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
