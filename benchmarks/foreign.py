@@ -81,7 +81,7 @@ def main() -> None:
     truth = np.array([images.source(row).split("/")[-2] for row in images.rows("unlabelled")])
     known = np.isin(truth, images.classes)
     labelled = len(images.rows("labelled"))
-    history = Path("data/teacher/history.csv").read_text().splitlines()[-1].split(",")
+    history = Path("data/teacher/history.csv").read_text(encoding="utf-8").splitlines()[-1].split(",")
     print(
         f"{wanted.teacher.model} at {wanted.views.resolution} pixels, {labelled:,} images of "
         f"{', '.join(images.classes)}, {arguments.epochs} epochs: top-1 {float(history[3]):.3f} on "

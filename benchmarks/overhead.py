@@ -66,7 +66,7 @@ def timed(command: list[str], folder: str, stages: set[str]) -> tuple[float, flo
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     began = last = time.perf_counter()
     idle = 0.0
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
         program = psutil.Popen(command, cwd=folder, env=environment, stdout=said, stderr=subprocess.STDOUT)
         while program.poll() is None:
             time.sleep(LOOK_EVERY)

@@ -44,7 +44,11 @@ def against(figures: list[float], others: list[float]) -> str:
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     """Print nothing for a while."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         yield
 
 

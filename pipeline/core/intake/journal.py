@@ -28,7 +28,7 @@ class Journal:
     """
 
     def __init__(self, scratch: Path, kind: str, settings: list[Any], code: list[str]):
-        sources = [Path(file).read_text() for file in code]
+        sources = [Path(file).read_text(encoding="utf-8") for file in code]
         depends_on = json.dumps([PIL.__version__, version("simplejpeg"), settings, sources])
         self.path = scratch / f"{kind}-{hashlib.sha256(depends_on.encode()).hexdigest()[:16]}.jsonl"
         remove(scratch, kind, but=self.path.stem)

@@ -161,7 +161,7 @@ def _resume(client: "MlflowClient", resume_file: Path | None) -> TrackedRun | No
     from mlflow.exceptions import MlflowException
 
     try:
-        kept = json.loads(Path(resume_file).read_text()) if resume_file else {}
+        kept = json.loads(Path(resume_file).read_text(encoding="utf-8")) if resume_file else {}
         if kept.get("uri") != mlflow_store.shown(client.tracking_uri):
             return None
         client.update_run(kept["run_id"], status="RUNNING")

@@ -100,16 +100,16 @@ def check_files(params: Params, root: Path) -> None:
             raise ValueError(f"{key}: {file}: not in {watched}, where DVC sees it change; move it there, or link it")
 
 
-def check_batches(settings: Params) -> None:
+def check_batches(params: Params) -> None:
     """Make sure that processes can share each stage's batches; a stage with fewer images than one looks again itself.
 
     Raises:
         ValueError: see `check`.
     """
-    count = stage.processes_of(settings.machine)
-    fitted = ["teacher"] if settings.teacher.source == "fit" else []
+    count = stage.processes_of(params.machine)
+    fitted = ["teacher"] if params.teacher.source == "fit" else []
     for name in (*fitted, "baseline", "distill", "finetune", "fixres"):
-        recipe = getattr(settings, name)
+        recipe = getattr(params, name)
         with _named(name):
             images_at_once(recipe.batch_size, recipe.accumulate, count)
 

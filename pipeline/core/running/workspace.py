@@ -218,7 +218,7 @@ def _check_tree(root: Path) -> None:
 
 @contextlib.contextmanager
 def _only_user(file: Path, say: Callable[[str], None]) -> Iterator[None]:
-    with file.open("w") as lock:
+    with file.open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

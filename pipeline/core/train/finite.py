@@ -1,6 +1,5 @@
 """Whether what a training computes is finite: its losses and weights; and a list of a batch's samples where not."""
 
-import csv
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pipeline.core import atomic
 from pipeline.core.data.batches import RowsAndReplicas
 from pipeline.core.data.dataset import ImageSet
+from pipeline.core.tables import as_csv
 
 LOOK_EVERY = {"cpu": 1, "cuda": 50}  # steps between two looks at the losses: a look makes a GPU wait
 
@@ -53,8 +53,8 @@ def weights_are_finite(part: nn.Module) -> bool:
 
 def list_samples(file: Path, images: ImageSet, batch: RowsAndReplicas) -> None:
     """Write a batch's samples to a table: id, replica, source."""
-    with atomic.replacing(file) as beside, beside.open("w", newline="") as opened:
-        table = csv.writer(opened, lineterminator="\n")
-        table.writerow(["id", "replica", "source"])
-        for row, replica in zip(*batch, strict=True):
-            table.writerow([f"{images.ids[row]:016x}", replica, images.source(row)])
+    rows = [
+        {"id": f"{images.ids[row]:016x}", "replica": replica, "source": images.source(row)}
+        for row, replica in zip(*batch, strict=True)
+    ]
+    atomic.write_text(file, as_csv(rows))
