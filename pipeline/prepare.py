@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.core import atomic, resume, stage
 from pipeline.core.data import dataset
-from pipeline.core.data.images import Unreadable
+from pipeline.core.data.image_files import Unreadable
 from pipeline.core.intake import archives, choose, image_shards, journal
 from pipeline.core.intake.archives import Tree
 from pipeline.core.intake.choose import Found, Parts, Pictures, Stored

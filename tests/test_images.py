@@ -28,7 +28,7 @@ from made_images import (
 from PIL import Image, ImageOps
 
 from pipeline.core.data import images
-from pipeline.core.data.images import Unreadable
+from pipeline.core.data.image_files import PNG, Unreadable
 
 JPEG = encode(picture(0, 60, 80), "JPEG")
 PROGRESSIVE = encode(picture(0, 60, 80), "JPEG", progressive=True)
@@ -186,14 +186,14 @@ def test_a_transparent_grey_of_few_bits_becomes_white_and_no_other(bits):
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, bits, 0, 0, 0, 0))
     values = chunk(b"IDAT", zlib.compress(bytes([0, 1 << (8 - bits)])))  # 1, then 0
     for transparent, grey in ((1, 255), (0, round(255 / (2**bits - 1)))):
-        content = images.PNG + header + chunk(b"tRNS", struct.pack(">H", transparent)) + values + chunk(b"IEND", b"")
+        content = PNG + header + chunk(b"tRNS", struct.pack(">H", transparent)) + values + chunk(b"IEND", b"")
         assert decoded(content)[0, :, 0].tolist() == [grey, 255 if transparent == 0 else 0]
 
 
 def test_a_transparent_colour_of_sixteen_bits_becomes_white():
     header, clear = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)), struct.pack(">3H", 1000, 2000, 3000)
     values = chunk(b"IDAT", zlib.compress(b"\0" + clear + struct.pack(">3H", 50_000, 2000, 3000)))
-    content = images.PNG + header + chunk(b"tRNS", clear) + values + chunk(b"IEND", b"")
+    content = PNG + header + chunk(b"tRNS", clear) + values + chunk(b"IEND", b"")
     assert decoded(content)[0].tolist() == [[255] * 3, [195, 7, 11]]
 
 

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from pipeline.core.sections import images_at_once
+from pipeline.core.sharing import images_at_once
 from pipeline.core.train.order import TrainingOrder
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.core import errors
-from pipeline.core.data.images import SUFFIXES, Unreadable
+from pipeline.core.data.image_files import Unreadable
+from pipeline.core.data.images import SUFFIXES
 
 # What libraries raise on a damaged archive. RuntimeError: an encrypted member; NotImplementedError: its compression.
 DAMAGE = (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.core.data.dataset import id_of, rank
-from pipeline.core.data.images import Unreadable
+from pipeline.core.data.image_files import Unreadable
 from pipeline.core.intake.refusals import Refusal
 from pipeline.core.intake.sources import SourceFile
 

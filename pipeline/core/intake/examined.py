@@ -7,8 +7,9 @@ run before it has decoded. What is known of an image is never taken from a file'
 from pathlib import Path
 from typing import Self
 
-from pipeline.core.data import images
-from pipeline.core.data.images import Unreadable, decode_first
+from pipeline.core.data import image_files, images
+from pipeline.core.data.image_files import Unreadable
+from pipeline.core.data.images import decode_first
 from pipeline.core.intake.choose import Picture
 from pipeline.core.intake.journal import Journal
 
@@ -23,7 +24,7 @@ class Examined:
 
     def __init__(self, scratch: Path, max_pixels: int):
         self._max_pixels = max_pixels
-        self._journal = Journal(scratch, "examined", [max_pixels], [__file__, images.__file__])
+        self._journal = Journal(scratch, "examined", [max_pixels], [__file__, images.__file__, image_files.__file__])
         self._known = {sha256: Picture(*found) for sha256, *found in self._journal.lines()}
 
     def __enter__(self) -> Self:

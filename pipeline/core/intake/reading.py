@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
-from pipeline.core.data.images import Unreadable
+from pipeline.core.data.image_files import Unreadable
 from pipeline.core.intake.choose import Found, Picture, Pictures
 from pipeline.core.intake.examined import Examined
 from pipeline.core.intake.refusals import Refusal

@@ -16,8 +16,9 @@ from typing import Self
 
 from PIL import Image
 
-from pipeline.core.data import images
-from pipeline.core.data.images import Unreadable, decode
+from pipeline.core.data import image_files, images
+from pipeline.core.data.image_files import Unreadable
+from pipeline.core.data.images import decode
 from pipeline.core.intake.choose import Found, Stored
 from pipeline.core.intake.image_shards import Sample
 from pipeline.core.intake.journal import Journal
@@ -66,7 +67,9 @@ class Reencoded:
 
     def __init__(self, scratch: Path, max_side: int | None, quality: int):
         self._work = partial(_look, max_side=max_side, quality=quality)
-        self._journal = Journal(scratch, ENCODED, [max_side, quality], [__file__, images.__file__])
+        self._journal = Journal(
+            scratch, ENCODED, [max_side, quality], [__file__, images.__file__, image_files.__file__]
+        )
         self._path = self._journal.path.with_suffix(".jpegs")
         self._file = self._path.open("a+b")
         self._places: dict[str, tuple[int, int]] = {}  # by SHA-256 of the encoded bytes: start, length

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from pipeline.core.data.images import Unreadable
+from pipeline.core.data.image_files import Unreadable
 from pipeline.core.intake import archives, lists
 from pipeline.core.intake.archives import Entry, Tree
 from pipeline.core.intake.refusals import HIDDEN

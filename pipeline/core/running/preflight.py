@@ -18,7 +18,8 @@ from pipeline.core import atomic, errors, stage
 from pipeline.core.intake import sources
 from pipeline.core.params import load, parse
 from pipeline.core.running import commands
-from pipeline.core.sections import TIMM, Params, images_at_once
+from pipeline.core.sections import TIMM, Params
+from pipeline.core.sharing import images_at_once
 
 if TYPE_CHECKING:
     from pipeline.core.networks import Classifier

@@ -14,7 +14,8 @@ from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
-from pipeline.core.sections import HARD, Distill, Params, images_at_once
+from pipeline.core.sections import HARD, Distill, Params
+from pipeline.core.sharing import images_at_once
 from pipeline.core.softlabels import SoftLabels, dense, make_keys
 from pipeline.core.teaching import answer, description, open_labels
 from pipeline.core.train import losses, training

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeline.core.data.batches import RowsAndReplicas
-from pipeline.core.sections import images_at_once
+from pipeline.core.sharing import images_at_once
 
 EVERY_REPLICA = 0  # "as many replicas as there are epochs": each epoch sees views of its own
 
@@ -25,7 +25,7 @@ class TrainingOrder:
         parts: that each process computes its share of a batch in, one after another.
 
     Raises:
-        ValueError: there are fewer than two samples, or a batch cannot be shared out: see `sections.images_at_once`.
+        ValueError: there are fewer than two samples, or a batch cannot be shared out: see `sharing.images_at_once`.
     """
 
     def __init__(
