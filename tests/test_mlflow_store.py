@@ -146,9 +146,10 @@ def test_a_databases_error_is_told_without_its_query_and_with_what_to_do(tmp_pat
 
 
 def track(root):
-    with tracking.run("teacher", {}, {}, root=root) as run:
+    os.chdir(root)
+    with tracking.run("teacher", {}, {}) as run:
         run.log(1, {"loss": 1.0})
-    return mlflow_store.connect(root).get_run(run.id).info.status
+    return mlflow_store.connect().get_run(run.id).info.status
 
 
 def test_many_processes_may_open_a_new_store_at_once(tmp_path, monkeypatch):

@@ -16,12 +16,17 @@ from pipeline.core.results import mlflow_store, tracking
 ROOT = Path(__file__).parent.parent
 
 
-def look(root, run):
-    return mlflow_store.connect(root).get_run(run.id)
+@pytest.fixture(autouse=True)
+def in_the_root(root, monkeypatch):
+    monkeypatch.chdir(root)
 
 
-def history(root, run, key):
-    return [(metric.step, metric.value) for metric in mlflow_store.connect(root).get_metric_history(run.id, key)]
+def look(run):
+    return mlflow_store.connect().get_run(run.id)
+
+
+def history(run, key):
+    return [(metric.step, metric.value) for metric in mlflow_store.connect().get_metric_history(run.id, key)]
 
 
 def test_importing_it_does_not_import_mlflow():
@@ -33,11 +38,11 @@ def test_a_run_holds_parameters_metrics_tags_and_ends_finished(root, monkeypatch
     monkeypatch.setenv(tracking.FLOW_RUN, "brave-otter")
     many = {f"key{number}": number for number in range(250)}  # more than MLflow takes in one request
     params, identities = {"distill": {"epochs": 2}, "seed": 0, "many": many}, {"data": "d1", "cache": "c1"}
-    with tracking.run("distill", params, identities, root=root) as run:
+    with tracking.run("distill", params, identities) as run:
         run.log(1, {"train_loss": 2.0, "val_top1": 0.5})
         run.log(2, {"train_loss": 1.0, "val_top1": 0.75})
         run.tag({"words": "of a person"})
-    found = look(root, run)
+    found = look(run)
     assert found.info.status == "FINISHED"
     assert found.info.run_name == "distill"
     assert found.data.params == {"distill.epochs": "2", "seed": "0", **{f"many.{key}": str(many[key]) for key in many}}
@@ -53,24 +58,24 @@ def test_the_commit_and_whether_the_code_differs_from_it_are_tags(root, monkeypa
     def git(*arguments):
         subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", *arguments], cwd=root, check=True)
 
-    assert tracking.git_tags(root) == {}
+    assert tracking.git_tags() == {}
     (root / "pipeline").mkdir()
     (root / "pipeline" / "code.py").write_text("1")
     git("init", "--quiet")
     git("add", "pipeline")
     git("commit", "--quiet", "--message", "first")
-    clean = tracking.git_tags(root)
+    clean = tracking.git_tags()
     assert len(clean["git.commit"]) == 40
     assert clean["git.dirty"] == "false"  # what is not code, such as the store's file, does not count
     settings = ("params.yaml", "dvc.yaml", "requirements.txt", ".dvc/config", "data/photos.dvc")
     for file in ("pipeline/code.py", "models/own.py", *settings):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text("2")
-        assert tracking.git_tags(root) == {**clean, "git.dirty": "true"}, file
+        assert tracking.git_tags() == {**clean, "git.dirty": "true"}, file
         git("stash", "--quiet", "--include-untracked", "--", file)
-        assert tracking.git_tags(root) == clean
+        assert tracking.git_tags() == clean
     monkeypatch.setenv("PATH", str(root))  # where no git is
-    assert tracking.git_tags(root) == {}
+    assert tracking.git_tags() == {}
 
 
 def test_why_git_says_nothing_is_said(root, monkeypatch, capfd):
@@ -79,39 +84,39 @@ def test_why_git_says_nothing_is_said(root, monkeypatch, capfd):
     git.write_text("#!/bin/sh\necho 'fatal: detected dubious ownership in repository' >&2\nexit 128\n")
     git.chmod(0o755)
     monkeypatch.setenv("PATH", str(git.parent), prepend=os.pathsep)
-    assert tracking.git_tags(root) == {}
+    assert tracking.git_tags() == {}
     assert capfd.readouterr().err == "the commit is not noted: fatal: detected dubious ownership in repository\n"
 
 
-def test_a_run_that_cannot_be_described_has_failed(root, monkeypatch):
+def test_a_run_that_cannot_be_described_has_failed(monkeypatch):
     from mlflow.exceptions import MlflowException
 
     def refuse(*_):
         raise MlflowException("the server is away")
 
     monkeypatch.setattr(tracking, "_describe", refuse)
-    with pytest.raises(ValueError, match="the server is away"), tracking.run("teacher", {}, {}, root=root):
+    with pytest.raises(ValueError, match="the server is away"), tracking.run("teacher", {}, {}):
         pass
-    client = mlflow_store.connect(root)
-    (found,) = client.search_runs([mlflow_store.experiment(client, root)])
+    client = mlflow_store.connect()
+    (found,) = client.search_runs([mlflow_store.experiment(client)])
     assert found.info.status == "FAILED"
 
 
 def test_a_resumed_training_goes_on_in_the_same_run(root):
     resume = root / "scratch" / "mlflow-run"
-    with contextlib.suppress(KeyboardInterrupt), tracking.run("distill", {"workers": 0}, {}, resume, root) as killed:
+    with contextlib.suppress(KeyboardInterrupt), tracking.run("distill", {"workers": 0}, {}, resume) as killed:
         killed.log(1, {"loss": 3.0})
         killed.log(2, {"loss": 2.0})
         raise KeyboardInterrupt
-    assert look(root, killed).info.status == "KILLED"
+    assert look(killed).info.status == "KILLED"
 
-    with tracking.run("distill", {"workers": 2}, {}, resume, root) as resumed:
-        assert look(root, resumed).info.status == "RUNNING"
+    with tracking.run("distill", {"workers": 2}, {}, resume) as resumed:
+        assert look(resumed).info.status == "RUNNING"
         resumed.log(2, {"loss": 2.0})  # the checkpoint was older than the last metric
         resumed.log(3, {"loss": 1.0})
     assert resumed.id == killed.id
-    assert history(root, resumed, "loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
-    found = look(root, resumed)
+    assert history(resumed, "loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    found = look(resumed)
     assert found.info.status == "FINISHED"
     assert found.data.params == {"workers": "0"}
     assert found.data.tags["resumed.workers"] == "2"
@@ -121,20 +126,20 @@ def test_a_resumed_training_goes_on_in_the_same_run(root):
 def test_a_run_that_the_store_does_not_know_is_begun_anew(root, kept):
     resume = root / "mlflow-run"
     resume.write_text(kept)
-    with tracking.run("distill", {}, {}, resume, root) as run:
+    with tracking.run("distill", {}, {}, resume) as run:
         run.log(1, {"loss": 1.0})
-    assert history(root, run, "loss") == [(1, 1.0)]
+    assert history(run, "loss") == [(1, 1.0)]
     assert json.loads(resume.read_text())["run_id"] == run.id
     resume.write_text(json.dumps({"uri": mlflow_store.default_uri(root), "run_id": "0" * 32}))
-    with tracking.run("distill", {}, {}, resume, root) as another:
+    with tracking.run("distill", {}, {}, resume) as another:
         assert another.id != run.id
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
-def test_the_status_says_how_the_stage_ended(root, error, status):
-    with pytest.raises(type(error)), tracking.run("teacher", {}, {}, root=root) as run:
+def test_the_status_says_how_the_stage_ended(error, status):
+    with pytest.raises(type(error)), tracking.run("teacher", {}, {}) as run:
         raise error
-    assert look(root, run).info.status == status
+    assert look(run).info.status == status
 
 
 def test_a_stopped_process_leaves_a_killed_run(root):
@@ -157,10 +162,10 @@ def test_a_stopped_process_leaves_a_killed_run(root):
     process.send_signal(signal.SIGTERM)
     process.wait(30)
     run_id = json.loads((root / "mlflow-run").read_text())["run_id"]
-    assert mlflow_store.connect(root).get_run(run_id).info.status == "KILLED"
+    assert mlflow_store.connect().get_run(run_id).info.status == "KILLED"
 
 
-def test_what_the_store_did_not_take_is_sent_with_the_next_step_or_at_the_end(root, capfd, monkeypatch):
+def test_what_the_store_did_not_take_is_sent_with_the_next_step_or_at_the_end(capfd, monkeypatch):
     from mlflow.exceptions import MlflowException
 
     def refuse(*_, **__):
@@ -171,10 +176,10 @@ def test_what_the_store_did_not_take_is_sent_with_the_next_step_or_at_the_end(ro
             patch.setattr(run.client, "log_batch", refuse)
             run.log(step, {"loss": loss})
 
-    with tracking.run("teacher", {}, {}, root=root) as run:
+    with tracking.run("teacher", {}, {}) as run:
         log_in_vain(1, 2.0)
         log_in_vain(2, math.nan)
         run.log(3, {"loss": 1.0})
         log_in_vain(4, 1.0)
-    assert [step for step, _ in history(root, run, "loss")] == [1, 2, 3, 4]
+    assert [step for step, _ in history(run, "loss")] == [1, 2, 3, 4]
     assert "the server is away" in capfd.readouterr().err

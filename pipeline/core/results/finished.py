@@ -93,13 +93,12 @@ def count_mined(student: Student, params: Params, data: Path) -> int:
     return views // params.cache.replicas - student.counts["labelled"]
 
 
-def lineage(record: dict[str, Any], params: Params, data: Path, root: Path = Path(".")) -> dict[str, str]:
+def lineage(record: dict[str, Any], params: Params, data: Path) -> dict[str, str]:
     """Collect the tags that lead from a version back to data, teacher, labels, settings and commit.
 
     Args:
         record: what `describe` gave.
         data: the stages' outputs.
-        root: the project's root, where dvc.lock is if the pipeline ran through DVC.
 
     Raises:
         ValueError: dvc.lock cannot be read.
@@ -112,14 +111,14 @@ def lineage(record: dict[str, Any], params: Params, data: Path, root: Path = Pat
         "digest.cache": atomic.read_json(data / "cache" / "cache.json")["fingerprint"],
     }
     try:
-        lock = (yaml.safe_load((root / "dvc.lock").read_text()) if (root / "dvc.lock").exists() else None) or {}
+        lock = (yaml.safe_load(Path("dvc.lock").read_text()) if Path("dvc.lock").exists() else None) or {}
     except yaml.YAMLError:
         raise ValueError("dvc.lock: not YAML, as after a merge: resolve that, then run `dvc repro`") from None
     for name in STORED:
         # Under these names, DVC's cache and remotes keep what the stages wrote.
         outs = lock.get("stages", {}).get(name, {}).get("outs", [])
         tags |= {f"dvc.{out['path']}": out["md5"] for out in outs if "md5" in out}
-    return tags | {key: value for key, value in tracking.git_tags(root).items() if key.startswith("git.")}
+    return tags | {key: value for key, value in tracking.git_tags().items() if key.startswith("git.")}
 
 
 def digest(content: Any) -> str:

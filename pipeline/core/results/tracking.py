@@ -82,7 +82,6 @@ def run(
     params: dict[str, Any],
     identities: dict[str, str],
     resume_file: Path | None = None,
-    root: Path = Path("."),
 ) -> Iterator[TrackedRun]:
     """Track a stage as one MLflow run, closed as FINISHED, FAILED (an exception) or KILLED (stopped from outside).
 
@@ -92,19 +91,18 @@ def run(
         identities: digests of what the stage read, by name ("data", "cache", "teacher"); tags `digest.NAME`.
         resume_file: keeps the run's id, so that a training that goes on goes on in the same run. It belongs beside
             the checkpoint, and goes when the checkpoint goes.
-        root: the project's root.
 
     Raises:
         ValueError: the store cannot be reached or used; it says what to do.
     """
-    client = mlflow_store.connect(root)
+    client = mlflow_store.connect()
     with mlflow_store.speaking_plainly(client.tracking_uri):
-        tracked = _resume(client, resume_file) or _start(client, stage, root)
+        tracked = _resume(client, resume_file) or _start(client, stage)
         if resume_file:
             atomic.write_json(resume_file, {"uri": mlflow_store.shown(client.tracking_uri), "run_id": tracked.id})
     status = "FAILED"
     try:
-        tags = {f"digest.{name}": value for name, value in identities.items()} | git_tags(root)
+        tags = {f"digest.{name}": value for name, value in identities.items()} | git_tags()
         with mlflow_store.speaking_plainly(client.tracking_uri):
             _describe(client, tracked.id, flatten(params), tags)
         yield tracked
@@ -124,21 +122,21 @@ def flatten(params: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def git_tags(root: Path = Path(".")) -> dict[str, str]:
+def git_tags() -> dict[str, str]:
     """Name the commit, and whether code, settings, packages or images differ from it; nothing without a commit."""
-    commit = _git(root, "rev-parse", "HEAD")
+    commit = _git("rev-parse", "HEAD")
     if commit is None:
         return {}
-    changed = _git(root, "status", "--porcelain", "--", *REPEATABLE_BY)
+    changed = _git("status", "--porcelain", "--", *REPEATABLE_BY)
     # `mlflow.source.git.commit` is the name that MLflow's pages look for.
     return {"git.commit": commit, "mlflow.source.git.commit": commit, "git.dirty": str(bool(changed)).lower()}
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def _git(*arguments: str) -> str | None:
     """What Git says; None where it says nothing, and why on the screen, unless there is no repository or commit."""
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, timeout=60, env=os.environ | {"LC_ALL": "C"}
+            ["git", *arguments], capture_output=True, text=True, timeout=60, env=os.environ | {"LC_ALL": "C"}
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -147,13 +145,12 @@ def _git(root: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _start(client: "MlflowClient", stage: str, root: Path) -> TrackedRun:
+def _start(client: "MlflowClient", stage: str) -> TrackedRun:
     tags = {"stage": stage, "mlflow.source.name": f"python -m pipeline.{stage}", "mlflow.source.type": "LOCAL"}
     if flow_run := os.environ.get(FLOW_RUN):
         tags["flow_run"] = flow_run
-    return TrackedRun(
-        client, client.create_run(mlflow_store.experiment(client, root), run_name=stage, tags=tags).info.run_id
-    )
+    made = client.create_run(mlflow_store.experiment(client), run_name=stage, tags=tags)
+    return TrackedRun(client, made.info.run_id)
 
 
 def _resume(client: "MlflowClient", resume_file: Path | None) -> TrackedRun | None:
