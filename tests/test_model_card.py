@@ -124,6 +124,7 @@ def test_the_card_fits_the_registry(student):
     [
         ({"git.dirty": "false"}, "Check out the commit"),
         ({"git.dirty": "true"}, "had changes that are in no commit (`git.dirty`)"),
+        ({"git.dirty": "unknown"}, "changes that are in no commit is not known (`git.dirty`)."),
         ({}, "in no commit"),
     ],
 )

@@ -78,6 +78,30 @@ def test_the_commit_and_whether_the_code_differs_from_it_are_tags(root, monkeypa
     assert tracking.git_tags() == {}
 
 
+def test_files_that_git_cannot_compare_are_not_said_to_be_those_of_the_commit(root, monkeypatch, capfd):
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    author = ("-c", "user.name=n", "-c", "user.email=e")
+    subprocess.run(["git", *author, "commit", "--quiet", "--allow-empty", "--message", "first"], check=True)
+    clean = tracking.git_tags()
+    assert clean["git.dirty"] == "false"
+    (root / ".git" / "index").write_text("damaged")
+    assert tracking.git_tags() == {**clean, "git.dirty": "unknown"}
+    said = capfd.readouterr().err
+    assert said.startswith("whether anything differs from the commit is not known: ")
+    assert "index" in said
+
+    run = subprocess.run
+
+    def take_too_long(command, **how):
+        if "status" in command:
+            raise subprocess.TimeoutExpired(command, how["timeout"])
+        return run(command, **how)
+
+    monkeypatch.setattr(subprocess, "run", take_too_long)
+    assert tracking.git_tags() == {**clean, "git.dirty": "unknown"}
+    assert "timed out after 60 seconds" in capfd.readouterr().err
+
+
 def test_why_git_says_nothing_is_said(root, monkeypatch, capfd):
     git = root / "bin" / "git"
     git.parent.mkdir()

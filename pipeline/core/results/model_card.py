@@ -35,6 +35,8 @@ COMMIT = {  # by what the tag git.dirty says
     "false": BACK,
     "true": f"{BACK} But settings, code, packages or .dvc files had changes that are in no commit (`git.dirty`); of "
     "those, the settings alone are here.",
+    "unknown": f"{BACK} But whether settings, code, packages or .dvc files had changes that are in no commit is not "
+    "known (`git.dirty`).",
     None: "The code was in no commit.",
 }
 MOST_CLASSES = 20  # whose names are written out

@@ -123,26 +123,41 @@ def flatten(params: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def git_tags() -> dict[str, str]:
-    """Name the commit, and whether code, settings, packages or images differ from it; nothing without a commit."""
-    commit = _git("rev-parse", "HEAD")
+    """Name the commit, and whether code, settings, packages or images differ from it; nothing without a commit.
+
+    `git.dirty` is "true", "false", or "unknown" where Git does not say.
+    """
+    commit = _git("the commit is not noted", "rev-parse", "HEAD")
     if commit is None:
         return {}
-    changed = _git("status", "--porcelain", "--", *REPEATABLE_BY)
+    unknown = "whether anything differs from the commit is not known"
+    changed = _git(unknown, "status", "--porcelain", "--", *REPEATABLE_BY)
+    dirty = "unknown" if changed is None else str(bool(changed)).lower()
     # `mlflow.source.git.commit` is the name that MLflow's pages look for.
-    return {"git.commit": commit, "mlflow.source.git.commit": commit, "git.dirty": str(bool(changed)).lower()}
+    return {"git.commit": commit, "mlflow.source.git.commit": commit, "git.dirty": dirty}
 
 
-def _git(*arguments: str) -> str | None:
-    """What Git says; None where it says nothing, and why on the screen, unless there is no repository or commit."""
+def _git(otherwise: str, *arguments: str) -> str | None:
+    """What Git says; None where it fails, and a line with the reason, unless there is no Git, repository or commit.
+
+    Args:
+        otherwise: how that line begins.
+    """
+    environment = os.environ | {"LC_ALL": "C"}
     try:
         done = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, timeout=60, env=os.environ | {"LC_ALL": "C"}
+            ["git", *arguments], capture_output=True, text=True, check=True, timeout=60, env=environment
         )
-    except (OSError, subprocess.TimeoutExpired):
+        return done.stdout.strip()
+    except FileNotFoundError:
         return None
-    if done.returncode and not re.search("not a git repository|unknown revision", done.stderr):
-        print(f"the commit is not noted: {' '.join(done.stderr.split())}", file=sys.stderr, flush=True)
-    return done.stdout.strip() if done.returncode == 0 else None
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = str(error)
+    if not re.search("not a git repository|unknown revision", reason):
+        print(f"{otherwise}: {' '.join(reason.split())}", file=sys.stderr, flush=True)
+    return None
 
 
 def _start(client: "MlflowClient", stage: str) -> TrackedRun:
