@@ -238,6 +238,24 @@ def test_a_version_whose_files_are_cut_short_is_named_and_not_the_registry(proje
 
 
 @pytest.mark.usefixtures("no_onnx")
+@pytest.mark.parametrize("failing", ["list_artifacts", "download_artifacts"])
+def test_a_store_of_files_that_does_not_answer_is_not_a_damaged_version(project, monkeypatch, failing):
+    import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
+
+    project.register()
+    client, version = mlflow_store.connect(), project.versions()[1]
+
+    def refuse(*_, **__):
+        raise MlflowException("the server is away")
+
+    monkeypatch.setattr(mlflow.artifacts, failing, refuse)
+    with pytest.raises(ValueError, match=r"^MLflow at sqlite.*: the server is away") as told:
+        registry.card_of(client, version)
+    assert "aliases" not in str(told.value)
+
+
+@pytest.mark.usefixtures("no_onnx")
 def test_a_version_that_predicts_something_else_is_refused(project):
     path = project.data / "evaluate" / "predictions.parquet"
     table = pyarrow.parquet.read_table(path)

@@ -11,7 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,31 +155,28 @@ def by_alias(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | N
 
 def is_whole(client: "MlflowClient", version: "ModelVersion") -> bool:
     """Say whether a version's files are where the registry says."""
-    import mlflow.artifacts
-
-    files = mlflow.artifacts.list_artifacts(_address(client, version), tracking_uri=client.tracking_uri)
-    return any(Path(file.path).name == "MLmodel" for file in files)
+    return "MLmodel" in _files(client, version)
 
 
 def card_of(client: "MlflowClient", version: "ModelVersion") -> dict[str, Any]:
     """Read a version's network.json, and nothing else of its files.
 
     Raises:
-        ValueError: it is not there, or damaged.
+        ValueError: it is not there, or damaged; or what keeps the files does not answer.
     """
     import mlflow.artifacts
 
-    file = f"{_address(client, version)}/network.json"
-    with tempfile.TemporaryDirectory(prefix="register-") as scratch:
-        try:
-            with mlflow_store.speaking_plainly(client.tracking_uri):
-                mlflow.artifacts.download_artifacts(file, dst_path=scratch, tracking_uri=client.tracking_uri)
-            return json.loads((Path(scratch) / "network.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise ValueError(
-                f"models:/{version.name}/{version.version}: its network.json is missing or damaged; give its aliases "
-                "to another version, or take them away"
-            ) from None
+    with tempfile.TemporaryDirectory(prefix="register-") as scratch, mlflow_store.speaking_plainly(client.tracking_uri):
+        if "network.json" in _files(client, version):
+            file = mlflow.artifacts.download_artifacts(
+                f"{_address(client, version)}/network.json", dst_path=scratch, tracking_uri=client.tracking_uri
+            )
+            with suppress(ValueError):  # no JSON, or no text
+                return json.loads(Path(file).read_text(encoding="utf-8"))
+    raise ValueError(
+        f"models:/{version.name}/{version.version}: its network.json is missing or damaged; give its aliases to "
+        "another version, or take them away"
+    )
 
 
 @contextmanager
@@ -222,6 +219,14 @@ def loaded(client: "MlflowClient", version: "ModelVersion") -> Iterator[Any]:
 def _address(client: "MlflowClient", version: "ModelVersion") -> str:
     """Say where a version's files lie. (MLflow would look `models:/...` up in a store of its own choice.)"""
     return client.get_model_version_download_uri(version.name, version.version)
+
+
+def _files(client: "MlflowClient", version: "ModelVersion") -> set[str]:
+    """The names of what lies in a version's folder; none where that is gone."""
+    import mlflow.artifacts
+
+    files = mlflow.artifacts.list_artifacts(_address(client, version), tracking_uri=client.tracking_uri)
+    return {Path(file.path).name for file in files}
 
 
 def _make_registered_model(client: "MlflowClient", name: str, description: str) -> None:
