@@ -13,6 +13,8 @@ from pipeline.core.data import images, views
 from pipeline.core.data.batches import CleanViews, in_order
 from pipeline.core.results import model_card
 
+IMAGES = {"labelled": 24, "unlabelled": 0, "val": 0, "test": 24}
+
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
@@ -28,14 +30,17 @@ def student(tmp_path_factory):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ("ResNet50_vd", 'timm.create_model("resnet50d", num_classes=10)` takes them'),
-        ("ResNeXt101_32x8d_wsl", 'timm.create_model("resnext101_32x8d", num_classes=10)` takes them'),
+        ("ResNet50_vd", '`timm.create_model("resnet50d", num_classes=10)` takes them'),
+        ("ResNeXt101_32x8d_wsl", '`timm.create_model("resnext101_32x8d", num_classes=10)` takes them'),
         ("ResNet18_vd", "nothing takes them: timm has no ResNet18_vd"),
-        ("resnet18d.ra2_in1k", 'timm.create_model("resnet18d", num_classes=10)` takes them'),
+        ("resnet18d.ra2_in1k", '`timm.create_model("resnet18d", num_classes=10)` takes them'),
     ],
 )
-def test_the_card_says_what_else_takes_the_weights(model, words):
-    assert words in model_card._elsewhere({"model": model, "num_classes": 10})
+def test_the_card_says_what_else_takes_the_weights(student, model, words):
+    network, figures = student
+    network = network | {"model": model, "num_classes": 10}
+    params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
+    assert f"Without it, {words}" in model_card.in_full(NAME, network, figures, params, IMAGES, 0, {})
 
 
 def test_each_networks_figures_are_its_own(student):
@@ -46,7 +51,9 @@ def test_each_networks_figures_are_its_own(student):
         for number, who in enumerate(("teacher", "baseline", "student"), 1)
     }
     params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
-    text = model_card.in_full(NAME, network, figures, params, {"labelled": 12, "val": 5, "test": 24}, 0, {})
+    text = model_card.in_full(
+        NAME, network, figures, params, {"labelled": 12, "unlabelled": 0, "val": 5, "test": 24}, 0, {}
+    )
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and "." in line]
     assert rows == [
         ["teacher", "0.1000", "0.1010", "0.1020", "0.1030", "1,000"],
@@ -65,7 +72,7 @@ def test_each_networks_figures_are_its_own(student):
 def test_the_card_has_the_recipe_and_each_stages_settings_of_it(student):
     network, figures = student
     params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
-    text = model_card.in_full(NAME, network, figures, params, {"test": 24}, 0, {})
+    text = model_card.in_full(NAME, network, figures, params, IMAGES, 0, {})
     recipe = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
     not_of_it = {"prepare", "score", "baseline", "evaluate", "register", "machine", "digits"}
     assert recipe == {name: section for name, section in params.items() if name not in not_of_it}
@@ -87,7 +94,7 @@ def test_the_card_says_where_the_teacher_comes_from(student, teacher, words):
     network, figures = student
     params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
     params["teacher"] |= {"source": "fit", "init": None} | teacher
-    text = model_card.in_full(NAME, network, figures, params, {"test": 24}, 0, {})
+    text = model_card.in_full(NAME, network, figures, params, IMAGES, 0, {})
     assert words in text
     assert text.count("The teacher was") + text.count("The teacher has") + text.count("The teacher's weights") == 1
 
@@ -96,7 +103,7 @@ def test_the_card_shows_names_with_backticks(student):
     network, figures = student
     params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
     network = network | {"classes": ["cat", "a`b``"]}
-    assert "`cat`, ``` a`b`` ```" in model_card.in_full(NAME, network, figures, params, {"test": 24}, 0, {})
+    assert "`cat`, ``` a`b`` ```" in model_card.in_full(NAME, network, figures, params, IMAGES, 0, {})
 
 
 def test_the_card_fits_the_registry(student):
@@ -104,7 +111,7 @@ def test_the_card_fits_the_registry(student):
     network, figures = student
     network = network | {"classes": [f"class {i}" for i in range(1000)], "num_classes": 1000}
     params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
-    text = model_card.in_full(NAME, network, figures, params, {"test": 24}, 0, {"digest.data": "d"})
+    text = model_card.in_full(NAME, network, figures, params, IMAGES, 0, {"digest.data": "d"})
     assert f"models:/{NAME}@champion" in text
     assert "and 980 more" in text
     assert "logits, shape (B, 1000)." in text
@@ -134,7 +141,7 @@ def test_the_card_says_what_the_student_started_from_and_whether_the_commit_is_a
     network, figures = student
     params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
     params["student"]["init"] = init
-    text = model_card.in_full(NAME, network, figures, params, {"test": 24}, 0, dirty)
+    text = model_card.in_full(NAME, network, figures, params, IMAGES, 0, dirty)
     assert words in text
     assert leads_back in text
 
@@ -144,7 +151,7 @@ def test_the_card_makes_an_input_of_a_file(student, tmp_path, crop, words):
     network, figures = student
     params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
     params["views"]["test_crop"] = crop
-    text = model_card.in_full(NAME, network, figures, params, {"test": 24}, 0, {})
+    text = model_card.in_full(NAME, network, figures, params, IMAGES, 0, {})
     assert words in text
     found = {}
     exec(next(block for block in text.split("```") if "def pixels_of" in block).removeprefix("python"), found)
