@@ -174,6 +174,18 @@ def test_gradients_lie_as_the_weights_do_so_that_several_processes_need_not_copy
         assert parameter.grad.stride() == parameter.stride()
 
 
+def test_a_network_to_export_is_a_copy_with_torchs_convolutions():
+    network = networks.build("test_resnet", 3, seed=0).eval()
+    kinds = [type(module) for module in network.modules()]
+    copied = small_maps.exportable(network)
+    assert SmallMapConv2d in kinds
+    assert [type(module) for module in network.modules()] == kinds
+    plain = [nn.Conv2d if kind is SmallMapConv2d else kind for kind in kinds]
+    assert [type(module) for module in copied.modules()] == plain
+    assert copied.state_dict().keys() == network.state_dict().keys()
+    assert not {*map(id, copied.parameters())} & {*map(id, network.parameters())}
+
+
 def test_a_packed_network_takes_batches_of_any_size(tmp_path):
     network = networks.build("test_resnet", 3, seed=0).eval()
     registry.pack(tmp_path / "model", network, 32, ["a", "b", "c"])

@@ -10,6 +10,7 @@ of a 1 x 1 convolution of few channels that takes steps of more than one, in flo
 past the memory that it works in (oneDNN's issue 6035): other values change, or the process dies.
 """
 
+import copy
 import functools
 
 import torch
@@ -27,10 +28,7 @@ BLOCK = 16  # most channels that oneDNN takes at once: with fewer, a 1 x 1 convo
 
 
 def replace_convolutions(network: nn.Module) -> None:
-    """Let every convolution of a network compute small maps as this file says; parameters and names stay.
-
-    For eager computation: an exported program would take one batch size alone.
-    """
+    """Let every convolution of a network compute small maps as this file says; parameters and names stay."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and not isinstance(module, WholeGradientConv2d):
             module.__class__ = _replacement(type(module))
@@ -42,6 +40,13 @@ def restore_convolutions(network: nn.Module) -> None:
         if isinstance(module, WholeGradientConv2d):
             kinds = type(module).__mro__
             module.__class__ = kinds[kinds.index(WholeGradientConv2d) + 1]
+
+
+def exportable(network: nn.Module) -> nn.Module:
+    """Copy a network, with torch's own convolutions: of these here, an exported program would take one batch size."""
+    network = copy.deepcopy(network)
+    restore_convolutions(network)
+    return network
 
 
 class WholeGradientConv2d(nn.Conv2d):

@@ -4,7 +4,6 @@ Its input is `pixels`, float32 (B, 3, R, R), RGB, 0 to 255, of any B; its output
 has the names of the classes, in order, as JSON.
 """
 
-import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,11 +37,10 @@ def write(file: Path, network: "nn.Module", example: np.ndarray, classes: list[s
 
     from pipeline.core import small_maps
 
-    network = copy.deepcopy(network)
-    small_maps.restore_convolutions(network)
     gigabytes = sum(value.numel() * value.element_size() for value in network.state_dict().values()) / 1e9
     if gigabytes > MOST_GIGABYTES:
         raise ValueError(f"it cannot be written as one ONNX file: its weights take {gigabytes:.1f} GB")
+    network = small_maps.exportable(network)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # what they speak of is torch's own

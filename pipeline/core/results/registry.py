@@ -4,7 +4,6 @@ A version's folder holds MLflow's own files (`MLmodel`, the exported program `da
 beside them, whatever the stage adds: the weights as safetensors, the network's card, the report.
 """
 
-import copy
 import json
 import os
 import tempfile
@@ -45,14 +44,12 @@ def pack(folder: Path, network: "nn.Module", resolution: int, classes: list[str]
 
     from pipeline.core import small_maps
 
-    network = copy.deepcopy(network)
-    small_maps.restore_convolutions(network)  # else the program would take one batch size alone
     pixels = TensorSpec(np.dtype(np.float32), (-1, 3, resolution, resolution))
     logits = TensorSpec(np.dtype(np.float32), (-1, len(classes)))
     metadata = {"input": "RGB pixels, 0 to 255, as they are", "output": "logits", "classes": classes}
     model = Model(metadata=metadata, model_uuid=link.get("model_id"), **link)
     mlflow.pytorch.save_model(
-        network,
+        small_maps.exportable(network),
         folder,
         mlflow_model=model,
         signature=ModelSignature(inputs=Schema([pixels]), outputs=Schema([logits])),

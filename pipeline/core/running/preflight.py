@@ -5,7 +5,6 @@ No stage imports this, so a change here reruns nothing. Run: python -m pipeline.
 
 import ast
 import contextlib
-import copy
 import hashlib
 import json
 import os
@@ -244,8 +243,7 @@ def check_exports(student: "Classifier", name: str, resolution: int) -> None:
 
     from pipeline.core import small_maps
 
-    student = copy.deepcopy(student).to("meta").eval()
-    small_maps.restore_convolutions(student)
+    student = small_maps.exportable(student).to("meta").eval()
     pixels = torch.empty(2, 3, resolution, resolution, device="meta")
     try:
         with torch.no_grad():
