@@ -23,6 +23,7 @@ from pipeline.core.data.dataset import ImageSet
 from pipeline.core.intake import image_shards
 from pipeline.core.networks import Classifier
 from pipeline.core.results import mlflow_store
+from pipeline.core.softlabels.store import summary_checksum
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ["cat", "dog", "owl"]
@@ -128,9 +129,10 @@ def make(root: Path) -> SimpleNamespace:
     assert set(said.values()) == {0, 1, 2}
     numbers = {int(images.source(row).split(".")[0]): said[int(images.ids[row])] for row in rows}
     images = write_images(data / "prepare", numbers.__getitem__)
+    labels = {"fingerprint": "c" * 64, "wanted_views": (24 + 5) * replicas}
     for folder, file, content in (
         ("teacher", "network.json", {"digest": "t" * 64}),
-        ("cache", "cache.json", {"fingerprint": "c" * 64, "wanted_views": (24 + 5) * replicas}),
+        ("cache", "cache.json", {**labels, "checksum": summary_checksum(labels)}),
     ):
         (data / folder).mkdir()
         (data / folder / file).write_text(json.dumps(content))

@@ -23,6 +23,16 @@ def test_a_version_of_a_run_without_dvcs_record_has_no_tags_of_it(project):
         finished.lineage(record, params, project.data)
 
 
+def test_a_damaged_note_of_the_soft_labels_is_not_believed(project):
+    student, params = finished.read(project.data), settings.load(ROOT / "params.yaml")
+    file = project.data / "cache" / "cache.json"
+    file.write_text(file.read_text().replace("ccc", "dcc", 1))  # JSON still
+    with pytest.raises(ValueError, match=r"cache\.json: damaged"):
+        finished.lineage(finished.describe(student, NAME, 1.0), params, project.data)
+    with pytest.raises(ValueError, match=r"cache\.json: damaged"):
+        finished.count_mined(student, params, project.data)
+
+
 def test_a_version_s_tags_name_the_data_the_teacher_and_the_soft_labels_that_dvc_keeps(project):
     stages = ("digits", "prepare", "teacher", "cache", "distill")
     outs = {name: {"outs": [{"path": f"data/{name}", "md5": f"{name}.dir"}, {"path": name}]} for name in stages}

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet
-import yaml
 
 from pipeline.core import atomic
 from pipeline.core.data.dataset import SPLITS, ImageSet
+from pipeline.core.params import parse
 from pipeline.core.results import tracking
 from pipeline.core.sections import Params
 
@@ -88,9 +88,8 @@ def describe(student: Student, name: str, test_crop: float) -> dict[str, Any]:
 
 
 def count_mined(student: Student, params: Params, data: Path) -> int:
-    """Count the images without labels whose soft labels the student learned from."""
-    views = atomic.read_json(data / "cache" / "cache.json")["wanted_views"]
-    return views // params.cache.replicas - student.counts["labelled"]
+    """Count the images without labels whose soft labels the student learned from. Raises ValueError as `lineage`."""
+    return _soft_labels(data)["wanted_views"] // params.cache.replicas - student.counts["labelled"]
 
 
 def lineage(record: dict[str, Any], params: Params, data: Path) -> dict[str, str]:
@@ -101,24 +100,31 @@ def lineage(record: dict[str, Any], params: Params, data: Path) -> dict[str, str
         data: the stages' outputs.
 
     Raises:
-        ValueError: dvc.lock cannot be read.
+        ValueError: dvc.lock cannot be read; or what the teacher or the soft labels say of themselves.
     """
     settings = params.model_dump(mode="json", by_alias=True, exclude={"machine"})
     tags = {f"digest.{key}": record[key] for key in ("weights", "data", "test")}
     tags |= {
         "digest.params": digest(settings),
         "digest.teacher": atomic.read_json(data / "teacher" / "network.json")["digest"],
-        "digest.cache": atomic.read_json(data / "cache" / "cache.json")["fingerprint"],
+        "digest.cache": _soft_labels(data)["fingerprint"],
     }
     try:
-        lock = (yaml.safe_load(Path("dvc.lock").read_text()) if Path("dvc.lock").exists() else None) or {}
-    except yaml.YAMLError:
+        lock = (parse(Path("dvc.lock").read_text()) if Path("dvc.lock").exists() else None) or {}
+    except ValueError:
         raise ValueError("dvc.lock: not YAML, as after a merge: resolve that, then run `dvc repro`") from None
     for name in STORED:
         # Under these names, DVC's cache and remotes keep what the stages wrote.
         outs = lock.get("stages", {}).get(name, {}).get("outs", [])
         tags |= {f"dvc.{out['path']}": out["md5"] for out in outs if "md5" in out}
     return tags | {key: value for key, value in tracking.git_tags().items() if key.startswith("git.")}
+
+
+def _soft_labels(data: Path) -> dict[str, Any]:
+    """What the cache of soft labels says of itself."""
+    from pipeline.core import softlabels  # with torch, it takes seconds to load
+
+    return softlabels.read_summary(data / "cache")
 
 
 def digest(content: Any) -> str:
