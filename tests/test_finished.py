@@ -8,6 +8,7 @@ import pytest
 import yaml
 from student_project import NAME, ROOT, write_images
 
+from pipeline.core import digests
 from pipeline.core import params as settings
 from pipeline.core.results import finished
 
@@ -55,7 +56,7 @@ def test_the_settings_digest_is_the_same_on_another_machine_and_in_another_order
 
     assert digest() == digest({"machine.workers": 7}) == digest(order=lambda keys: keys[::-1])
     assert len({digest(), digest({"seed": 5}), digest({"distill.epochs": 77})}) == 3
-    assert finished.digest({"a": 1, "b": 2}) == finished.digest({"b": 2, "a": 1})
+    assert digests.of_json({"a": 1, "b": 2}) == digests.of_json({"b": 2, "a": 1})
 
 
 def test_a_version_belongs_to_how_it_was_shown_which_images(project):

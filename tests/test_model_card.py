@@ -99,6 +99,20 @@ def test_the_card_says_where_the_teacher_comes_from(student, teacher, words):
     assert text.count("The teacher was") + text.count("The teacher has") + text.count("The teacher's weights") == 1
 
 
+def test_the_card_says_what_validation_images_were_for_and_which_stages_network_it_is(student):
+    network, figures = student
+    params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
+    for rank_by, ranked in (("likeness", True), ("probability", False)):
+        params["mine"] |= {"rank_by": rank_by}
+        text = model_card.in_full(NAME, network, figures, params, IMAGES, 0, {})
+        assert ("to rank the pool" in text) == ranked
+        assert "near-copies of them out of it; no network learned" in text
+    assert "did worse" not in text
+    kept = network | {"kept": {"stage": "finetune", "val_top1": 0.9, "instead_of": 0.8}}
+    text = model_card.in_full(NAME, kept, figures, params, IMAGES, 0, {})
+    assert "What fixres trained did worse on the validation images: this is the network of finetune." in text
+
+
 def test_the_card_shows_names_with_backticks(student):
     network, figures = student
     params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)

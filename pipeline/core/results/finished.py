@@ -1,7 +1,5 @@
 """The finished student: its card, what evaluation recorded of it, and the digests that lead back to what made it."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 
-from pipeline.core import atomic
+from pipeline.core import atomic, digests
 from pipeline.core.data.dataset import SPLITS, ImageSet
 from pipeline.core.params import parse
 from pipeline.core.results import tracking
@@ -39,7 +37,7 @@ class Student:
     def test_digest(self) -> str:
         """Identifies the test split: its images and their classes' names."""
         names = [self.images.classes[label] for label in self.labels]
-        return digest(sorted(zip(self.images.ids[self.rows].tolist(), names, strict=True)))
+        return digests.of_json(sorted(zip(self.images.ids[self.rows].tolist(), names, strict=True)))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -79,7 +77,7 @@ def describe(student: Student, name: str, test_crop: float) -> dict[str, Any]:
     network = {key: student.card[key] for key in ("model", "classes", "resolution", "mean", "std", "digest")}
     return {
         "name": name,
-        "key": digest({**network, "crop": test_crop, "test": student.test_digest}),
+        "key": digests.of_json({**network, "crop": test_crop, "test": student.test_digest}),
         "weights": student.card["digest"],
         "data": student.images.digest,
         "test": student.test_digest,
@@ -105,12 +103,12 @@ def lineage(record: dict[str, Any], params: Params, data: Path) -> dict[str, str
     settings = params.model_dump(mode="json", by_alias=True, exclude={"machine"})
     tags = {f"digest.{key}": record[key] for key in ("weights", "data", "test")}
     tags |= {
-        "digest.params": digest(settings),
+        "digest.params": digests.of_json(settings),
         "digest.teacher": atomic.read_json(data / "teacher" / "network.json")["digest"],
         "digest.cache": _soft_labels(data)["fingerprint"],
     }
     try:
-        lock = (parse(Path("dvc.lock").read_text()) if Path("dvc.lock").exists() else None) or {}
+        lock = (parse(Path("dvc.lock").read_text(encoding="utf-8")) if Path("dvc.lock").exists() else None) or {}
     except ValueError:
         raise ValueError("dvc.lock: not YAML, as after a merge: resolve that, then run `dvc repro`") from None
     for name in STORED:
@@ -125,8 +123,3 @@ def _soft_labels(data: Path) -> dict[str, Any]:
     from pipeline.core import softlabels  # with torch, it takes seconds to load
 
     return softlabels.read_summary(data / "cache")
-
-
-def digest(content: Any) -> str:
-    """SHA-256 of what JSON would make of `content`, in hex."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -94,6 +94,8 @@ def in_full(
         count=network["num_classes"],
         named=[_code(one) for one in network["classes"][:MOST_CLASSES]],
         agreement=figures["student"]["agreement"],
+        kept=network.get("kept"),
+        rank_by=params["mine"]["rank_by"],
         crop=params["views"]["test_crop"],
         init=params["student"]["init"],
         teacher=params["teacher"],
