@@ -237,14 +237,12 @@ def test_a_version_whose_files_are_cut_short_is_named_and_not_the_registry(proje
             pass
 
 
-@pytest.mark.usefixtures("no_onnx")
 @pytest.mark.parametrize("failing", ["list_artifacts", "download_artifacts"])
-def test_a_store_of_files_that_does_not_answer_is_not_a_damaged_version(project, monkeypatch, failing):
+def test_a_store_of_files_that_does_not_answer_is_not_a_damaged_version(registered, monkeypatch, failing):
     import mlflow.artifacts
     from mlflow.exceptions import MlflowException
 
-    project.register()
-    client, version = mlflow_store.connect(), project.versions()[1]
+    client, version = mlflow_store.connect(), registered.versions()[1]
 
     def refuse(*_, **__):
         raise MlflowException("the server is away")
