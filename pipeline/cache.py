@@ -64,7 +64,6 @@ def bring_up_to_date(params: Params, processes: Processes, scratch: Path) -> Non
 def keys_file(labelling: Labelling) -> str:
     """Name the file of all keys after what they depend on: a killed run that goes on need not make billions anew."""
     views = labelling.views
-    assert views.spec is not None
     replicas = labelling.params.cache.replicas
     digest = hashlib.sha256(f"{resume.code_digest()} {views.spec.digest} {replicas}".encode())
     digest.update(views.images.ids[labelling.rows])

@@ -83,7 +83,7 @@ def example(
         name = f"unlabelled/{number:04d}{suffix}"
         files[name] = content
         truth.append({"file": name, "kind": kind, "made_from": source})
-    return {**files, "truth.csv": as_csv(truth).encode()}
+    return {**files, "truth.csv": as_csv(truth, ("file", "kind", "made_from")).encode()}
 
 
 def enlarge(one: np.ndarray) -> Image.Image:

@@ -21,8 +21,8 @@ import models
 from pipeline.core import atomic, devices, networks, resume, stage
 from pipeline.core.data import batches
 from pipeline.core.data.dataset import ImageSet
-from pipeline.core.evaluation import findings, metrics, report
-from pipeline.core.evaluation.findings import NETWORKS, STUDENT
+from pipeline.core.evaluation import metrics, outcome, report
+from pipeline.core.evaluation.outcome import NETWORKS, STUDENT
 from pipeline.core.networks import Classifier
 from pipeline.core.progress import Progress
 from pipeline.core.sections import Params
@@ -84,7 +84,7 @@ def examine(
     seconds: float,
     keep_logits: bool = False,
     advance: Callable[[int], None] = lambda count: None,
-) -> findings.Evaluated:
+) -> outcome.Evaluated:
     """Condense what a network says to images, and measure it.
 
     Args:
@@ -107,7 +107,7 @@ def examine(
         kept += [logits] if keep_logits else []
         advance(len(batch.rows))
     assert first is not None
-    return findings.Evaluated(
+    return outcome.Evaluated(
         card=card,
         answers=metrics.Answers(*map(np.concatenate, zip(*answers, strict=True))),
         logits=np.concatenate(kept) if keep_logits else None,
@@ -131,16 +131,16 @@ def write(
     folder: Path,
     images: ImageSet,
     rows: np.ndarray,
-    results: dict[str, findings.Evaluated],
+    results: dict[str, outcome.Evaluated],
     params: Params,
     device: torch.device,
 ) -> dict[str, dict[str, float | int]]:
     """Write every file of data/evaluate to `folder`; give the numbers of each network."""
     labels, classes = images.labels[rows], images.classes
-    figures = findings.numbers(results, params.evaluate.bins)
-    fast = findings.speeds(results, device, min(params.evaluate.batch_size, len(rows)))
+    figures = outcome.numbers(results, params.evaluate.bins)
+    fast = outcome.speeds(results, device, min(params.evaluate.batch_size, len(rows)))
     atomic.write_json(folder / "metrics.json", {**figures, "test_images": len(rows)})
-    atomic.write_json(folder / "top1.json", findings.accuracies(figures))
+    atomic.write_json(folder / "top1.json", outcome.accuracies(figures))
     atomic.write_json(folder / "speed.json", fast)
     matrices = {
         name: metrics.confusion(labels, result.answers.predicted, len(classes)) for name, result in results.items()
@@ -149,17 +149,17 @@ def write(
         name: metrics.reliability(answers.probability, answers.rank == 0, params.evaluate.bins)
         for name, answers in ((name, result.answers) for name, result in results.items())
     }
-    atomic.write_text(folder / "per_class.csv", as_csv(findings.per_class(classes, matrices)))
-    atomic.write_text(folder / "reliability.csv", as_csv(findings.reliability_rows(diagrams)))
+    atomic.write_text(folder / "per_class.csv", as_csv(outcome.per_class(classes, matrices)))
+    atomic.write_text(folder / "reliability.csv", as_csv(outcome.reliability_rows(diagrams)))
     student = results[STUDENT].answers
     named = [
         {"actual": classes[label], "predicted": classes[predicted]}
         for label, predicted in zip(labels, student.predicted, strict=True)
     ]
     atomic.write_text(folder / "confusion.csv", as_csv(named))
-    errors = findings.wrong(images, rows, results)
-    atomic.write_text(folder / "errors.csv", as_csv(errors, findings.ERROR_COLUMNS))
-    pyarrow.parquet.write_table(findings.predictions(images.ids[rows], labels, results), folder / "predictions.parquet")
+    errors = outcome.wrong(images, rows, results)
+    atomic.write_text(folder / "errors.csv", as_csv(errors, outcome.ERROR_COLUMNS))
+    pyarrow.parquet.write_table(outcome.predictions(images.ids[rows], labels, results), folder / "predictions.parquet")
     page = report.render(
         classes=classes,
         networks={
@@ -177,7 +177,7 @@ def write(
         diagrams=diagrams,
         paired=metrics.paired(student.rank == 0, results["baseline"].answers.rank == 0),
         errors=errors,
-        thumbnails=[report.thumbnail(images.image(row)) for row in images.row_of(findings.shown_ids(errors))],
+        thumbnails=[report.thumbnail(images.image(row)) for row in images.row_of(outcome.shown_ids(errors))],
         data=report.read_data(DATA, images),
         speed=fast,
         params=params.model_dump(mode="json", by_alias=True),

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from images import tiny
 from runs import run
 from torch import nn
 
@@ -21,7 +20,7 @@ def network():
 @pytest.fixture
 def no_gpu(monkeypatch):
     """Let `capture` find what it asks of CUDA besides the recording."""
-    for name in ("current_stream", "set_stream", "empty_cache"):
+    for name in ("current_stream", "set_stream", "synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *arguments: None)
 
 
@@ -82,30 +81,6 @@ def test_what_is_captured_is_one_pass_that_nobody_looks_into(images, tmp_path, m
     assert training._captures() == captured
     training.processes, training.order.parts = Processes(training.device, rank=0, world=2), 1
     assert not training._captures()
-
-
-def test_algorithms_are_chosen_for_a_gpu_alone(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(devices, "choose_algorithms", lambda *choice: chosen.append(choice))
-    monkeypatch.delenv("RANK", raising=False)
-    devices.join(tiny(**{"machine.device": "cpu", "machine.deterministic": True}).machine)
-    assert chosen == []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert devices.join(tiny(**{"machine.device": "auto", "machine.deterministic": True}).machine).device.type == "cuda"
-    assert chosen == [(False, True)]
-
-
-@pytest.mark.parametrize(("device", "backend"), [("cuda", "cpu:gloo,cuda:nccl"), ("cpu", "gloo")])
-def test_what_lies_in_the_hosts_memory_is_sent_from_there(monkeypatch, device, backend):
-    asked = []
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: asked.append(backend))
-    for name, value in {"is_available": True, "device_count": 2, "set_device": None}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *arguments, value=value: value)
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    joined = devices.join(tiny(**{"machine.device": device}).machine)
-    assert (joined.rank, joined.world, joined.device.type) == (1, 2, device)
-    assert asked == [backend]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")

@@ -41,6 +41,10 @@ def test_counts_of_each_split_and_class(files):
     assert len(files) == 1740 + 190 + 1
 
 
+def test_where_nothing_is_hidden_the_list_of_it_is_empty():
+    assert make(near_copies=0, no_class=0)["truth.csv"] == b"file,kind,made_from\n"
+
+
 def test_no_digit_is_in_two_splits_and_each_is_under_its_label(files):
     numbers = [int(name[-8:-4]) for name in files if name.count("/") == 2]
     assert len(numbers) == len(set(numbers))

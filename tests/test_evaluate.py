@@ -20,7 +20,7 @@ from pipeline import evaluate
 from pipeline.core import networks, params
 from pipeline.core.data import views
 from pipeline.core.data.dataset import ImageSet
-from pipeline.core.evaluation import findings, metrics
+from pipeline.core.evaluation import metrics, outcome
 from pipeline.core.intake import image_shards
 from pipeline.core.sections import Params
 
@@ -189,7 +189,7 @@ def test_tables_say_the_same_as_the_answers(made, asked):
 def test_the_report_shows_networks_errors_and_names(made):
     html = (made / "data/evaluate/report.html").read_text(encoding="utf-8")
     errors = read_csv(made / "data/evaluate/errors.csv")
-    assert html.count("<img ") == min(len(errors), findings.MOST_THUMBNAILS)
+    assert html.count("<img ") == min(len(errors), outcome.MOST_THUMBNAILS)
     assert "&lt;i&gt;dog&lt;/i&gt;" in html
     assert "<i>dog" not in html
     for name in RESOLUTIONS:
@@ -212,7 +212,7 @@ def test_what_dvc_shows_is_top1_and_the_share_of_the_gap(made):
 def test_where_the_teacher_is_not_ahead_there_is_no_gap():
     def shown(teacher, baseline, student):
         top1 = {"teacher": teacher, "baseline": baseline, "distill": 0.5, "finetune": 0.5, "fixres": student}
-        return findings.accuracies({name: {"top1": value} for name, value in top1.items()})
+        return outcome.accuracies({name: {"top1": value} for name, value in top1.items()})
 
     assert shown(0.9, 0.5, 0.8)["gap_recovered"] == pytest.approx(0.75)
     assert "gap_recovered" not in shown(0.5, 0.5, 0.8)
@@ -221,7 +221,7 @@ def test_where_the_teacher_is_not_ahead_there_is_no_gap():
 def test_settings_of_crop_bins_and_thumbnails_are_followed(project, monkeypatch):
     given = {}
     monkeypatch.setattr(evaluate.report, "render", lambda **parts: given.update(parts) or "a page")
-    monkeypatch.setattr(findings, "MOST_THUMBNAILS", 2)
+    monkeypatch.setattr(outcome, "MOST_THUMBNAILS", 2)
     card = json.loads(Path("data/distill/network.json").read_text())
     Path("data/distill/network.json").write_text(json.dumps(card | {"resized_to": 20}))
     evaluate.run(settings(**{"views.test_crop": 0.5, "evaluate.bins": 7}))
@@ -284,7 +284,7 @@ def test_one_network_at_one_resolution_has_one_speed():
         for name, (model, resolution, speed) in measured.items()
     }
     results["finetune"].card["resized_to"] = 12  # which is another size for the network
-    found = findings.speeds(results, torch.device("cpu"), 10)["images_per_second"]
+    found = outcome.speeds(results, torch.device("cpu"), 10)["images_per_second"]
     expected = {"teacher": 10, "baseline": 140, "distill": 140, "finetune": 90, "fixres": 40, "student": 40}
     assert found == expected
 

@@ -212,6 +212,16 @@ def test_damaged_or_large_metadata_of_a_png_leaves_its_pixels(kind, content):
     assert (decoded(with_chunk(kind, content)) == pixels(1)).all()
 
 
+@pytest.mark.parametrize(
+    ("kind", "pack"), [(b"tEXt", lambda text: text), (b"zTXt", lambda text: b"\0" + zlib.compress(text))]
+)
+def test_orientation_in_a_text_of_a_png_is_applied(kind, pack):
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = 6
+    text = f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n".encode()  # as ImageMagick writes it
+    assert (decoded(with_chunk(kind, b"Raw profile type exif\0" + pack(text))) == np.rot90(pixels(1), -1)).all()
+
+
 def test_a_png_whose_text_has_a_wrong_checksum_is_read():
     at = png(1).index(b"IDAT") - 4
     wrong = chunk(b"tEXt", b"a\0b")[:-1] + b"?"

@@ -8,6 +8,7 @@ import yaml
 from PIL import Image
 from student_project import NAME, RESOLUTION, ROOT, make_network, put_student, write_images
 
+import models
 from pipeline.core import params as settings
 from pipeline.core.data import images, views
 from pipeline.core.data.batches import CleanViews, in_order
@@ -41,6 +42,13 @@ def test_the_card_says_what_else_takes_the_weights(student, model, words):
     network = network | {"model": model, "num_classes": 10}
     params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
     assert f"Without it, {words}" in model_card.in_full(NAME, network, figures, params, IMAGES, 0, {})
+
+
+def test_the_card_says_where_the_code_of_ones_own_network_is(student, monkeypatch):
+    monkeypatch.setattr(models, "is_own", lambda name: name == "mine")
+    params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
+    text = model_card.in_full(NAME, student[0] | {"model": "mine"}, student[1], params, IMAGES, 0, {})
+    assert "Without it, code of its makers takes them: `mine`, in `models/own.py` of that commit." in text
 
 
 def test_each_networks_figures_are_its_own(student):

@@ -275,10 +275,10 @@ def test_the_network_before_is_kept_only_where_it_is_better_on_validation(images
     assert max(top1(worst)["val_top1"] for top1 in (validate, larger)) < larger(best)["val_top1"]
     assert larger(best) != validate(best)
 
-    def kept_of(before, trained, resolution=24):
+    def kept_of(before, trained, resolution=24, kept=None):
         task = SimpleNamespace(
-            name="finetune",
-            before=Before("distill", before, {"resolution": resolution}),
+            name="fixres",
+            before=Before("finetune", before, {"resolution": resolution, "kept": kept}),
             views=SimpleNamespace(images=images),
         )
         return kept_before(task, [{"val_top1": 1.0}, validate(trained)], params, cpu)
@@ -286,11 +286,12 @@ def test_the_network_before_is_kept_only_where_it_is_better_on_validation(images
     assert kept_of(worst, trained=best) is None
     assert kept_of(worst, trained=worst, resolution=16) is None
     assert "is kept" not in capsys.readouterr().out
+    assert kept_of(best, trained=worst, kept={"stage": "distill"})["stage"] == "distill"
     kept = kept_of(best, trained=worst)
-    assert kept["stage"] == "distill"
+    assert kept["stage"] == "finetune"
     assert kept["val_top1"] == pytest.approx(larger(best)["val_top1"])
     assert kept["instead_of"] == pytest.approx(validate(worst)["val_top1"])
-    assert "of distill: its network is kept" in capsys.readouterr().out
+    assert "of finetune: its network is kept" in capsys.readouterr().out
 
 
 def test_validation_counts_every_image_once_whatever_a_pass_takes(images, monkeypatch):

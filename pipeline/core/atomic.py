@@ -1,5 +1,6 @@
 """Files that appear whole or not at all: written beside their place, flushed to the disk, then renamed."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UMASK = os.umask(0o22)
 os.umask(UMASK)  # which can be read in no other way
 
@@ -31,15 +33,11 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
         flush(path.parent)
     except OSError as error:
-        raise _named(error, path) from error
+        if error.filename is None and error.errno is not None:  # of a write, which knows no name
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _named(error: OSError, path: Path) -> OSError:
-    """Give an error with the file's name; that of a write has none."""
-    nameless = error.filename is None and error.errno is not None
-    return OSError(error.errno, error.strerror, str(path)) if nameless else error
 
 
 @contextmanager
@@ -65,7 +63,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
         flush(path.parent)
     except OSError as error:
-        raise _named(error, path) from error
+        if error.filename is None and error.errno in NO_ROOM:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         if old.exists() and not path.exists():
             os.replace(old, path)

@@ -54,8 +54,9 @@ def join(machine: Machine) -> Processes:
     if not dist.is_initialized():
         # What lies in the host's memory, a checkpoint, is sent from there: a GPU need not hold it once more.
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))  # who has not come by then will not come
         # Shards are dealt out in advance, so one process may wait hours for another.
-        dist.init_process_group(backend, timeout=timedelta(days=7))
+        dist.set_timeout(timedelta(days=7))
     return Processes(torch.device(device), rank, world)
 
 
@@ -80,7 +81,7 @@ def send(array: np.ndarray, device: torch.device) -> Tensor:
 def wait_for_all(processes: Processes) -> None:
     """Wait until every process has come here."""
     if processes.world > 1:
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1))  # in the host's memory: a barrier of NCCL's would keep the GPUs busy
 
 
 def from_first(processes: Processes, value: Any) -> Any:
@@ -89,3 +90,10 @@ def from_first(processes: Processes, value: Any) -> Any:
     if processes.world > 1:
         dist.broadcast_object_list(told)
     return told[0]
+
+
+def leave() -> None:
+    """Part from the other processes, once all have done their work: who went before would take the others down."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))
+        dist.destroy_process_group()

@@ -29,7 +29,9 @@ def out_of_shared_memory(error: BaseException) -> bool:
 def in_a_line(error: BaseException) -> str:
     """Give an error's message in a line, or its class where it has none; of a DataLoader worker's error, that alone."""
     words = str(error)
-    if isinstance(error, OSError) and error.filename and not error.filename2:  # else "[Errno 2] No such ...: 'FILE'"
+    if (
+        isinstance(error, OSError) and error.filename and error.strerror and not error.filename2
+    ):  # else "[Errno 2] No such ...: 'FILE'"
         words = f"{error.filename}: {error.strerror}"
     if "DataLoader worker process" in words and "Original Traceback" in words:
         words = words.rpartition(f"\n{type(error).__name__}: ")[2]
@@ -41,7 +43,7 @@ def left_alone(error: BaseException) -> bool:
     return (
         "RANK" in os.environ
         and isinstance(error, RuntimeError)
-        and ("gloo/" in str(error) or type(error).__name__.startswith("Dist"))  # DistBackendError and its like
+        and ("gloo/" in str(error) or "NCCL" in str(error) or type(error).__name__.startswith("Dist"))
     )
 
 

@@ -1,4 +1,4 @@
-"""Soft labelling: a teacher, the views that it is asked about, its answers; for stage cache and `pipeline.audit`."""
+"""Asking the teacher about the views that stage cache stores and `pipeline.audit` checks; teaching.py has the rules."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class Labelling:
         return make_keys(self.views.images.ids[rows], replicas, self.views.partner_ids(rows, replicas))
 
     def answers(self, batches: Iterable[RowsAndReplicas]) -> Iterator[Tensor]:
-        """Give the teacher's logits (B, C) float32, on its device, for a batch of views after the other.
+        """Give the teacher's logits (B, C) float32, on its device, for one batch of views after the other.
 
         Views are rendered in worker processes, a few batches ahead: no more of them than batches, where these are a
         list.

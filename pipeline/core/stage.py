@@ -64,6 +64,10 @@ def main(
         if resumes == "shared":
             _relaunch_with_torchrun(params, name)
         arguments.run(params)
+        if "RANK" in os.environ:
+            from pipeline.core import devices
+
+            devices.leave()
     except KeyboardInterrupt:
         _say_stopped(name, resumes)
         _exit(130)
@@ -176,6 +180,8 @@ def _tell_others() -> bool:
             note.touch(exist_ok=False)
     except FileExistsError:
         return False
+    except OSError:  # the disk is full, say: better said twice than not at all
+        pass
     return True
 
 
@@ -212,7 +218,8 @@ def _relaunch_with_torchrun(params: Params, name: str) -> None:
         return
     count = processes_of(params.machine)
     if count > 1:
-        launcher = [sys.executable, "-m", "pipeline.core.running.torchrun", "--standalone", f"--nproc-per-node={count}"]
+        launcher = [sys.executable, "-m", "pipeline.core.running.torchrun", "--standalone", "--local-addr=127.0.0.1"]
+        launcher += [f"--nproc-per-node={count}"]
         launcher += [f"--max-restarts={params.machine.restarts}", "-m", f"pipeline.{name}"]
         # Else torchrun keeps one store for all attempts, and those after the first read the addresses of the dead:
         # https://github.com/pytorch/pytorch/issues/135712

@@ -1,4 +1,4 @@
-"""What the teacher is asked, and how: shared by the stages that store its answers and those that learn from them."""
+"""What soft labels depend on, and how the teacher answers: for the stages that store them and those that learn."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Batches of views, in an order that is a pure function of (seed, epoch), shared out among processes and workers."""
+"""Batches of views, rendered by worker processes where there are any; and a network asked about clean ones."""
 
 import itertools
 import multiprocessing

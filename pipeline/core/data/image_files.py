@@ -5,6 +5,8 @@ import zlib
 from collections.abc import Iterator
 
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # how these files begin
+TEXTS = (b"tEXt", b"zTXt", b"iTXt")  # PNG's chunks of text, and the keys of texts that may turn an image
+TURNING = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
 
 
 class Unreadable(ValueError):
@@ -87,14 +89,14 @@ def _png_chunks(encoded: bytes) -> Iterator[tuple[bytes, bytes]]:
         at += 12 + length
 
 
-def pixels_of_png(content: bytes) -> bytes:
-    """Take out of a PNG file what the pixels do not need, of which PIL refuses what is damaged, or much."""
+def without_metadata(content: bytes) -> bytes:
+    """Give a PNG file without the chunks that its pixels do not need: PIL refuses a file for damaged or large ones."""
     kept = [PNG]
     for kind, whole in _png_chunks(content):
-        said = whole[8:-4]
+        text = whole[8:-4]
         sound = zlib.crc32(whole[4:-4]) == int.from_bytes(whole[-4:], "big")
-        turns = kind == b"eXIf" or (kind == b"iTXt" and said.startswith(b"XML:com.adobe.xmp\0"))
-        moves = kind in (b"fcTL", b"fdAT") or (kind == b"acTL" and len(said) == 8)
+        turns = kind == b"eXIf" or (kind in TEXTS and text.startswith(TURNING))  # the image must be set upright
+        moves = kind in (b"fcTL", b"fdAT") or (kind == b"acTL" and len(text) == 8)  # an animation, whose frames count
         if kind[:1].isupper() or kind == b"tRNS" or (sound and (turns or moves)):
             kept.append(whole)
     return b"".join(kept)

@@ -15,7 +15,7 @@ import simplejpeg
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from pipeline.core import errors
-from pipeline.core.data.image_files import JPEG, PNG, Unreadable, check_whole, first_scan, pixels_of_png
+from pipeline.core.data.image_files import JPEG, PNG, Unreadable, check_whole, first_scan, without_metadata
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")  # JPEG includes MPO
 # How those formats (and HEIC, which cannot be read here) begin: offset, bytes. A file that begins like an image but
@@ -136,7 +136,7 @@ def _decoded(image: Encoded, eighths: int) -> np.ndarray:
 def _open(content: bytes) -> Image.Image:
     if not content.startswith(PNG):
         return Image.open(io.BytesIO(content), formats=FORMATS)
-    image = Image.open(io.BytesIO(pixels_of_png(content)), formats=FORMATS)
+    image = Image.open(io.BytesIO(without_metadata(content)), formats=FORMATS)
     bits, transparent = content[24], image.info.get("transparency")  # which PIL leaves in the file's range
     if bits < 8 and isinstance(transparent, int) and image.mode == "L":
         image.info["transparency"] = transparent * 255 // (2**bits - 1)

@@ -36,7 +36,7 @@ class SourceFile:
         name: its path below the source's root, the same whether that is a folder or an archive of it.
         class_name: the class it stands under; "": none, though it should have one; None: it is unlabelled.
         size: in bytes.
-        read: gives its bytes, or raises images.Unreadable.
+        read: gives its bytes, or raises image_files.Unreadable.
     """
 
     name: str

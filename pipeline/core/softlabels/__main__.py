@@ -25,7 +25,7 @@ def main() -> None:
         summary = read_summary(arguments.folder)
         SoftLabels(arguments.folder, read_description(arguments.folder)).verify()
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"softlabels: error: {error}")
     print(describe(arguments.folder, summary))
 
 

@@ -1,4 +1,4 @@
-"""What stage cache does to a cache of soft labels: it takes out what is damaged, and finishes what has grown."""
+"""A cache that grows: shards that are damaged are taken out, and it is finished; `shards` writes each of them."""
 
 import dataclasses
 import re

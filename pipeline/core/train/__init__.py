@@ -1,1 +1,1 @@
-"""Training: the one loop, what moves the weights, losses, distillation, checkpoints."""
+"""Training. `training` is what stages do around the one loop, `engine`; the others are parts of these two."""

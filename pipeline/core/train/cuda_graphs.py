@@ -40,7 +40,8 @@ def capture(network: nn.Module, pixels: Tensor) -> nn.Module:
         why = str(error).partition("\n")[0]
         print(f"warning: goes on without CUDA graphs, which could not be recorded: {why}", file=sys.stderr, flush=True)
     finally:
-        torch.cuda.set_stream(stream)  # a recording that failed leaves its own behind
+        torch.cuda.set_stream(stream)  # a recording that failed leaves its own behind, with work on it
+        torch.cuda.synchronize()
         for buffer, value in state:
             buffer.copy_(value)
     if captured is network:

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.core import devices
-from pipeline.core.data.batches import Batch, Views, load
+from pipeline.core.data.batches import Batch, CleanViews, Views, load
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
 from pipeline.core.progress import Progress
@@ -55,7 +55,7 @@ class Run:
     what: str
     classifier: Classifier
     part: nn.Module
-    views: Views
+    views: Views | CleanViews
     order: TrainingOrder
     loss: Loss
     recipe: TrainingRecipe

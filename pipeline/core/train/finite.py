@@ -1,4 +1,4 @@
-"""Whether what a training computes is finite: its losses and weights; and a list of a batch's samples where not."""
+"""Whether the losses and weights of a training are finite; and where they are not, a list of the batch's samples."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +16,7 @@ LOOK_EVERY = {"cpu": 1, "cuda": 50}  # steps between two looks at the losses: a 
 
 
 class Losses:
-    """The losses of an epoch's steps so far. They stay on the device, so that nothing waits for a step's.
+    """The losses of an epoch's steps so far. They stay on the device, so that no step is waited for.
 
     Args:
         each: one of each step, a scalar.
@@ -40,7 +40,7 @@ class Losses:
         return None
 
     def stacked(self) -> Tensor:
-        """Give all of them, (steps,) on their device."""
+        """Give all of them, (steps,)."""
         return torch.stack(self.each) if self.each else torch.zeros(0)
 
 

@@ -133,7 +133,8 @@ def kept_before(task: Task, history: engine.History, params: Params, device: tor
     if trained >= had:
         return None
     print(f"{task.name}: validation top-1 {trained:.4f} is below the {had:.4f} of {before.stage}: its network is kept")
-    return {"stage": before.stage, "val_top1": round(had, 6), "instead_of": round(trained, 6)}
+    stage = (before.card["kept"] or {}).get("stage", before.stage)  # whose network that is
+    return {"stage": stage, "val_top1": round(had, 6), "instead_of": round(trained, 6)}
 
 
 def targets(images: ImageSet, labels: np.ndarray, smoothing: float) -> Callable[[Batch], torch.Tensor]:

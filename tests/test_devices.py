@@ -1,0 +1,35 @@
+"""Where a process computes, and how it finds the others."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+from images import tiny
+
+from pipeline.core import devices
+
+
+def test_algorithms_are_chosen_for_a_gpu_alone(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(devices, "choose_algorithms", lambda *choice: chosen.append(choice))
+    monkeypatch.delenv("RANK", raising=False)
+    devices.join(tiny(**{"machine.device": "cpu", "machine.deterministic": True}).machine)
+    assert chosen == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert devices.join(tiny(**{"machine.device": "auto", "machine.deterministic": True}).machine).device.type == "cuda"
+    assert chosen == [(False, True)]
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cuda", "cpu:gloo,cuda:nccl"), ("cpu", "gloo")])
+def test_what_lies_in_the_hosts_memory_is_sent_from_there(monkeypatch, device, backend):
+    asked, waits = [], []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: asked.append(backend))
+    monkeypatch.setattr(torch.distributed, "set_timeout", waits.append)
+    for name, value in {"is_available": True, "device_count": 2, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments, value=value: value)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    joined = devices.join(tiny(**{"machine.device": device}).machine)
+    assert (joined.rank, joined.world, joined.device.type) == (1, 2, device)
+    assert asked == [backend]
+    assert waits == [timedelta(days=7)]  # for those that work on; to find each other takes no such time
