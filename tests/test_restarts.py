@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -36,11 +37,19 @@ def folder(tmp_path, monkeypatch):
 LAUNCH = "from pipeline.core import params, stage; stage._relaunch_with_torchrun(params.load(), 'baseline')"
 
 
+# As docs/running.md says, on each of two machines.
+MEET = """
+torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint localhost:PORT --rdzv-id baseline
+--local-addr 127.0.0.1 --max-restarts 3 -m pipeline.baseline
+"""
+
+
 def start(folder: Path, restarts: int, *command: str) -> subprocess.Popen:
     """Start stage baseline."""
     settings = params.with_changes(yaml.safe_load((ROOT / "params.yaml").read_text()), SETTINGS)
     (folder / "params.yaml").write_text(yaml.safe_dump(params.with_changes(settings, {"machine.restarts": restarts})))
     variables = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return subprocess.Popen(
         [sys.executable, *(command or ("-c", LAUNCH))],
         cwd=folder,
@@ -56,15 +65,15 @@ def finish(process: subprocess.Popen) -> str:
     return process.communicate(timeout=300)[0]
 
 
-def kill(process: subprocess.Popen, rank: int, folder: Path) -> None:
-    """Kill one of the stage's two processes, or torchrun (rank -1), when it has written its third checkpoint."""
+def kill(process: subprocess.Popen, rank: int | None, folder: Path) -> None:
+    """Kill one of a torchrun's processes (None: its only one), or itself (-1), at the stage's third checkpoint."""
     last = lambda: max((int(file.name[:9]) for file in folder.glob(".scratch/baseline/*/*.pt")), default=0)  # noqa: E731
     before = last()
     wait_until(lambda: process.poll() is not None or last() >= before + 3, seconds=120, every=0.02)
     assert process.poll() is None, finish(process)
     torchrun = psutil.Process(process.pid)
-    ranks = {child.environ().get("RANK"): child for child in torchrun.children()}
-    (ranks[str(rank)] if rank >= 0 else torchrun).send_signal(signal.SIGKILL)
+    ranks = {child.environ().get("RANK"): child for child in torchrun.children()} | {"-1": torchrun}
+    (ranks[str(rank)] if rank is not None else torchrun.children()[0]).send_signal(signal.SIGKILL)
 
 
 def left(folder: Path) -> list[psutil.Process]:
@@ -103,6 +112,20 @@ def test_a_run_with_killed_processes_ends_in_the_same_bytes(folder):
     assert restarted.returncode == 0, said
     assert said.count("baseline: going on from step") == 2
     assert weights(folder) == expected
+
+
+@pytest.mark.slow
+def test_two_machines_go_on_after_a_kill(folder):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    command = ("-m", "torch.distributed.run", *MEET.replace("PORT", port).split()[1:])
+    machines = [start(folder, 3, *command) for _ in range(2)]
+    kill(machines[0], None, folder)
+    said = [finish(machine) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert "".join(said).count("baseline: going on from step") == 1
+    assert (folder / "data/baseline/weights.safetensors").exists()
 
 
 def test_an_error_that_would_come_again_restarts_nothing(folder):
