@@ -237,6 +237,23 @@ def test_a_wrong_byte_is_found_on_reading(copy):
     images.encoded(1)
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "words"), [("label", 1, "is damaged"), ("withheld", 2, "of none of its 2")]
+)
+def test_a_changed_label_is_found_where_the_set_is_named_and_an_impossible_one_at_once(copy, column, value, words):
+    columns = read_manifest(copy).to_pydict()
+    columns[column][columns[column].index(0)] = value
+    dataset.write_manifest(copy, columns)
+    with pytest.raises(ValueError, match=f"{words}.*dvc pull"):
+        ImageSet(copy).digest  # noqa: B018
+
+
+def test_other_class_names_are_found_where_the_set_is_named(copy):
+    (copy / "classes.json").write_text('["a", "c"]')
+    with pytest.raises(ValueError, match=r"classes.json is damaged.*dvc pull"):
+        ImageSet(copy).digest  # noqa: B018
+
+
 def test_a_manifest_in_several_batches_is_refused(copy):
     table = read_manifest(copy)
     for rows, batches in ((len(table), 2), (0, 0)):
