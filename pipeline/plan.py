@@ -5,7 +5,7 @@ the rate is of. A forward pass takes two operations a multiply-add, training thr
 to weights and to activations), fixres one pass, the last layer's own training aside. Operations/s come, in this
 order, from --teacher-rate or --student-rate, from --tflops, from rates that the recipe names as measured, or from an
 assumption of 28 TFLOP/s; the answer says which. A teacher is assumed to be fitted at the operations/s at which it
-answers, unless the recipe has a `fit_rate` and no rate is given as an option.
+answers, unless the recipe has a `fit_rate`, and neither --teacher-rate nor --tflops is given.
 
 28 TFLOP/s is what ResNet50_vd reaches where it trains at 1,078 images/s of 224 pixels: an RTX 3090 with mixed
 precision and synthetic images, measured by timm's author (github.com/huggingface/pytorch-image-models,

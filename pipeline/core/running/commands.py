@@ -1,6 +1,7 @@
 """How the project's commands end: a mistake is one line and exit code 1, Ctrl-C another line and 130.
 
-Stages end by core/stage.py, which knows more kinds of errors.
+Stages end by core/stage.py, which knows more kinds of errors; `pipeline.core.softlabels`, which is to stand alone, by
+itself.
 """
 
 import contextlib

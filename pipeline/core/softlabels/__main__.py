@@ -26,6 +26,9 @@ def main() -> None:
         SoftLabels(arguments.folder, read_description(arguments.folder)).verify()
     except (ValueError, OSError) as error:
         sys.exit(f"softlabels: error: {error}")
+    except KeyboardInterrupt:
+        print("softlabels: stopped", file=sys.stderr)
+        sys.exit(130)
     print(describe(arguments.folder, summary))
 
 

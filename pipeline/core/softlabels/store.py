@@ -57,7 +57,7 @@ class Description:
 
 
 class SoftLabels:
-    """A cache, open for reading, by the index of its shards (`write_index`).
+    """A cache, open for reading, by the index of its shards (`writing.write_index`).
 
     Args:
         folder: where it lies.

@@ -1,1 +1,4 @@
-"""Training. `training` is what stages do around the one loop, `engine`; the others are parts of these two."""
+"""Training: `engine` is the one loop, `training` what stages do around it, `distillation` what two of them share.
+
+The others are parts of these three.
+"""
