@@ -48,7 +48,7 @@ PROGRAM = """
 import torch
 from pathlib import Path
 from pipeline.core import networks
-from pipeline.core.data.batches import Views, in_order, load
+from pipeline.core.data.batches import CleanViews, in_order, load
 from pipeline.core.data.dataset import ImageSet
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def test_every_network_is_scored(project):
 
 def test_each_network_names_the_one_that_it_started_from(project):
     cards = {name: json.loads((project / f"data/{name}/network.json").read_text()) for name in STUDENTS}
-    for name, before in pairwise(STUDENTS):
+    for before, name in pairwise(STUDENTS):
         if cards[name]["kept"]:
             assert cards[name] | {"kept": None} == cards[before] | {"kept": None}
         else:
