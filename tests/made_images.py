@@ -109,3 +109,11 @@ def png_bomb(side: int = 60_000) -> bytes:
     """A PNG file of some hundred bytes that says it holds 3,600 million pixels."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+XMP = b"XML:com.adobe.xmp\0\1\0\0\0"  # how an iTXt chunk of compressed XMP begins
+
+
+def with_chunk(kind: bytes, content: bytes) -> bytes:
+    """The picture 1 as a PNG file with one chunk more, behind its header."""
+    return png(1)[:33] + chunk(kind, content) + png(1)[33:]
