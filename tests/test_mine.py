@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from pipeline import mine, prepare
 from pipeline.core import teaching
 from pipeline.core.data.dataset import ImageSet
-from pipeline.core.mining import contact_sheet, ranking
+from pipeline.core.mining import contact_sheet, ranking, sheet
 from pipeline.core.mining.likeness import likeness
 from pipeline.core.mining.thumbnails import thumbnails
 
@@ -247,3 +247,9 @@ def test_a_sheet_shows_every_tile_inside_the_page():
         assert (pixels == colour).all(1).sum() == count * (
             contact_sheet.SIDE - 2
         ) ** 2  # a frame of one pixel is drawn over each
+
+
+def test_below_an_image_stands_what_ranks_it():
+    table = {"score": np.array([0.5, 0.5]), "likeness": np.array([0.0, np.log(2)])}
+    assert sheet._worth(table, 0) == ("0.5000",)  # ranked by probability, of which alone there is no likeness
+    assert sheet._worth(table, 1) == ("0.5000", "× 2")

@@ -279,3 +279,14 @@ def test_a_summary_folds_its_long_parts(tmp_path: Path):
     assert summary["main"] == [("mined", "1,234"), ("why.copy", "2"), ("rest", "0.25"), ("ok", "true")]
     assert [key for key, _ in summary["parts"]] == ["per_class"]
     assert summary["parts"][0][1][3] == ("class.3", "3")
+
+
+def test_a_summary_of_nothing_says_none():
+    assert report.flat({}, "refused") == [("refused", "none")]
+
+
+def test_a_curves_axis_has_room_for_its_numbers():
+    drawn = str(charts.curve([(1.0, 0.034), (2.0, 0.041)], 0.034, 0.041, "", "training loss"))
+    ends = {text: float(x) for x, text in re.findall(r'<text x="([\d.]+)"[^>]*text-anchor="end"[^>]*>([^<]+)<', drawn)}
+    assert max(map(len, ends)) > 5
+    assert all(x >= 6.5 * len(text) for text, x in ends.items())

@@ -95,16 +95,18 @@ def curve(points: list[tuple[float, float]], low: float, high: float, unit: str,
         unit: "%" multiplies by 100.
         label: what it is.
     """
-    width, height, left, top = 240, 96, 38, 10
-    svg = _svg(left + width + 10, top + height + 24, label, "curve")
     marks = [mark for mark in ticks(low, high, 3) if unit != "%" or mark <= 1]
+    texts = [f"{value * (100 if unit == '%' else 1):g}" for value in marks]
+    width, height, top = 240, 96, 10
+    left = 38 + 7 * max(0, *(len(text) - 5 for text in texts))  # room for the longest
+    svg = _svg(left + width + 10, top + height + 24, label, "curve")
     low, high = marks[0], marks[-1]
     last = max(points[-1][0], 2)
     place = [(left + width * (x - 1) / (last - 1), top + height * (high - y) / (high - low)) for x, y in points]
-    for value in marks:
+    for value, text in zip(marks, texts, strict=True):
         y = top + height * (high - value) / (high - low)
         _add(svg, "line", x1=left, x2=left + width, y1=y, y2=y, class_="grid")
-        _add(svg, "text", f"{value * (100 if unit == '%' else 1):g}", x=left - 6, y=y + 4, text_anchor="end")
+        _add(svg, "text", text, x=left - 6, y=y + 4, text_anchor="end")
     for epoch in sorted({1, int(points[-1][0])}):
         x = left + width * (epoch - 1) / (last - 1)
         _add(svg, "text", f"{epoch}", x=x, y=top + height + 16, text_anchor="middle")

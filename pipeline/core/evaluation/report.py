@@ -107,6 +107,8 @@ def flat(content: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Flatten nested dicts to (dotted key, value as text)."""
     if isinstance(content, dict) and content:
         return [pair for key, value in content.items() for pair in flat(value, f"{prefix}.{key}" if prefix else key)]
+    if content == {}:
+        return [(prefix, "none")]
     if isinstance(content, bool) or content is None:
         return [(prefix, json.dumps(content))]
     if isinstance(content, int):

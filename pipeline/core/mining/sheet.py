@@ -13,6 +13,7 @@ TILES = 6  # of a class: the first and the last that it took, so many of each
 COPIES, KEPT, REFUSED = 24, 12, 24  # pairs of near-copies and of the most alike of the rest; images for a reason
 
 Table = dict[str, np.ndarray]
+SCORE = "Below: the teacher's score, which ranks it."
 WORTH = "Below: what ranks it, the teacher's score times how much likelier the image is in validation than in the pool."
 
 
@@ -26,11 +27,11 @@ def draw(images: ImageSet, mined: Table, judged: Table, refused: np.ndarray, cou
         refused: (N,) bool, whether no class took the image.
         counts: of each class.
     """
-    copied = judged["reason"] == "near-copy"
+    copied, below = judged["reason"] == "near-copy", WORTH if judged["likeness"].any() else SCORE
     like = np.argsort(-judged["similarity"], kind="stable")
     copies, others = like[copied[like]][::-1], like[~copied[like] & (judged["nearest"][like] > 0)]
     parts = [
-        _classes(images, mined, counts),
+        _classes(images, mined, counts, below),
         Part(
             f"Refused: near-copy ({len(copies):,})",
             "Left the pool image, right the validation or test image it copies; the least alike first.",
@@ -46,13 +47,13 @@ def draw(images: ImageSet, mined: Table, judged: Table, refused: np.ndarray, cou
         found = np.flatnonzero(refused & (judged["reason"] == reason))
         found = found[np.argsort(-judged["score"][found], kind="stable")]
         tiles = [_scored(images, judged, at, counts) for at in _some(found, REFUSED)]
-        note = f"{WORTH} The class is the most probable one; the highest score first."
+        note = f"{below} The class is the most probable one; the highest score first."
         parts.append(Part(f"Refused: {reason} ({len(found):,})", note, [Line(tiles)]))
     title = f"Mining: {len(np.unique(mined['id'])):,} of {len(judged['id']):,} pool images taken"
     return contact_sheet.draw(images.image, title, [each for each in parts if any(line.tiles for line in each.lines)])
 
 
-def _classes(images: ImageSet, mined: Table, counts: list[ClassCount]) -> Part:
+def _classes(images: ImageSet, mined: Table, counts: list[ClassCount], below: str) -> Part:
     """A line a class: the first images that it took, then the last."""
     lines = []
     for number in _some(np.arange(len(counts)), CLASSES).tolist():
@@ -64,11 +65,12 @@ def _classes(images: ImageSet, mined: Table, counts: list[ClassCount]) -> Part:
             [Tile(_rows(images, mined["id"][at]), _worth(mined, at)) for at in part]
             for part in (order[:split], order[max(split, len(order) - TILES) :])
         )
-        tiles = [*first, Tile((), ()), *last]
+        gap = [Tile((), ())] if len(order) > 2 * TILES else []
+        tiles = [*first, *gap, *last]
         note = f"{counts[number].mined:,} of {counts[number].wanted:,}"
         lines.append(Line(tiles, counts[number].name, note))
     which = f"{len(lines)} of {len(counts):,} classes" if len(lines) < len(counts) else "each class"
-    note = f"For {which}: the first {TILES} images that it took and the last {TILES}. {WORTH}"
+    note = f"For {which}: the first {TILES} images that it took and the last {TILES}. {below}"
     return Part("Mined", note, lines)
 
 
@@ -81,8 +83,10 @@ def _scored(images: ImageSet, judged: Table, at: int, counts: list[ClassCount]) 
     return Tile(_rows(images, judged["id"][at]), (*_worth(judged, at), counts[judged["class"][at]].name))
 
 
-def _worth(table: Table, at: int) -> tuple[str, str]:
-    return f"{table['score'][at]:.4f}", f"× {np.exp(table['likeness'][at]):.3g}"
+def _worth(table: Table, at: int) -> tuple[str, ...]:
+    """What stands below an image; its likeness where there is one, which is nowhere or nearly everywhere."""
+    score, likeness = table["score"][at], table["likeness"][at]
+    return f"{score:.4f}", *([f"× {np.exp(likeness):.3g}"] if likeness else [])
 
 
 def _rows(images: ImageSet, *ids: int) -> tuple[int, ...]:
