@@ -6,7 +6,7 @@ epoch   --rounds epochs on a project's real images, beside the same on synthetic
 answer  a teacher's answers about synthetic images, without anything else
 where   what a training step's time goes to, operation by operation
 MFU is the share that the network's operations have of the rate of a large matrix product, measured in the same run.
-Run: python benchmarks/engine.py step | epoch [--prepared data/prepare] | answer --model ResNet152_vd | where
+Run: python benchmarks/engine.py step | epoch [--prepared FOLDER] | answer --model ResNet152_vd | where
 """
 
 import argparse
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--cudnn-benchmark", action="store_true", help="machine.cudnn_benchmark: of all")
     parser.add_argument("--steps", type=int, default=1, help="steps of a turn; several on a GPU, which works ahead")
     parser.add_argument("--rounds", type=int, help="turns that each has (60), or epochs (3)")
-    parser.add_argument("--prepared", type=Path, default=ROOT / "data/prepare", help="what `prepare` wrote")
+    parser.add_argument("--prepared", type=Path, default=ROOT / "data/prepare/images", help="what `prepare` wrote")
     parser.add_argument("--workers", type=int, default=0, help="processes that render real images")
     arguments = parser.parse_args()
     try:

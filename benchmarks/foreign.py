@@ -77,7 +77,7 @@ def main() -> None:
     for stage in (prepare, teacher, score):
         if not Path("data", stage.__name__.split(".")[-1]).exists():
             stage.run(wanted)
-    images = ImageSet(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare/images"))
     truth = np.array([images.source(row).split("/")[-2] for row in images.rows("unlabelled")])
     known = np.isin(truth, images.classes)
     labelled = len(images.rows("labelled"))

@@ -130,7 +130,7 @@ def bisect(rising, wanted: float, low: float, high: float) -> float:
 def real_logits(project: Path, count: int) -> Tensor:
     """Ask a project's teacher about views of its training images."""
     settings = params.load(project / "params.yaml")
-    images = ImageSet(project / "data/prepare")
+    images = ImageSet(project / "data/prepare/images")
     device = devices.join(settings.machine).device
     classifier, _ = networks.load(project / "data/teacher", device)
     rows = images.rows("labelled", "unlabelled")

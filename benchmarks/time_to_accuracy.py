@@ -312,7 +312,7 @@ def main() -> None:
     torch.set_num_threads(1)
     changes = recipes.changes(RECIPE) | ({"distill.epochs": arguments.epochs} if arguments.epochs else {})
     data = params_file.changed(Path(), changes)
-    images = ImageSet(arguments.project.resolve() / "data/prepare")
+    images = ImageSet(arguments.project.resolve() / "data/prepare/images")
     teacher, card = networks.load(arguments.project / "data/teacher")
     rows = images.rows("labelled", "unlabelled")
     ways = {"this project": ours, "timm": timms} | ({"torchdistill": torchdistills} if DistillationBox else {})

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.core import devices, errors, networks, teaching
+from pipeline.core import devices, errors, teaching
 from pipeline.core.labelling import Labelling
 from pipeline.core.params import load
 from pipeline.core.recheck import Findings, recheck
@@ -52,7 +52,7 @@ def audit(params: Params, share: float, seed: int) -> Findings:
         ValueError: the cache is not there, damaged, or of another teacher or other views.
     """
     labelling = Labelling.of(params, devices.join(params.machine))
-    labels = teaching.open_labels(params, networks.read_card(Path("data/teacher")))
+    labels = teaching.open_labels(labelling.description)
     total = len(labelling)
     chosen = spread(total, min(total, max(LEAST_VIEWS, round(share * total))), seed)
     return recheck(labelling, labels, chosen, "audit")

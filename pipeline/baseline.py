@@ -15,7 +15,7 @@ from pipeline.core.train import training
 
 
 def run(params: Params) -> None:
-    images = ImageSet(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare/images/known"))
     spec = ViewSpec.of(params.seed, params.views)
     classifier = networks.build(params.student.model, len(images.classes), params.seed, params.student.init)
     task = training.Task(

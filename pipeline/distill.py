@@ -13,7 +13,7 @@ from pipeline.core.train import distillation
 
 
 def run(params: Params) -> None:
-    images = ImageSet(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare/images"))
     classifier = networks.build(params.student.model, len(images.classes), params.seed, params.student.init)
     distillation.train(
         "distill",

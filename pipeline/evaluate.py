@@ -39,7 +39,7 @@ def run(params: Params) -> None:
     """
     settings = params.evaluate
     with resume.only_writer("evaluate"):
-        images = ImageSet(DATA / "prepare")
+        images = ImageSet(DATA / "prepare/images/known")
         rows = images.rows("test")
         if len(rows) == 0:
             raise ValueError(
@@ -178,7 +178,7 @@ def write(
         paired=metrics.paired(student.rank == 0, results["baseline"].answers.rank == 0),
         errors=errors,
         thumbnails=[report.thumbnail(images.image(row)) for row in images.row_of(outcome.shown_ids(errors))],
-        data=report.read_data(DATA, images),
+        data=report.read_data(DATA),
         speed=fast,
         params=params.model_dump(mode="json", by_alias=True),
     )

@@ -16,7 +16,7 @@ from pipeline.core.train import distillation, training
 
 
 def run(params: Params) -> None:
-    images = ImageSet(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare/images/known"))
     before = training.Before.of("distill")
     distillation.train(
         "finetune",

@@ -19,7 +19,7 @@ from pipeline.core.train import training
 
 
 def run(params: Params) -> None:
-    images = ImageSet(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare/images/known"))
     before = training.Before.of("finetune")
     classifier = copy.deepcopy(before.classifier)
     views = CleanViews(images, params.fixres.resolution, params.views.test_crop)

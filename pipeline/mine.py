@@ -29,7 +29,7 @@ SCORE = Path("data/score")
 
 
 def run(params: Params) -> None:
-    images, settings = ImageSet(Path("data/prepare")), params.mine
+    images, settings = ImageSet(Path("data/prepare/images")), params.mine
     device = devices.join(params.machine).device
     ids, logits, embeddings, thumbs = scores(images, SCORE)
     count = len(images.rows("unlabelled"))

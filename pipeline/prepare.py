@@ -1,11 +1,12 @@
 """Stage prepare: anyone's images to a few large shards and a manifest; what cannot be used is listed, never replaced.
 
 Read: the folders, archives, lists or torchvision sets that section `prepare` of params.yaml names.
-Write: data/prepare/: images-NNNNN.tar (the images as they were encoded, or encoded anew where the settings say so),
-manifest.arrow (id, label, split, size and source of each), classes.json, refused.csv (every file left out, and why) and
-summary.json. The same images give the same bytes, whatever the order of the files. Where the stage stops because of
-what it refused, the list is in .scratch/prepare/refused.csv. What an earlier run has found good, to its end or not, is
-read again but not decoded again; what an unfinished run has encoded anew is not encoded again.
+Write: data/prepare/: images/ (the images as they were encoded, or encoded anew where the settings say so, in
+images-NNNNN.tar; manifest.arrow, with id, label, split, size and source of each; classes.json), in it known/ (those
+that have a label, the same files once more for stages that read nothing else), refused.csv (every file left out, and
+why) and summary.json. The same images give the same bytes, whatever the order of the files. Where the stage stops
+because of what it refused, the list is in .scratch/prepare/refused.csv. What an earlier run has found good, to its end
+or not, is read again but not decoded again; what an unfinished run has encoded anew is not encoded again.
 Run: python -m pipeline.prepare [--params FILE]
 """
 
@@ -166,9 +167,10 @@ def prepare(
         check_parts(parts, classes, refusals)
     refusals += further_frames(parts, pictures)
     samples = to_samples(parts, stored, classes)
-    manifest = image_shards.write(folder, samples, classes, settings.shard_mb * 1_000_000, contents)
+    (folder / "images").mkdir()
+    digest = image_shards.write(folder / "images", samples, classes, settings.shard_mb * 1_000_000, contents)
     atomic.write_text(folder / "refused.csv", as_csv(refusals))
-    summary = summarise(samples, classes, files, refusals, dataset.digest(manifest, tuple(classes)))
+    summary = summarise(samples, classes, files, refusals, digest)
     atomic.write_json(folder / "summary.json", summary)
     return summary
 

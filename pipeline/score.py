@@ -75,7 +75,7 @@ def run(params: Params) -> None:
 
 def bring_up_to_date(params: Params, processes: Processes) -> None:
     """Score the images that the last run did not; the first of several processes writes data/score, with the others."""
-    images = ImageSet(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare/images"))
     classifier, card = networks.load(Path("data/teacher"), processes.device)
     network = [card["model"], card["digest"], card["mean"], card["std"], card.get("resized_to")]
     views = [params.views.resolution, params.views.test_crop]

@@ -30,7 +30,7 @@ CHANCE = 0.01  # the probability that one that guesses passes
 
 
 def run(params: Params) -> None:
-    images = ImageSet(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare/images/known"))
     processes = devices.join(params.machine)
     if params.teacher.source == "fit":
         fit(params, images, processes)
@@ -112,7 +112,7 @@ def try_out(classifier: Classifier, params: Params, images: ImageSet) -> str:
     said = np.concatenate(answers) if answers else np.empty(0, int)
     model, tried, top1 = params.teacher.model, len(rows), found.get("val_top1", 0.0)
     order = ", ".join(f"'{name}'" for name in images.classes[:10])
-    order += ", ... (all are in data/prepare/classes.json)" if classes > 10 else ""
+    order += ", ... (all are in data/prepare/images/classes.json)" if classes > 10 else ""
     if not math.isfinite(found.get("val_nll", 0.0)):
         raise ValueError(f"{model}: its answers to validation images are not finite")
     if alike and all(alike):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import narrow
-from pipeline.core import atomic, devices, networks, params, resume, weights
+from pipeline.core import atomic, devices, networks, params, resume, small_maps, weights
 from pipeline.core.data import dataset
 from pipeline.core.data.batches import CleanViews, Views, in_order, load
 from pipeline.core.data.dataset import ImageSet
@@ -128,11 +128,9 @@ def read(settings: Settings) -> Data:
         ValueError: the folder is no project, or its images are not prepared.
     """
     given = params.load()
-    images = ImageSet(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare/images/known"))
     labels = images.known_labels
-    known = images.rows("labelled", "unlabelled")
-    known = known[labels[known] >= 0]
-    rows = some(images, known, settings.images)
+    rows = some(images, images.rows("labelled", "unlabelled"), settings.images)
     resolution = settings.resolution or given.views.resolution
     views = CleanViews(images, resolution, given.views.test_crop)
 
@@ -168,6 +166,7 @@ def network(kind: str, depth: int, seed: int, settings: Settings, data: Data) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         classifier = Classifier(narrow.build(kind, depth, len(data.images.classes), settings.width))
+    small_maps.replace_convolutions(classifier.network)  # torch's own write past their memory in narrow shortcuts
     name = f"{kind}-{depth}"
     recipe = recipe_of(settings)
     # what the papers had: crops and flips, no mixing, no further operations

@@ -91,4 +91,4 @@ def prepared(folder: Path, monkeypatch) -> ImageSet:
     monkeypatch.chdir(folder)
     write_folder(Path("photos"), train=10, val=4, test=5, unlabelled=3)
     prepare.run(tiny())
-    return ImageSet(folder / "data/prepare")  # wherever a test works
+    return ImageSet(folder / "data/prepare/images")  # wherever a test works

@@ -60,7 +60,7 @@ def prepared(
     stage_prepare.prepare(stage_prepare.open_sources(settings), folder, scratch, settings, seed, [])
     with (folder / "refused.csv").open() as file:
         rows = [(row["file"], row["source"], row["reason"]) for row in csv.DictReader(file)]
-    return ImageSet(folder), rows
+    return ImageSet(folder / "images"), rows
 
 
 def as_zip(path: Path, files: dict[str, bytes]) -> Path:
@@ -122,6 +122,11 @@ ODD = {  # name: content that is unusual and still used
     "train/a/deeper/still.png": png(79),
     "pool/labels do not matter here.png": png(10),  # refused in train, where it stands under two labels
 }
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The content of every file below a folder, by its path from there."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def read_manifest(folder: Path) -> pyarrow.Table:

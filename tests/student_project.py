@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 import models
-from pipeline import register
+from pipeline import prepare, register
 from pipeline.core import networks
 from pipeline.core import params as settings
 from pipeline.core.data.batches import CleanViews, in_order
@@ -42,7 +42,7 @@ def picture(number):
 
 
 def write_images(folder, label, classes=CLASSES, count=24, first=0):
-    """Write `count` test images, and as many labelled ones; `label` gives each picture's class."""
+    """Write data/prepare of `count` test images, and as many labelled ones; `label` gives each picture's class."""
     encoded = [picture(number) for number in range(first, first + 2 * count)]
     samples = [
         image_shards.Sample(
@@ -51,10 +51,13 @@ def write_images(folder, label, classes=CLASSES, count=24, first=0):
         for at, one in enumerate(encoded)
     ]
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    (folder / "images").mkdir(parents=True)
     content = dict(zip((sample.sha256 for sample in samples), encoded, strict=True))
-    image_shards.write(folder, samples, classes, 1 << 20, lambda all: ((one, content[one.sha256]) for one in all))
-    return ImageSet(folder)
+    give = lambda wanted: ((sample, content[sample.sha256]) for sample in wanted)  # noqa: E731
+    digest = image_shards.write(folder / "images", samples, classes, 1 << 20, give)
+    summary = prepare.summarise(samples, classes, {}, [], digest)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return ImageSet(folder / "images/known")
 
 
 def make_network(pixels, spoilt=0):
@@ -98,7 +101,7 @@ class Project:
 
     def __init__(self, root, pixels):
         self.root, self.data, self.pixels = root, root / "data", pixels
-        self.images = ImageSet(self.data / "prepare")
+        self.images = ImageSet(self.data / "prepare/images/known")
 
     def register(self, if_missing=False, margin=0.0):
         content = yaml.safe_load((ROOT / "params.yaml").read_text())

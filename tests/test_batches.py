@@ -52,7 +52,7 @@ from pipeline.core.data.batches import CleanViews, in_order, load
 from pipeline.core.data.dataset import ImageSet
 
 if __name__ == "__main__":
-    images = ImageSet(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare/images"))
     batches = in_order(images.rows("labelled"), 4)
     workers = 1  # torch warns of more than there are cores
     assert len(list(load(CleanViews(images, 16, 1.0), batches, workers, torch.device("cpu")))) == len(batches)

@@ -32,7 +32,7 @@ def stored_views():
 
 
 def test_every_view_is_there_once(cached_project):
-    images = ImageSet(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare/images"))
     assert stored_views() == 2 * (len(images.rows("labelled")) + len(images.rows("unlabelled")))
     labels = SoftLabels(Path("data/cache"), teaching.description(settings(), networks.read_card(Path("data/teacher"))))
     assert len(labels) == stored_views()
@@ -148,12 +148,12 @@ def test_a_teacher_that_answers_otherwise_stops_the_stage(cached_project, monkey
 def test_labels_of_other_views_are_refused_by_name(cached_project):
     params = settings(**{"views.flip": 0.5})
     with pytest.raises(ValueError, match=r"views\.flip differ.*dvc repro cache"):
-        teaching.open_labels(params, networks.read_card(Path("data/teacher")))
+        teaching.open_labels(teaching.description(params, networks.read_card(Path("data/teacher"))))
 
 
 def test_cached_and_online_differ_by_rounding_alone(cached_project):
     params = settings()
-    images = ImageSet(Path("data/prepare"))
+    images = ImageSet(Path("data/prepare/images"))
     views = Views(images, ViewSpec.of(params.seed, params.views))
     rows = images.rows("labelled", "unlabelled")
     batch = views[rows, np.ones(len(rows), np.int64)]

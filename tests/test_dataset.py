@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import shutil
 import tarfile
 import tracemalloc
 
@@ -26,15 +27,13 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("set")
     root = write(place / "in", with_splits())
     prepared(place / "out", root, **SPLITS, labels_per_class=5, shard_mb=0.02)
-    return place / "out"
+    return place / "out/images"
 
 
 @pytest.fixture
 def copy(folder, tmp_path):
     """A copy to damage."""
-    for path in folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return tmp_path
+    return shutil.copytree(folder, tmp_path / "images")
 
 
 def test_ids_are_the_hash_of_the_bytes(folder):
@@ -85,17 +84,36 @@ def test_images_have_the_pixels_that_their_files_had(folder):
 
 def test_shards_are_plain_tar_archives_in_the_manifest_s_order(folder):
     images = ImageSet(folder)
-    shards = sorted(folder.glob("images-*.tar"))
-    assert len(shards) > 2
-    row = 0
-    for path in shards:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                assert member.name == f"{images.ids[row]:016x}.png"
-                assert (member.mtime, member.uid, member.uname) == (0, 0, "")
-                assert archive.extractfile(member).read() == images.encoded(row)
-                row += 1
-    assert row == len(images)
+    found = []
+    for part in ("known", "pool"):
+        shards = sorted((folder / part).glob("images-*.tar"))
+        assert len(shards) > 1
+        for path in shards:
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    row = int(images.row_of([int(member.name[:16], 16)])[0])
+                    assert member.name == f"{images.ids[row]:016x}.png"
+                    assert (member.mtime, member.uid, member.uname) == (0, 0, "")
+                    assert archive.extractfile(member).read() == images.encoded(row)
+                    assert (images.known_labels[row] >= 0) == (part == "known")
+                    found.append((part, row))
+    assert found == sorted(found)
+    assert sorted(row for _, row in found) == list(range(len(images)))
+
+
+def test_the_images_with_a_label_are_a_set_of_their_own(folder):
+    images, known = ImageSet(folder), ImageSet(folder / "known")
+    assert known.classes == images.classes
+    rows = images.row_of(known.ids)
+    assert rows.tolist() == np.flatnonzero(images.known_labels >= 0).tolist()
+    assert 0 < len(rows) < len(images)
+    for row, of_all in enumerate(rows.tolist()):
+        assert known.encoded_image(row) == images.encoded_image(of_all)
+        assert known.source(row) == images.source(of_all)
+    for of_known, of_all in ((known.labels, images.labels), (known.withheld, images.withheld)):
+        assert of_known.tolist() == of_all[rows].tolist()
+    assert known.splits.tolist() == images.splits[rows].tolist()
+    assert known.digest != images.digest
 
 
 def test_layout_fills_shards_to_the_limit():
@@ -170,10 +188,9 @@ def test_a_training_run_holds_few_bytes_an_image(tmp_path):
     one = [1] * count
     columns = dict.fromkeys(dataset.SCHEMA.names, one)
     columns |= {"id": range(count), "sha256": ["0" * 64] * count, "source": ["somewhere/an image.jpg"] * count}
-    columns |= {"split": ["labelled"] * count, "shard": [0] * count, "offset": [512] * count}
-    dataset.write_manifest(tmp_path, columns)
-    (tmp_path / "images-00000.tar").write_bytes(bytes(dataset.shard_size(513)))
-    (tmp_path / "classes.json").write_text('["one", "two"]')
+    columns |= {"split": ["labelled"] * count, "shard": ["only.tar"] * count, "offset": [512] * count}
+    dataset.write_manifest(tmp_path, columns, ["one", "two"])
+    (tmp_path / "only.tar").write_bytes(bytes(dataset.shard_size(513)))
     ImageSet(tmp_path).rows("labelled")  # what libraries keep from their first use on
     tracemalloc.start()
     arrow = pa.total_allocated_bytes()
@@ -202,7 +219,7 @@ def test_a_missing_folder_says_what_to_do(tmp_path):
         ImageSet(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("name", ["manifest.arrow", "classes.json", "images-00001.tar"])
+@pytest.mark.parametrize("name", ["manifest.arrow", "classes.json", "known/images-00001.tar"])
 def test_a_missing_file_is_named(copy, name):
     (copy / name).unlink()
     with pytest.raises(ValueError, match=rf"{name}: missing; .*dvc pull"):
@@ -218,7 +235,7 @@ def test_a_cut_off_file_is_found_on_opening(copy, name):
 
 @pytest.mark.parametrize("change", [-1, 1, -5000])
 def test_a_shard_of_another_size_is_found_on_opening(copy, change):
-    path = copy / "images-00001.tar"
+    path = copy / "pool/images-00001.tar"
     content = path.read_bytes() + b"x"
     path.write_bytes(content[: len(content) - 1 + change])
     with pytest.raises(ValueError, match=r"images-00001.tar: \d+ bytes instead of \d+; .*dvc pull"):
@@ -227,8 +244,8 @@ def test_a_shard_of_another_size_is_found_on_opening(copy, change):
 
 def test_a_wrong_byte_is_found_on_reading(copy):
     images = ImageSet(copy)
-    _, offset, length = (int(column[0]) for column in images._place)
-    path = copy / "images-00000.tar"
+    shard, offset, length = (int(column[0]) for column in images._place)
+    path = copy / images._shards[shard]
     content = bytearray(path.read_bytes())
     content[offset + length // 2] ^= 1
     path.write_bytes(content)
@@ -242,8 +259,12 @@ def test_a_wrong_byte_is_found_on_reading(copy):
 )
 def test_a_changed_label_is_found_where_the_set_is_named_and_an_impossible_one_at_once(copy, column, value, words):
     columns = read_manifest(copy).to_pydict()
+    noted = pa.ipc.open_file(copy / "manifest.arrow").schema.metadata
     columns[column][columns[column].index(0)] = value
-    dataset.write_manifest(copy, columns)
+    dataset.write_manifest(copy, columns, ["a", "b"])
+    changed = read_manifest(copy).replace_schema_metadata(noted)
+    with pa.OSFile(str(copy / "manifest.arrow"), "wb") as file, pa.ipc.new_file(file, changed.schema) as writer:
+        writer.write_table(changed)
     with pytest.raises(ValueError, match=f"{words}.*dvc pull"):
         ImageSet(copy).digest  # noqa: B018
 
@@ -269,7 +290,7 @@ def test_more_than_a_manifest_holds_is_refused(copy, tmp_path):
     columns["sha256"] = pa.chunked_array([columns["sha256"][:5], columns["sha256"][5:]])
     before = (copy / "manifest.arrow").read_bytes()
     with pytest.raises(ValueError, match=r"more than 2 GiB of names or hashes \(sha256\); .*33 million images"):
-        dataset.write_manifest(copy, columns)
+        dataset.write_manifest(copy, columns, ["a", "b"])
     assert (copy / "manifest.arrow").read_bytes() == before
 
 

@@ -16,12 +16,13 @@ import yaml
 from PIL import Image
 from sklearn.metrics import confusion_matrix, log_loss
 
-from pipeline import evaluate
+from pipeline import evaluate, prepare
 from pipeline.core import networks, params
 from pipeline.core.data import views
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.evaluation import metrics, outcome
 from pipeline.core.intake import image_shards
+from pipeline.core.intake.refusals import Refusal
 from pipeline.core.sections import Params
 
 CLASSES = ["ant", "bee", "cow", "<i>dog</i>", "eel, grey", "fox"]
@@ -49,14 +50,16 @@ def write_images(folder: Path, test: int) -> None:
         sha256 = hashlib.sha256(encoded).hexdigest()
         samples.append(image_shards.Sample(sha256, len(encoded), 24, 20, split, label, -1, f"{split}/{at}.png"))
         contents[sha256] = encoded
-    folder.mkdir(parents=True)
-    image_shards.write(folder, samples, CLASSES, 10**6, lambda given: [(each, contents[each.sha256]) for each in given])
-    (folder / "summary.json").write_text(json.dumps({"refused": {"truncated": 1}}))
+    (folder / "images").mkdir(parents=True)
+    give = lambda given: [(each, contents[each.sha256]) for each in given]  # noqa: E731
+    digest = image_shards.write(folder / "images", samples, CLASSES, 10**6, give)
+    refused = [Refusal("train", "half.png", "truncated", "")]
+    (folder / "summary.json").write_text(json.dumps(prepare.summarise(samples, CLASSES, {"train": 9}, refused, digest)))
 
 
 def write_network(name: str, classes: list[str] = CLASSES) -> None:
     """Make a network of random weights whose classifier is fitted to the labelled images: it is often right."""
-    seed, images = list(RESOLUTIONS).index(name), ImageSet(Path("data/prepare"))
+    seed, images = list(RESOLUTIONS).index(name), ImageSet(Path("data/prepare/images/known"))
     classifier = networks.build("test_resnet", len(classes), seed).eval()
     rows = images.rows("labelled")
     rendered = [views.render_test(images.image(row), RESOLUTIONS[name], 1.0).copy() for row in rows]
@@ -97,7 +100,7 @@ def project(made, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def asked(made):
     """What each network says to each test image, asked one image at a time: (N, C) logits."""
-    images = ImageSet(made / "data/prepare")
+    images = ImageSet(made / "data/prepare/images/known")
     said = {}
     for name, resolution in RESOLUTIONS.items():
         classifier, _ = networks.load(made / "data" / name)
@@ -226,7 +229,7 @@ def test_settings_of_crop_bins_and_thumbnails_are_followed(project, monkeypatch)
     Path("data/distill/network.json").write_text(json.dumps(card | {"resized_to": 20}))
     evaluate.run(settings(**{"views.test_crop": 0.5, "evaluate.bins": 7}))
     assert json.loads(Path("data/evaluate/metrics.json").read_text())["distill"]["resolution"] == 20
-    images, right = ImageSet(Path("data/prepare")), {}
+    images, right = ImageSet(Path("data/prepare/images/known")), {}
     rows = images.rows("test")
     for name in ("baseline", "fixres"):
         classifier, _ = networks.load(Path("data") / name)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from made_images import png
-from prepare_kit import ODD, SPLITS, prepared, with_splits, write
+from prepare_kit import ODD, SPLITS, files_of, prepared, with_splits, write
 
 from pipeline.core.data import images
 from pipeline.core.intake import examined, image_shards, reencoding
@@ -58,8 +58,7 @@ def test_a_stopped_run_is_gone_on_from_and_ends_in_the_same_bytes(tmp_path, monk
         prepared(tmp_path / "out", root, **SPLITS, **changes)
     assert len(in_all) == len(with_splits())
     assert len(in_all) - 20 <= len(in_the_second) <= len(in_all) - 10
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    assert files_of(tmp_path / "whole") == files_of(tmp_path / "out")
 
 
 def test_new_images_alone_are_decoded(tmp_path):
@@ -82,8 +81,7 @@ def test_what_is_known_of_images_is_what_decoding_showed(tmp_path):
     with counting("pipeline.core.intake.examined.decode_first") as calls:
         prepared(tmp_path / "second", root, **SPLITS)
     assert calls == []
-    for path in (tmp_path / "first").iterdir():
-        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
+    assert files_of(tmp_path / "first") == files_of(tmp_path / "second")
 
 
 @pytest.mark.parametrize("changed", ["its own", "decoding"])
@@ -126,8 +124,7 @@ def test_encoded_images_whose_bytes_were_lost_are_encoded_anew(tmp_path, capsys)
     kept = len(with_splits()) - len(calls)
     assert 0 < kept < len(with_splits()) / 2
     assert f"prepare: {kept} images were encoded by an unfinished run\n" in capsys.readouterr().err
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    assert files_of(tmp_path / "whole") == files_of(tmp_path / "out")
 
 
 def test_what_was_found_under_other_settings_does_not_hold(tmp_path):
@@ -148,8 +145,7 @@ def test_images_encoded_under_other_settings_are_not_taken(tmp_path, monkeypatch
     shutil.rmtree(tmp_path / "out")
     left = {path.name for path in (tmp_path / "out scratch").glob("encoded-*")}
     prepared(tmp_path / "out", root, **SPLITS, **before | other)
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    assert files_of(tmp_path / "whole") == files_of(tmp_path / "out")
     assert len(left) == 2
     assert not left & {path.name for path in (tmp_path / "out scratch").iterdir()}
 

@@ -137,7 +137,7 @@ def test_mining_again_gives_the_same_bytes(scored):
 def test_a_pool_without_images_is_mined_in_vain(tmp_path, monkeypatch):
     prepared(tmp_path, monkeypatch)
     prepare.run(tiny(**{"prepare.unlabelled": None, "prepare.labels_per_class": None}))
-    write_scores(ImageSet(Path("data/prepare")))
+    write_scores(ImageSet(Path("data/prepare/images")))
     mine.run(tiny())
     assert len(teaching.mined_ids(Path("data/mine"))) == 0
     assert json.loads(Path("data/mine/summary.json").read_text())["per_class"] == dict.fromkeys(CLASSES, 0)

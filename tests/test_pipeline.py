@@ -14,6 +14,8 @@ import psutil
 import pytest
 from commands import wait_until
 from images import CLASSES, write_folder
+from made_images import png
+from prepare_kit import files_of, write
 from project import ENVIRONMENT, change, execute, make
 
 STUDENTS = ("distill", "finetune", "fixres")
@@ -31,14 +33,20 @@ def project(tmp_path_factory):
     return folder
 
 
+def changed(project):
+    """The stages of which DVC says that something that they read has changed; stages after those are not looked at."""
+    return json.loads(execute(project, "dvc", "status", "--json").stdout).keys() - {"photos.dvc"}
+
+
+def restore(project):
+    """Bring back everything that git and DVC keep."""
+    execute(project, "git", "checkout", "--quiet", "--force", "HEAD")
+    execute(project, "dvc", "checkout", "--quiet", "--force")
+
+
 def ran(output):
     """The stages that a `dvc repro` ran."""
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage '")]
-
-
-def digest(folder):
-    """The content of all files in a folder."""
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 def test_every_network_is_scored(project):
@@ -116,18 +124,18 @@ def test_a_typo_is_one_line_that_names_the_key(project):
 def test_a_killed_stage_goes_on_and_ends_in_the_same_bytes(project, tmp_path, stage):
     clone = tmp_path / "killed"
     execute(project, "cp", "-r", str(project), str(clone))
-    expected = digest(clone / "data" / stage)
+    expected = files_of(clone / "data" / stage)
     execute(clone, "rm", "-rf", f"data/{stage}", f".scratch/{stage}")
     change(clone, **{"machine.checkpoint_seconds": 0})
     kill_when_it_has_written(clone, stage)
     execute(clone, "python", "-m", f"pipeline.{stage}")
-    assert digest(clone / "data" / stage) == expected
+    assert files_of(clone / "data" / stage) == expected
 
 
 def test_two_processes_leave_the_same_soft_labels_and_learn_from_them_alike(project, tmp_path):
     clone = tmp_path / "two"
     execute(project, "cp", "-r", str(project), str(clone))
-    alone, losses, scores = digest(clone / "data/cache"), training_losses(clone), read_scores(clone)
+    alone, losses, scores = files_of(clone / "data/cache"), training_losses(clone), read_scores(clone)
     change(clone, **{"machine.processes": 2})
     execute(clone, "rm", "-rf", "data/cache", "data/score", "data/distill", ".scratch/distill")
     forget_a_score(clone / ".scratch/scored")
@@ -136,7 +144,7 @@ def test_two_processes_leave_the_same_soft_labels_and_learn_from_them_alike(proj
         assert np.array_equal(now[1:], before[1:])
         assert now[:1] == pytest.approx(before[:1], abs=1e-3)  # asked alone, it is rounded otherwise
     execute(clone, "python", "-m", "pipeline.cache")
-    assert digest(clone / "data/cache") == alone
+    assert files_of(clone / "data/cache") == alone
     execute(clone, "python", "-m", "pipeline.distill")
     assert training_losses(clone) == pytest.approx(losses, abs=1e-5)  # 5e-7 was seen; test_restarts.py kills them
 
@@ -227,16 +235,31 @@ def test_more_labels_and_back(project):
     """A changed data set, its metrics beside those before, and the images before brought back."""
     execute(project, "git", "add", "--all")
     execute(project, "git", "commit", "--quiet", "--allow-empty", "--message", "before")
-    before = digest(project / "photos"), digest(project / "data/prepare")
+    before = files_of(project / "photos"), files_of(project / "data/prepare")
     summary = json.loads((project / "data/prepare/summary.json").read_text())
     write_folder(project / "photos", train=12, val=0, test=0, unlabelled=0)
     change(project, **{"prepare.labels_per_class": 6})
     execute(project, "dvc", "add", "--quiet", "photos")
     execute(project, "dvc", "repro", "prepare")
-    assert (digest(project / "photos"), digest(project / "data/prepare")) != before
+    assert (files_of(project / "photos"), files_of(project / "data/prepare")) != before
     more = json.loads((project / "data/prepare/summary.json").read_text())
     assert more["splits"]["labelled"]["images"] == summary["splits"]["labelled"]["images"] * 6 // 4
-    execute(project, "git", "checkout", "--quiet", "--force", "HEAD")
-    execute(project, "dvc", "checkout", "--quiet")
-    assert (digest(project / "photos"), digest(project / "data/prepare")) == before
+    restore(project)
+    assert (files_of(project / "photos"), files_of(project / "data/prepare")) == before
     assert np.isfinite(json.loads((project / "data/evaluate/metrics.json").read_text())["student"]["nll"])
+
+
+def test_what_learns_from_labels_alone_does_not_run_again_for_a_larger_pool(project):
+    execute(project, "git", "add", "--all")
+    execute(project, "git", "commit", "--quiet", "--allow-empty", "--message", "before")
+    assert changed(project) == set()
+    for name, content, reads_it in (
+        ("notes.txt", b"no image", {"evaluate", "register"}),  # which tell of what was refused
+        ("new.png", png(7), {"score", "mine", "cache", "distill", "evaluate", "register"}),
+    ):
+        write(project / "photos/unlabelled", {name: content})
+        execute(project, "dvc", "add", "--quiet", "photos")
+        execute(project, "dvc", "repro", "prepare")
+        assert changed(project) == reads_it
+    assert "notes.txt" in (project / "data/prepare/refused.csv").read_text()
+    restore(project)

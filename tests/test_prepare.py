@@ -12,7 +12,19 @@ import pytest
 import yaml
 from made_images import encode, picture, png, png_bomb, several, with_flipped_bit, zero_filled
 from PIL import Image
-from prepare_kit import NEVER, ODD, SETTINGS, SPLITS, good, hash_of, prepared, read_manifest, with_splits, write
+from prepare_kit import (
+    NEVER,
+    ODD,
+    SETTINGS,
+    SPLITS,
+    files_of,
+    good,
+    hash_of,
+    prepared,
+    read_manifest,
+    with_splits,
+    write,
+)
 
 from pipeline import prepare
 from pipeline.core.data.dataset import ImageSet
@@ -103,7 +115,7 @@ def test_every_bad_file_is_listed_and_every_other_file_is_there(bad_folder, tmp_
 
 def test_sizes_in_the_manifest_are_those_of_the_upright_images(bad_folder, tmp_path):
     images, _ = prepared(tmp_path / "out", bad_folder, **SPLITS, **NEVER)
-    rows = read_manifest(tmp_path / "out").to_pylist()
+    rows = read_manifest(tmp_path / "out/images").to_pylist()
     for number, row in enumerate(rows):
         assert images.image(number).size == (row["width"], row["height"])
         assert row["sha256"] == hashlib.sha256(images.encoded(number)).hexdigest()
@@ -130,8 +142,17 @@ def test_the_same_images_give_the_same_bytes(tmp_path):
     root = write(tmp_path / "in", with_splits() | ODD)
     prepared(tmp_path / "1", root, **SPLITS)
     prepared(tmp_path / "2", root, **SPLITS)
-    for path in (tmp_path / "1").iterdir():
-        assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
+    assert sorted(files_of(tmp_path / "1")) == [
+        "images/classes.json",
+        "images/known/classes.json",
+        "images/known/images-00000.tar",
+        "images/known/manifest.arrow",
+        "images/manifest.arrow",
+        "images/pool/images-00000.tar",
+        "refused.csv",
+        "summary.json",
+    ]
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
 
 
 def test_a_finished_run_keeps_what_it_decoded_and_not_what_it_encoded(tmp_path, monkeypatch):
@@ -143,9 +164,12 @@ def test_a_finished_run_keeps_what_it_decoded_and_not_what_it_encoded(tmp_path, 
 
 def test_more_labels_leave_the_shards_as_they_are(tmp_path):
     root = write(tmp_path / "in", with_splits())
-    few, _ = prepared(tmp_path / "few", root, **SPLITS, labels_per_class=2)
-    more, _ = prepared(tmp_path / "more", root, **SPLITS, labels_per_class=5)
-    assert (tmp_path / "few/images-00000.tar").read_bytes() == (tmp_path / "more/images-00000.tar").read_bytes()
+    folders = tmp_path / "few", tmp_path / "more"
+    few, _ = prepared(folders[0], root, **SPLITS, labels_per_class=2)
+    more, _ = prepared(folders[1], root, **SPLITS, labels_per_class=5)
+    shards = [{name: files[name] for name in files if name.endswith(".tar")} for files in map(files_of, folders)]
+    assert len(shards[0]) == 2
+    assert shards[0] == shards[1]
     assert few.digest != more.digest
     assert set(few.ids[few.rows("labelled")]) < set(more.ids[more.rows("labelled")])
 
@@ -261,7 +285,7 @@ def test_cifar_by_parameters_alone(tmp_path):
         max_pixels=50_000_000,
     )
     assert done.returncode == 0, done.stderr
-    images = ImageSet(tmp_path / "data/prepare")
+    images = ImageSet(tmp_path / "data/prepare/images")
     assert images.classes[:2] == ("airplane", "automobile")
     assert len(images.classes) == 10
     assert len(images.rows("labelled")) == 20

@@ -198,7 +198,7 @@ def test_it_runs_shrunken_through_all_stages_that_train(project, monkeypatch, na
     shrunken = params.check(params.with_changes(settings(project), SHRUNKEN))
     for stage in STAGES:
         stage.run(shrunken)
-    assert len(ImageSet(project / "data/prepare").rows("labelled")) == 16
+    assert len(ImageSet(project / "data/prepare/images").rows("labelled")) == 16
     network, card = networks.load(project / "data/fixres")
     assert card["classes"] == list(CLASSES)
     assert all(parameter.isfinite().all() for parameter in network.parameters())

@@ -11,7 +11,7 @@ import pytest
 from images import tiny
 from made_images import encode, picture, png, rotated_jpeg, several
 from PIL import Image
-from prepare_kit import ODD, SPLITS, prepared, read_manifest, with_splits, write
+from prepare_kit import ODD, SPLITS, files_of, prepared, read_manifest, with_splits, write
 from pydantic import ValidationError
 
 from pipeline.core.data import images as decoding
@@ -87,24 +87,24 @@ def test_splits_labels_and_refusals_are_those_of_the_originals(tmp_path):
         for images in (before, after)
     ]
     assert told[0] == told[1]
-    for row, listed in enumerate(read_manifest(tmp_path / "after").to_pylist()):
+    rows = read_manifest(tmp_path / "after/images").to_pylist()
+    for row, listed in enumerate(rows):
         content = after.encoded(row)
         assert listed["sha256"] == hashlib.sha256(content).hexdigest()
         assert after.ids[row] == int(listed["sha256"][:16], 16)
         assert decoding.decode(content).size == (listed["width"], listed["height"])
         assert max(listed["width"], listed["height"]) <= 16
-    sizes = {row["source"]: (row["width"], row["height"]) for row in read_manifest(tmp_path / "after").to_pylist()}
+    sizes = {row["source"]: (row["width"], row["height"]) for row in rows}
     assert sizes["train/a/turned too.jpg"] == (11, 16)
     assert sizes["train/a/00.png"] == (16, 11)
-    assert not {path.suffix for path in (tmp_path / "after").iterdir()} - {".tar", ".arrow", ".json", ".csv"}
+    assert not {Path(name).suffix for name in files_of(tmp_path / "after")} - {".tar", ".arrow", ".json", ".csv"}
 
 
 def test_the_same_images_give_the_same_bytes_in_any_order(tmp_path):
     files = with_splits()
     prepared(tmp_path / "1", write(tmp_path / "in", files), **SPLITS, **SMALLER)
     prepared(tmp_path / "2", write(tmp_path / "also", dict(reversed(files.items()))), **SPLITS, **SMALLER)
-    for path in (tmp_path / "1").iterdir():
-        assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
 
 
 def test_files_that_become_the_same_bytes_are_one_image_the_tests(tmp_path):
@@ -183,8 +183,10 @@ def test_members_of_shards_are_named_after_what_they_are(tmp_path):
     for folder, changes in (("before", {}), ("after", SMALLER)):
         images, _ = prepared(tmp_path / folder, root, **SPLITS, **changes)
         files = {images.ids[row]: images.source(row) for row in range(len(images))}
-        with tarfile.open(tmp_path / folder / "images-00000.tar") as shard:
-            suffixes = {files[int(name[:16], 16)]: name[16:] for name in shard.getnames()}
+        suffixes = {}
+        for shard in (tmp_path / folder).rglob("*.tar"):
+            with tarfile.open(shard) as archive:
+                suffixes |= {files[int(name[:16], 16)]: name[16:] for name in archive.getnames()}
         own = {name: Path(name).suffix for name in suffixes}
         assert len(suffixes) == len(images)
         if folder == "before":

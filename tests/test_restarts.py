@@ -129,7 +129,7 @@ def test_two_machines_go_on_after_a_kill(folder):
 
 
 def test_an_error_that_would_come_again_restarts_nothing(folder):
-    (folder / "data/prepare/classes.json").unlink()
+    (folder / "data/prepare/images/known/classes.json").unlink()
     process = start(folder, 3, "-m", "pipeline.baseline")
     said = finish(process)
     assert process.returncode != 0

@@ -32,7 +32,7 @@ def test_a_grown_pool_is_scored_where_it_has_grown(cached_project, capsys):
     capsys.readouterr()
     go(score)
     assert f"score: {len(columns['ids']) - 1} images are scored already, 40 images to ask" in capsys.readouterr().out
-    images, ids = ImageSet(Path("data/prepare")), np.load("data/score/ids.npy")
+    images, ids = ImageSet(Path("data/prepare/images")), np.load("data/score/ids.npy")
     assert (ids == images.ids[np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])]).all()
     both, now, then = np.intersect1d(ids, columns["ids"], return_indices=True)
     assert len(columns["ids"]) > len(both) > 0.9 * len(columns["ids"])

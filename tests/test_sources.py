@@ -46,7 +46,8 @@ def test_folder_zip_tar_and_list_give_the_same_data_set(tmp_path):
         assert also_refused == refused, kind
         assert content_of(images) == content_of(first)
         assert images.digest == first.digest
-        for name in ("manifest.arrow", "images-00000.tar", "summary.json"):  # the very same bytes
+        shards = (f"images/{part}/images-00000.tar" for part in ("known", "pool"))
+        for name in ("images/manifest.arrow", "images/known/manifest.arrow", *shards, "summary.json"):  # the same bytes
             assert (tmp_path / str(number) / name).read_bytes() == (tmp_path / "0" / name).read_bytes(), (kind, name)
     lists = as_lists(tmp_path / "listed", shuffled(files, 5))
     names = {

@@ -287,6 +287,19 @@ def test_weights_that_several_processes_cannot_learn_are_a_line(said):
     assert said(two_steps).startswith("distill: error: the network has weights that take no part in its logits: set ma")
 
 
+def test_a_stop_while_an_error_is_told_is_told_as_a_stop(said, monkeypatch):
+    """As by torchrun, when several processes meet the same error."""
+
+    def wrong():
+        raise ValueError("wrong")
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "_explained", stopped)
+    assert said(wrong) == "distill: stopped; the same command goes on from what is saved so far, if anything\n"
+
+
 def test_what_worker_processes_say_is_one_line():
     lost = RuntimeError(
         "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "

@@ -38,7 +38,7 @@ class Labelling:
         Raises:
             ValueError: a stage before has not been run; it is named.
         """
-        images = ImageSet(Path("data/prepare"))
+        images = ImageSet(Path("data/prepare/images"))
         classifier, card = networks.load(Path("data/teacher"), processes.device)
         views = Views(images, ViewSpec.of(params.seed, params.views))
         description, rows = teaching.description(params, card), teaching.training_rows(images)

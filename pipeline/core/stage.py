@@ -54,7 +54,16 @@ def main(
         parser.add_argument(option, dest="run", action="store_const", const=other, help=words)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _stop)
-    _die_with_parents()
+    try:
+        _die_with_parents()
+        _run(arguments, name, resumes)
+    except KeyboardInterrupt:
+        _say_stopped(name, resumes)
+        _exit(130)
+
+
+def _run(arguments: argparse.Namespace, name: str, resumes: Resumes) -> None:
+    """Run a stage with its settings; an error that is not the code's ends the process with a line."""
     params = None
     try:
         params = load(arguments.params)
@@ -68,9 +77,6 @@ def main(
             from pipeline.core import devices
 
             devices.leave()
-    except KeyboardInterrupt:
-        _say_stopped(name, resumes)
-        _exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, where another process has failed as well
         mark, words = _explained(error, params, name)

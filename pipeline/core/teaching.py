@@ -35,14 +35,14 @@ def answer(classifier: Classifier, pixels: Tensor, precision: str) -> Tensor:
         return classifier(pixels).float()
 
 
-def open_labels(params: Params, card: dict) -> SoftLabels:
-    """Open data/cache, if it holds what this teacher says about these views.
+def open_labels(wanted: Description) -> SoftLabels:
+    """Open data/cache, if it holds what `wanted` describes: what one teacher says about some views.
 
     Raises:
         ValueError: it holds something else; what differs is named.
     """
     folder = Path("data/cache")
-    wanted, found = description(params, card), read_description(folder)
+    found = read_description(folder)
     if wanted != found:
         raise ValueError(
             f"{folder}: soft labels of something else ({found.difference(wanted)} differ); run `dvc repro cache`"

@@ -1,14 +1,18 @@
 """The prepared images: shards of encoded bytes and a manifest, read in any order by row number.
 
-Read: a folder that `prepare` wrote: images-NNNNN.tar (plain tar archives), manifest.arrow (an Arrow file, which
-pyarrow.feather and pandas read: a row an image, in ascending order of id), classes.json (names; a label is an index
-into them) and summary.json. The manifest is mapped into memory, where all processes share it as part of the page cache.
+Read: a folder that `prepare` wrote: manifest.arrow (an Arrow file, which pyarrow.feather and pandas read: a row an
+image, in ascending order of id), classes.json (names; a label is an index into them) and the shards that the manifest
+names (plain tar archives). The manifest is mapped into memory, where all processes share it as part of the page cache.
 A sample's id is its content: the first 8 bytes of the SHA-256 of its encoded bytes.
+
+data/prepare/images is such a folder, and so is data/prepare/images/known in it, of the images that have a label, known
+to the student or withheld from it. What reads only that is not run again where the rest of the pool changes.
 """
 
 import hashlib
 import json
 import mmap
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -26,10 +30,10 @@ SCHEMA = pa.schema(
         ("sha256", pa.string()),
         ("label", pa.int32()),  # -1: none
         ("withheld", pa.int32()),  # a label that is known but kept from the student; -1: none
-        ("split", pa.dictionary(pa.int8(), pa.string())),  # its values are SPLITS
+        ("split", pa.dictionary(pa.int32(), pa.string())),  # its values are SPLITS
         ("width", pa.int32()),  # of the upright image
         ("height", pa.int32()),
-        ("shard", pa.int32()),
+        ("shard", pa.dictionary(pa.int32(), pa.string())),  # a path, from the manifest's folder
         ("offset", pa.int64()),  # of the encoded bytes in the shard
         ("length", pa.int64()),
         ("source", pa.string()),
@@ -59,11 +63,6 @@ def rank(seed: int, purpose: str, sample: int) -> int:
     Choosing the n lowest does not depend on the order of the files, and changes little when images are added.
     """
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}/{sample:016x}".encode()).digest()[:8], "big")
-
-
-def shard_name(number: int) -> str:
-    """Name a shard's file."""
-    return f"images-{number:05d}.tar"
 
 
 def shard_size(end: int) -> int:
@@ -111,9 +110,11 @@ class ImageSet:
             if pa.types.is_integer(field.type)
         }
         self.ids, self.labels, self.withheld = column["id"], column["label"], column["withheld"]
-        self._split = self._manifest["split"].indices.to_numpy()  # (N,) int8, an index into SPLITS
+        self._split = self._manifest["split"].indices.to_numpy()  # (N,) int32, an index into SPLITS
         self._sizes = column["width"], column["height"]
-        self._place = column["shard"], column["offset"], column["length"]
+        shard = self._manifest["shard"]
+        self._shards: list[str] = shard.dictionary.to_pylist()
+        self._place = shard.indices.to_numpy(), column["offset"], column["length"]  # (N,) each; int32 of _shards
         self._check_labels()
         self._check_shards()
         self._maps: dict[int, mmap.mmap] = {}
@@ -130,10 +131,10 @@ class ImageSet:
         """SHA-256 over images, labels, splits and class names.
 
         Raises:
-            ValueError: it is another than the one that `prepare` noted in summary.json.
+            ValueError: it is another than the one that `prepare` noted in the manifest.
         """
-        found, noted = digest(pa.Table.from_batches([self._manifest]), self.classes), self.folder / "summary.json"
-        if noted.is_file() and atomic.read_json(noted).get("digest", found) != found:
+        found = digest(pa.Table.from_batches([self._manifest]), self.classes)
+        if found != self._manifest.schema.metadata[b"digest"].decode():
             raise ValueError(f"{self.folder}: {MANIFEST} or classes.json is damaged; {REMAKE}")
         return found
 
@@ -188,7 +189,7 @@ class ImageSet:
         content = self._map(shard)[offset : offset + length]
         if not self._compared[row] and sample_id(content) != self.ids[row]:
             raise ValueError(
-                f"{self.folder / shard_name(shard)}: the image at byte {offset} ({self.source(row)}) is damaged; "
+                f"{self.folder / self._shards[shard]}: the image at byte {offset} ({self.source(row)}) is damaged; "
                 "bring the file back with `dvc checkout --force prepare`"
             )
         self._compared[row] = 1
@@ -207,7 +208,7 @@ class ImageSet:
         if shard not in self._maps:
             if len(self._maps) >= OPEN_SHARDS:
                 self._maps.pop(next(iter(self._maps)))
-            with (self.folder / shard_name(shard)).open("rb") as file:
+            with (self.folder / self._shards[shard]).open("rb") as file:
                 self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._maps[shard]
 
@@ -219,36 +220,47 @@ class ImageSet:
     def _check_shards(self) -> None:
         """Compare each shard's size with what the manifest says, so that a torn copy is found at once."""
         shards, offsets, lengths = self._place
-        # Images lie in the order of the manifest: the last of a shard stands before the first of the next.
-        last = [*np.flatnonzero(np.diff(shards)).tolist(), len(self) - 1]
-        for row in last:
-            path, wanted = self.folder / shard_name(int(shards[row])), shard_size(int(offsets[row] + lengths[row]))
+        ends = np.zeros(len(self._shards), np.int64)
+        np.maximum.at(ends, shards, offsets + lengths)
+        for name, end in zip(self._shards, ends.tolist(), strict=True):
+            path, wanted = self.folder / name, shard_size(end)
             if not path.is_file():
                 raise ValueError(f"{path}: missing; {REMAKE}")
             if path.stat().st_size != wanted:
                 raise ValueError(f"{path}: {path.stat().st_size} bytes instead of {wanted}; {REMAKE}")
 
 
-def write_manifest(folder: Path, columns: dict[str, list]) -> pa.Table:
-    """Write the manifest of a data set, rows in ascending order of id; give it as a table.
+def write_manifest(folder: Path, columns: dict[str, list], classes: list[str]) -> str:
+    """Write the manifest of a data set, rows in ascending order of id, and its class names; give its digest.
 
     Args:
+        folder: where to write.
         columns: those of SCHEMA; a split as one of SPLITS.
+        classes: class names in label order.
 
     Raises:
         ValueError: there are too many images.
     """
-    codes = pa.array([SPLITS.index(split) for split in columns["split"]], pa.int8())
-    split = pa.DictionaryArray.from_arrays(codes, pa.array(SPLITS))
-    manifest = pa.table({**columns, "split": split}, schema=SCHEMA)
+    named = {"split": _named(columns["split"], SPLITS), "shard": _named(columns["shard"], sorted({*columns["shard"]}))}
+    manifest = pa.table({**columns, **named}, schema=SCHEMA)
     if parted := [field.name for field in SCHEMA if manifest[field.name].num_chunks > 1]:
         raise ValueError(
             f"{folder / MANIFEST}: more than 2 GiB of names or hashes ({', '.join(parted)}); "
             "a data set holds at most 33 million images: prepare fewer"
         )
-    with pa.OSFile(str(folder / MANIFEST), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+    identity = digest(manifest, tuple(classes))
+    manifest = manifest.replace_schema_metadata({"digest": identity})
+    with pa.OSFile(str(folder / MANIFEST), "wb") as file, pa.ipc.new_file(file, manifest.schema) as writer:
         writer.write_table(manifest)
-    return manifest
+    atomic.write_json(folder / "classes.json", classes)
+    return identity
+
+
+def _named(values: Sequence[str], names: Sequence[str]) -> pa.DictionaryArray:
+    """Make an Arrow array of values that are all among some names."""
+    number_of = {name: number for number, name in enumerate(names)}
+    codes = pa.array([number_of[value] for value in values], pa.int32())
+    return pa.DictionaryArray.from_arrays(codes, pa.array(names, pa.string()))
 
 
 def _read(folder: Path) -> tuple[tuple[str, ...], pa.RecordBatch]:
@@ -261,7 +273,8 @@ def _read(folder: Path) -> tuple[tuple[str, ...], pa.RecordBatch]:
         classes = tuple(json.loads((folder / "classes.json").read_text(encoding="utf-8")))
         file = pa.ipc.open_file(pa.memory_map(str(folder / MANIFEST)))
         batches = file.num_record_batches
-        manifest = file.get_batch(0) if batches == 1 and file.schema == SCHEMA else None
+        has_digest = b"digest" in (file.schema.metadata or {})
+        manifest = file.get_batch(0) if batches == 1 and has_digest and file.schema == SCHEMA else None
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{folder}: damaged ({' '.join(str(error).split())}); {REMAKE}") from None
     if batches != 1:

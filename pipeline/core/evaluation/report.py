@@ -18,7 +18,6 @@ from PIL import Image
 from scipy.sparse import csr_array
 
 from pipeline.core import atomic
-from pipeline.core.data.dataset import SPLITS, ImageSet
 from pipeline.core.evaluation import charts, metrics
 
 TITLES = {  # in the order of the table
@@ -77,13 +76,13 @@ def _number(text: str | None) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def read_data(data: Path, images: ImageSet) -> dict[str, Any]:
+def read_data(data: Path) -> dict[str, Any]:
     """Gather what the report tells of the data: images a split, refusals, and the summaries of mine and cache."""
-    refused: dict[str, int] = atomic.read_json(data / "prepare" / "summary.json")["refused"]
+    prepared = atomic.read_json(data / "prepare" / "summary.json")
     return {
-        "digest": images.digest,
-        "splits": {split: len(images.rows(split)) for split in SPLITS},
-        "refused": sorted(refused.items(), key=lambda item: (-item[1], item[0])),
+        "digest": prepared["digest"],
+        "splits": {split: of_split["images"] for split, of_split in prepared["splits"].items()},
+        "refused": sorted(prepared["refused"].items(), key=lambda item: (-item[1], item[0])),
         "mine": read_summary(data / "mine" / "summary.json"),
         "cache": read_summary(data / "cache" / "cache.json"),
     }

@@ -1,7 +1,12 @@
 """Writes prepared images: tar shards of encoded bytes, and the manifest that says what lies where.
 
-Write: images-NNNNN.tar, manifest.arrow and classes.json, the same bytes for the same images whatever order they are
-given in. `pipeline.core.data.dataset.ImageSet` reads them.
+Write, the same bytes for the same images whatever order they are given in:
+
+    known/images-NNNNN.tar, manifest.arrow, classes.json   the images with a label, known to the student or withheld
+    pool/images-NNNNN.tar                                  the others
+    manifest.arrow, classes.json                           all images
+
+`pipeline.core.data.dataset.ImageSet` reads the whole, or `known` alone.
 """
 
 import hashlib
@@ -10,11 +15,9 @@ import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
-import pyarrow as pa
-
-from pipeline.core import atomic
-from pipeline.core.data.dataset import SCHEMA, TAR_BLOCK, id_of, shard_name, shard_size, write_manifest
+from pipeline.core.data.dataset import SCHEMA, TAR_BLOCK, id_of, shard_size, write_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,18 @@ class Sample:
         """The first 8 bytes of its SHA-256."""
         return id_of(self.sha256)
 
+    @property
+    def known(self) -> bool:
+        """Whether it has a label, known to the student or withheld from it."""
+        return self.label >= 0 or self.withheld >= 0
+
+
+class Place(NamedTuple):
+    """Where an image's bytes lie."""
+
+    shard: str  # a path in the data set's folder
+    offset: int
+
 
 def write(
     folder: Path,
@@ -43,10 +58,10 @@ def write(
     classes: list[str],
     shard_bytes: int,
     contents: Callable[[list[Sample]], Iterable[tuple[Sample, bytes]]],
-) -> pa.Table:
-    """Write a data set into an empty folder; return the manifest.
+) -> str:
+    """Write a data set into an empty folder; return its digest.
 
-    The place of each image follows from the manifest alone, so `contents` may give them in the order in which their
+    The place of each image follows from all images together, so `contents` may give them in the order in which their
     source is fastest to read.
 
     Args:
@@ -60,25 +75,38 @@ def write(
         ValueError: an image's bytes are no longer those that were examined.
     """
     samples = sorted(samples, key=lambda sample: sample.id)
-    places = layout([sample.length for sample in samples], shard_bytes)
-    ends: dict[int, int] = {}
-    for sample, (shard, offset) in zip(samples, places, strict=True):
+    known, pool = ([sample for sample in samples if sample.known == wanted] for wanted in (True, False))
+    places = _places("known", known, shard_bytes) | _places("pool", pool, shard_bytes)
+    ends: dict[str, int] = {}
+    for sample in samples:
+        shard, offset = places[sample.sha256]
         ends[shard] = offset + sample.length
     for shard, end in ends.items():
-        with (folder / shard_name(shard)).open("wb") as file:
+        (folder / shard).parent.mkdir(exist_ok=True)
+        with (folder / shard).open("wb") as file:
             file.truncate(shard_size(end))  # zeros: the padding is in place
-    where = {sample.sha256: place for sample, place in zip(samples, places, strict=True)}
+    missing = set(places)
     for sample, encoded in contents(samples):
         if len(encoded) != sample.length or hashlib.sha256(encoded).hexdigest() != sample.sha256:
             raise ValueError(f"{sample.source}: the file changed while it was read; run prepare again")
-        shard, offset = where.pop(sample.sha256)
-        with (folder / shard_name(shard)).open("r+b") as file:
+        shard, offset = places[sample.sha256]
+        with (folder / shard).open("r+b") as file:
             file.seek(offset - TAR_BLOCK)
             file.write(_header(sample) + encoded)
-    assert not where, "contents gave fewer images than there are samples"
-    manifest = write_manifest(folder, _columns(samples, places))
-    atomic.write_json(folder / "classes.json", classes)
-    return manifest
+        missing.remove(sample.sha256)
+    assert not missing, "contents gave fewer images than there are samples"
+    in_known = {key: Place(shard.removeprefix("known/"), offset) for key, (shard, offset) in places.items()}
+    write_manifest(folder / "known", _columns(known, in_known), classes)
+    return write_manifest(folder, _columns(samples, places), classes)
+
+
+def _places(part: str, samples: list[Sample], shard_bytes: int) -> dict[str, Place]:
+    """Place the images of a part in its shards, by the SHA-256 of each."""
+    laid = layout([sample.length for sample in samples], shard_bytes)
+    return {
+        sample.sha256: Place(f"{part}/images-{number:05d}.tar", offset)
+        for sample, (number, offset) in zip(samples, laid, strict=True)
+    }
 
 
 def layout(lengths: list[int], shard_bytes: int) -> list[tuple[int, int]]:
@@ -105,8 +133,8 @@ def _header(sample: Sample) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT)
 
 
-def _columns(samples: list[Sample], places: list[tuple[int, int]]) -> dict[str, list]:
+def _columns(samples: list[Sample], places: dict[str, Place]) -> dict[str, list]:
     columns = {name: [getattr(sample, name) for sample in samples] for name in SCHEMA.names if hasattr(Sample, name)}
-    columns["shard"] = [shard for shard, _ in places]
-    columns["offset"] = [offset for _, offset in places]
+    columns["shard"] = [places[sample.sha256].shard for sample in samples]
+    columns["offset"] = [places[sample.sha256].offset for sample in samples]
     return columns

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet
 
 from pipeline.core import atomic, digests
-from pipeline.core.data.dataset import SPLITS, ImageSet
+from pipeline.core.data.dataset import ImageSet
 from pipeline.core.params import parse
 from pipeline.core.results import tracking
 from pipeline.core.sections import Params
@@ -21,8 +21,9 @@ STORED = ("prepare", "teacher", "cache")  # the stages whose outputs a version's
 class Student:
     """The student as data/fixres and data/evaluate hold it."""
 
-    images: ImageSet
+    images: ImageSet  # those with a label
     rows: np.ndarray  # (N,) the test images
+    prepared: dict[str, Any]  # summary.json of data/prepare
     card: dict[str, Any]  # network.json
     figures: dict[str, Any]  # metrics.json
     logits: np.ndarray  # (N, C) float32: what it answered to the test images when it was evaluated
@@ -42,7 +43,7 @@ class Student:
     @property
     def counts(self) -> dict[str, int]:
         """Images in each split."""
-        return {split: len(self.images.rows(split)) for split in SPLITS}
+        return {split: of_split["images"] for split, of_split in self.prepared["splits"].items()}
 
 
 def read(data: Path) -> Student:
@@ -52,7 +53,8 @@ def read(data: Path) -> Student:
         ValueError: something is missing, or the evaluation is of other images or classes. That it is of another
             student is seen when the version is loaded back.
     """
-    images, card = ImageSet(data / "prepare"), atomic.read_json(data / "fixres" / "network.json")
+    images, card = ImageSet(data / "prepare/images/known"), atomic.read_json(data / "fixres" / "network.json")
+    prepared = atomic.read_json(data / "prepare" / "summary.json")
     figures, speed = (atomic.read_json(data / "evaluate" / name) for name in ("metrics.json", "speed.json"))
     table = pyarrow.parquet.read_table(data / "evaluate" / "predictions.parquet", columns=["id", "student_logits"])
     rows = images.rows("test")
@@ -61,7 +63,7 @@ def read(data: Path) -> Student:
     if list(card["classes"]) != list(images.classes):
         raise ValueError(f"{data / 'fixres'}: knows other classes than {data / 'prepare'} holds; {REMAKE}")
     logits = table["student_logits"].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
-    return Student(images, rows, card, figures, logits, evaluated_on_gpu=speed["device"] != "cpu")
+    return Student(images, rows, prepared, card, figures, logits, evaluated_on_gpu=speed["device"] != "cpu")
 
 
 def describe(student: Student, name: str, test_crop: float) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def describe(student: Student, name: str, test_crop: float) -> dict[str, Any]:
         "name": name,
         "key": digests.of_json({**network, "crop": test_crop, "test": student.test_digest}),
         "weights": student.card["digest"],
-        "data": student.images.digest,
+        "data": student.prepared["digest"],
         "test": student.test_digest,
         "top1": student.figures["student"]["top1"],
     }

@@ -74,7 +74,7 @@ def open_teacher(params: Params, images: ImageSet, asked_online: bool, device: t
     if asked_online:
         classifier, card = networks.load(folder, device)
         return online(classifier, params.teacher.precision), description(params, card).fingerprint
-    labels = open_labels(params, networks.read_card(folder))
+    labels = open_labels(description(params, networks.read_card(folder)))
     return cached(labels, images), labels.description.fingerprint
 
 
