@@ -247,7 +247,9 @@ def main() -> None:
     parser.add_argument("--cudnn-benchmark", action="store_true", help="machine.cudnn_benchmark: of all")
     parser.add_argument("--steps", type=int, default=1, help="steps of a turn; several on a GPU, which works ahead")
     parser.add_argument("--rounds", type=int, help="turns that each has (60), or epochs (3)")
-    parser.add_argument("--prepared", type=Path, default=ROOT / "data/prepare/images", help="what `prepare` wrote")
+    parser.add_argument(
+        "--prepared", type=Path, default=ROOT / "data/prepare/images", help="a data set that `prepare` wrote"
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that render real images")
     arguments = parser.parse_args()
     try:

@@ -1,7 +1,7 @@
 """The baseline: the student trained on the labelled images alone, what distillation is compared with.
 
-Reads data/prepare, and the file of weights that `student.init` names. Writes data/baseline: weights.safetensors,
-network.json, history.csv. Run: python -m pipeline.baseline
+Reads data/prepare/images/known, and the file of weights that `student.init` names. Writes data/baseline:
+weights.safetensors, network.json, history.csv. Run: python -m pipeline.baseline
 """
 
 from pathlib import Path

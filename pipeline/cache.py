@@ -1,10 +1,10 @@
 """The soft-label cache: the teacher's answer for every (sample, replica) of the labelled and mined images.
 
-Reads data/prepare, data/mine and data/teacher. Writes data/cache, shard by shard: what is there already and still
-holds is not computed again, so a killed run goes on, and a grown pool costs what is new. A damaged shard is set aside
-and computed again. Labels of another teacher or of other views are set aside under .scratch/cache, and used again when
-those come back. Some of what is there is asked again: where other code or another library makes the same teacher answer
-otherwise, the stage stops and says so. Run: python -m pipeline.cache
+Reads data/prepare/images, data/mine and data/teacher. Writes data/cache, shard by shard: what is there already and
+still holds is not computed again, so a killed run goes on, and a grown pool costs what is new. A damaged shard is set
+aside and computed again. Labels of another teacher or of other views are set aside under .scratch/cache, and used again
+when those come back. Some of what is there is asked again: where other code or another library makes the same teacher
+answer otherwise, the stage stops and says so. Run: python -m pipeline.cache
 """
 
 import hashlib

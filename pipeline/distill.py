@@ -1,7 +1,7 @@
 """Distillation: the student learns the teacher's soft labels on labelled and mined images, and no hard label.
 
-Reads data/prepare, data/mine, data/cache, data/teacher, and the file of weights that `student.init` names. Writes
-data/distill: weights.safetensors, network.json, history.csv. Run: python -m pipeline.distill
+Reads data/prepare/images, data/mine, data/cache, data/teacher, and the file of weights that `student.init` names.
+Writes data/distill: weights.safetensors, network.json, history.csv. Run: python -m pipeline.distill
 """
 
 from pathlib import Path

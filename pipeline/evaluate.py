@@ -1,11 +1,10 @@
 """Stage evaluate: asks every network about the test images, and writes what came of it as numbers, plots and a report.
 
-Reads data/prepare (the test images), data/{teacher,baseline,distill,finetune,fixres} (network and history), and
-data/mine/summary.json and data/cache/cache.json for the report.
-Writes data/evaluate: top1.json (what `dvc metrics` shows), metrics.json (every score), speed.json (measured,
-so that it and the report differ from run to run), per_class.csv, confusion.csv, reliability.csv, errors.csv,
-predictions.parquet, report.html.
-Run: python -m pipeline.evaluate
+Reads data/prepare (the test images and the summary), data/{teacher,baseline,distill,finetune,fixres} (network and
+history), and data/mine/summary.json and data/cache/cache.json for the report. Writes data/evaluate: top1.json (what
+`dvc metrics` shows), metrics.json (every score), speed.json (measured, so that it and the report differ from run to
+run), per_class.csv, confusion.csv, reliability.csv, errors.csv, predictions.parquet, report.html. Run: python -m
+pipeline.evaluate
 """
 
 import time
@@ -20,7 +19,7 @@ import torch
 import models
 from pipeline.core import atomic, devices, networks, resume, stage
 from pipeline.core.data import batches
-from pipeline.core.data.dataset import ImageSet
+from pipeline.core.data.dataset import ImageSet, open_known
 from pipeline.core.evaluation import metrics, outcome, report
 from pipeline.core.evaluation.outcome import NETWORKS, STUDENT
 from pipeline.core.networks import Classifier
@@ -39,7 +38,7 @@ def run(params: Params) -> None:
     """
     settings = params.evaluate
     with resume.only_writer("evaluate"):
-        images = ImageSet(DATA / "prepare/images/known")
+        images, prepared = open_known(DATA)
         rows = images.rows("test")
         if len(rows) == 0:
             raise ValueError(
@@ -59,7 +58,7 @@ def run(params: Params) -> None:
                     classifier, card, said, images.labels, settings.speed_seconds, name == STUDENT, progress.update
                 )
         with atomic.replacing_folder(DATA / "evaluate") as folder:
-            figures = write(folder, images, rows, results, params, device)
+            figures = write(folder, images, prepared, rows, results, params, device)
     top1 = figures["student"]["top1"]
     print(f"evaluate: student top-1 {top1:.4f}; see {DATA / 'evaluate' / 'report.html'}", flush=True)
 
@@ -130,12 +129,19 @@ def speed(classifier: torch.nn.Module, pixels: torch.Tensor, seconds: float) -> 
 def write(
     folder: Path,
     images: ImageSet,
+    prepared: dict[str, Any],
     rows: np.ndarray,
     results: dict[str, outcome.Evaluated],
     params: Params,
     device: torch.device,
 ) -> dict[str, dict[str, float | int]]:
-    """Write every file of data/evaluate to `folder`; give the numbers of each network."""
+    """Write every file of data/evaluate to `folder`; give the numbers of each network.
+
+    Args:
+        images, prepared: as `open_known` gives them.
+        rows: (N,) the test images.
+        results: of each network.
+    """
     labels, classes = images.labels[rows], images.classes
     figures = outcome.numbers(results, params.evaluate.bins)
     fast = outcome.speeds(results, device, min(params.evaluate.batch_size, len(rows)))
@@ -178,7 +184,7 @@ def write(
         paired=metrics.paired(student.rank == 0, results["baseline"].answers.rank == 0),
         errors=errors,
         thumbnails=[report.thumbnail(images.image(row)) for row in images.row_of(outcome.shown_ids(errors))],
-        data=report.read_data(DATA),
+        data=report.read_data(DATA, prepared),
         speed=fast,
         params=params.model_dump(mode="json", by_alias=True),
     )

@@ -2,7 +2,7 @@
 
 Where that makes it worse on the validation split, the network of distill is kept.
 
-Reads data/prepare, data/cache, data/teacher and data/distill. Writes data/finetune: weights.safetensors,
+Reads data/prepare/images/known, data/cache, data/teacher and data/distill. Writes data/finetune: weights.safetensors,
 network.json, history.csv. Run: python -m pipeline.finetune
 """
 

@@ -1,13 +1,13 @@
 """Mining: which pool images the student learns from.
 
 Near-copies of validation and test images are left out; of the rest, each class takes the images that the teacher is
-surest of and that are most like the validation images, down to a least score. Reads data/prepare and data/score. Writes
-data/mine: mined.parquet (id, class, score, likeness; an image that serves several classes stands there several times),
-refused.parquet (id, reason, class, score, likeness, similarity, nearest, alignment), classes.csv (what each class was
-offered and took), summary.json, and sheet.png, which shows some images, mined and refused. A score is the teacher's
-probability of the class; likeness is a natural logarithm, 0 where images are ranked by probability alone; alignment
-says what of the two is alike ("inner part": the image is that of the nearest one; "its inner part": the reverse).
-Run: python -m pipeline.mine
+surest of and that are most like the validation images, down to a least score. Reads data/prepare/images and data/score.
+Writes data/mine: mined.parquet (id, class, score, likeness; an image that serves several classes stands there several
+times), refused.parquet (id, reason, class, score, likeness, similarity, nearest, alignment), classes.csv (what each
+class was offered and took), summary.json, and sheet.png, which shows some images, mined and refused. A score is the
+teacher's probability of the class; likeness is a natural logarithm, 0 where images are ranked by probability alone;
+alignment says what of the two is alike ("inner part": the image is that of the nearest one; "its inner part": the
+reverse). Run: python -m pipeline.mine
 """
 
 from pathlib import Path

@@ -1,12 +1,16 @@
 """Stage prepare: anyone's images to a few large shards and a manifest; what cannot be used is listed, never replaced.
 
 Read: the folders, archives, lists or torchvision sets that section `prepare` of params.yaml names.
-Write: data/prepare/: images/ (the images as they were encoded, or encoded anew where the settings say so, in
-images-NNNNN.tar; manifest.arrow, with id, label, split, size and source of each; classes.json), in it known/ (those
-that have a label, the same files once more for stages that read nothing else), refused.csv (every file left out, and
-why) and summary.json. The same images give the same bytes, whatever the order of the files. Where the stage stops
-because of what it refused, the list is in .scratch/prepare/refused.csv. What an earlier run has found good, to its end
-or not, is read again but not decoded again; what an unfinished run has encoded anew is not encoded again.
+Write: data/prepare/:
+  images/         manifest.arrow (id, label, split, size and source of each image), classes.json
+  images/known/   images-NNNNN.tar: the images with a label, as they were encoded, or encoded anew where the settings
+                  say so; and the same two files of them alone
+  images/pool/    images-NNNNN.tar: the others
+  refused.csv     every file left out, and why
+  summary.json    counts
+The same images give the same bytes, whatever the order of the files. Where the stage stops because of what it refused,
+the list is in .scratch/prepare/refused.csv. What an earlier run has found good, to its end or not, is read again but
+not decoded again; what an unfinished run has encoded anew is not encoded again.
 Run: python -m pipeline.prepare [--params FILE]
 """
 
@@ -168,9 +172,9 @@ def prepare(
     refusals += further_frames(parts, pictures)
     samples = to_samples(parts, stored, classes)
     (folder / "images").mkdir()
-    digest = image_shards.write(folder / "images", samples, classes, settings.shard_mb * 1_000_000, contents)
+    digests = image_shards.write(folder / "images", samples, classes, settings.shard_mb * 1_000_000, contents)
     atomic.write_text(folder / "refused.csv", as_csv(refusals))
-    summary = summarise(samples, classes, files, refusals, digest)
+    summary = summarise(samples, classes, files, refusals, digests)
     atomic.write_json(folder / "summary.json", summary)
     return summary
 
@@ -265,9 +269,9 @@ def read_again(found: list[Found], samples: list[Sample]) -> Iterator[tuple[Samp
 
 
 def summarise(
-    samples: list[Sample], classes: list[str], files: dict[str, int], refusals: list[Refusal], digest: str
+    samples: list[Sample], classes: list[str], files: dict[str, int], refusals: list[Refusal], digests: tuple[str, str]
 ) -> dict[str, Any]:
-    """Count the images of each split and class, and the refusals by reason."""
+    """Count the images of each split and class, and the refusals by reason; `digests` as `image_shards.write` gives."""
     splits: dict[str, Any] = {}
     for split in dataset.SPLITS:
         labels = Counter(max(s.label, s.withheld) for s in samples if s.split == split)
@@ -280,7 +284,8 @@ def summarise(
         "images": len(samples),
         "bytes": sum(sample.length for sample in samples),
         "classes": len(classes),
-        "digest": digest,
+        "digest": digests[0],
+        "known_digest": digests[1],  # of the images with a label
         "splits": splits,
         "files": {
             role: {"looked_at": count, "refused": reasons(refusals, role).total()} for role, count in files.items()

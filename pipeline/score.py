@@ -1,9 +1,9 @@
 """Scores: the teacher's answer on one clean view of each pool image, and of each validation and test image.
 
-Reads data/prepare and data/teacher. Writes data/score: ids.npy (N,) uint64, logits.npy (N, C) float32, embeddings.npy
-(N, D) float16 and thumbnails.npy (N, 32, 32) uint8, row by row the same images, those of the pool first; and links to
-these in .scratch/scored, so that a grown pool costs what is new. Thumbnails are made here because decoding is what
-takes the time. Run: python -m pipeline.score
+Reads data/prepare/images and data/teacher. Writes data/score: ids.npy (N,) uint64, logits.npy (N, C) float32,
+embeddings.npy (N, D) float16 and thumbnails.npy (N, 32, 32) uint8, row by row the same images, those of the pool first;
+and links to these in .scratch/scored, so that a grown pool costs what is new. Thumbnails are made here because decoding
+is what takes the time. Run: python -m pipeline.score
 """
 
 import itertools

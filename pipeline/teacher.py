@@ -1,7 +1,8 @@
 """The teacher: fitted here, or taken from timm or a checkpoint.
 
-Reads data/prepare, and the file of weights that `teacher.checkpoint` or `teacher.init` names. Writes data/teacher:
-weights.safetensors, network.json, and history.csv, a line an epoch where it was fitted. Run: python -m pipeline.teacher
+Reads data/prepare/images/known, and the file of weights that `teacher.checkpoint` or `teacher.init` names. Writes
+data/teacher: weights.safetensors, network.json, and history.csv, a line an epoch where it was fitted.
+Run: python -m pipeline.teacher
 """
 
 import math

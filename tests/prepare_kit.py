@@ -124,9 +124,10 @@ ODD = {  # name: content that is unusual and still used
 }
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    """The content of every file below a folder, by its path from there."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def files_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file below a folder, by its path from there."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def read_manifest(folder: Path) -> pyarrow.Table:

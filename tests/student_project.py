@@ -42,21 +42,22 @@ def picture(number):
 
 
 def write_images(folder, label, classes=CLASSES, count=24, first=0):
-    """Write data/prepare of `count` test images, and as many labelled ones; `label` gives each picture's class."""
-    encoded = [picture(number) for number in range(first, first + 2 * count)]
+    """Write data/prepare of `count` test images, as many labelled ones, and two without a label.
+
+    `label` gives each picture's class.
+    """
+    encoded = [picture(number) for number in range(first, first + 2 * count + 2)]
+    parts = [("test", label(at)) if at < count else ("labelled", label(at)) for at in range(2 * count)]
     samples = [
-        image_shards.Sample(
-            sha256(one).hexdigest(), len(one), 40, 36, "test" if at < count else "labelled", label(at), -1, f"{at}.png"
-        )
-        for at, one in enumerate(encoded)
+        image_shards.Sample(sha256(one).hexdigest(), len(one), 40, 36, split, its_label, -1, f"{at}.png")
+        for at, (one, (split, its_label)) in enumerate(zip(encoded, [*parts, *[("unlabelled", -1)] * 2], strict=True))
     ]
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "images").mkdir(parents=True)
     content = dict(zip((sample.sha256 for sample in samples), encoded, strict=True))
     give = lambda wanted: ((sample, content[sample.sha256]) for sample in wanted)  # noqa: E731
-    digest = image_shards.write(folder / "images", samples, classes, 1 << 20, give)
-    summary = prepare.summarise(samples, classes, {}, [], digest)
-    (folder / "summary.json").write_text(json.dumps(summary))
+    digests = image_shards.write(folder / "images", samples, classes, 1 << 20, give)
+    (folder / "summary.json").write_text(json.dumps(prepare.summarise(samples, classes, {}, [], digests)))
     return ImageSet(folder / "images/known")
 
 
@@ -101,7 +102,10 @@ class Project:
 
     def __init__(self, root, pixels):
         self.root, self.data, self.pixels = root, root / "data", pixels
-        self.images = ImageSet(self.data / "prepare/images/known")
+        self.all_images, self.images = (
+            ImageSet(self.data / "prepare/images"),
+            ImageSet(self.data / "prepare/images/known"),
+        )
 
     def register(self, if_missing=False, margin=0.0):
         content = yaml.safe_load((ROOT / "params.yaml").read_text())

@@ -13,10 +13,12 @@ from made_images import pixels, png
 from prepare_kit import SPLITS, prepared, read_manifest, with_splits, write
 from pyarrow import feather
 
+from pipeline.core.atomic import write_json
 from pipeline.core.data import dataset
 from pipeline.core.data.batches import Views
 from pipeline.core.data.dataset import ImageSet, rank, sample_id
 from pipeline.core.data.views import ViewSpec
+from pipeline.core.intake import image_shards
 from pipeline.core.intake.image_shards import layout
 from pipeline.core.train.order import TrainingOrder
 
@@ -258,15 +260,65 @@ def test_a_wrong_byte_is_found_on_reading(copy):
     ("column", "value", "words"), [("label", 1, "is damaged"), ("withheld", 2, "of none of its 2")]
 )
 def test_a_changed_label_is_found_where_the_set_is_named_and_an_impossible_one_at_once(copy, column, value, words):
-    columns = read_manifest(copy).to_pydict()
-    noted = pa.ipc.open_file(copy / "manifest.arrow").schema.metadata
-    columns[column][columns[column].index(0)] = value
-    dataset.write_manifest(copy, columns, ["a", "b"])
-    changed = read_manifest(copy).replace_schema_metadata(noted)
-    with pa.OSFile(str(copy / "manifest.arrow"), "wb") as file, pa.ipc.new_file(file, changed.schema) as writer:
-        writer.write_table(changed)
+    rewrite(copy, column, with_first(copy, column, value))
     with pytest.raises(ValueError, match=f"{words}.*dvc pull"):
         ImageSet(copy).digest  # noqa: B018
+
+
+@pytest.mark.parametrize("number", [-1, 99])
+def test_an_image_in_a_shard_that_is_not_named_is_found_on_opening(copy, number):
+    column = read_manifest(copy)["shard"].chunk(0)
+    numbers = column.indices.to_numpy().copy()
+    numbers[5] = number
+    rewrite(copy, "shard", pa.DictionaryArray.from_arrays(numbers, column.dictionary, safe=False))
+    with pytest.raises(ValueError, match=r"manifest.arrow: an image is in none of its .*dvc pull"):
+        ImageSet(copy)
+
+
+def test_a_digest_that_is_no_text_is_another_digest(copy):
+    rewrite(copy, "label", with_first(copy, "label", 0), digest=b"\xff")
+    with pytest.raises(ValueError, match=r"is damaged.*dvc pull"):
+        ImageSet(copy).digest  # noqa: B018
+
+
+@pytest.mark.parametrize("where", ["manifest.arrow", "summary.json"])
+def test_images_and_a_summary_that_do_not_belong_together_are_refused(folder, tmp_path, where):
+    shutil.copytree(folder.parent, tmp_path / "prepare")
+    assert dataset.open_known(tmp_path)[1]["known_digest"] == ImageSet(folder / "known").digest
+    if where == "manifest.arrow":
+        known = tmp_path / "prepare/images/known"
+        rewrite(known, "label", with_first(known, "label", 1))
+        words = "manifest.arrow or classes.json is damaged"
+    else:
+        write_json(tmp_path / "prepare/summary.json", {"digest": ImageSet(folder / "known").digest})
+        words = "summary.json: tells of other images than"
+    with pytest.raises(ValueError, match=f"{words}.*dvc repro prepare"):
+        dataset.open_known(tmp_path)
+
+
+def rewrite(folder, column, values, digest=None):
+    """Put other values into a column of a manifest, and leave its digest, or set another."""
+    table = read_manifest(folder)
+    at, noted = table.schema.get_field_index(column), {"digest": digest} if digest else table.schema.metadata
+    table = table.set_column(at, table.field(column), [values]).replace_schema_metadata(noted)
+    with pa.OSFile(str(folder / "manifest.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def with_first(folder, column, value):
+    """A column of numbers of a manifest, in which `value` stands in place of the first 0."""
+    values = read_manifest(folder)[column].to_pylist()
+    values[values.index(0)] = value
+    return pa.array(values, dataset.SCHEMA.field(column).type)
+
+
+def test_a_set_without_a_label_is_a_set(tmp_path):
+    content = png(1)
+    sample = image_shards.Sample(
+        hashlib.sha256(content).hexdigest(), len(content), 30, 20, "unlabelled", -1, -1, "1.png"
+    )
+    image_shards.write(tmp_path, [sample], ["none"], 10**6, lambda given: [(given[0], content)])
+    assert ImageSet(tmp_path).encoded(0) == content
 
 
 def test_other_class_names_are_found_where_the_set_is_named(copy):

@@ -26,6 +26,7 @@ from pipeline.core.intake.refusals import Refusal
 from pipeline.core.sections import Params
 
 CLASSES = ["ant", "bee", "cow", "<i>dog</i>", "eel, grey", "fox"]
+REFUSED = ("train", "half.png", "truncated", "")
 RESOLUTIONS = {"teacher": 24, "baseline": 16, "distill": 16, "finetune": 16, "fixres": 24}
 PROJECT = Path(__file__).parents[1]
 
@@ -38,23 +39,25 @@ def settings(**changes) -> Params:
 
 
 def write_images(folder: Path, test: int) -> None:
-    """Prepare noisy images of one colour a class: two labelled ones each, and `test` for test."""
+    """Prepare noisy images, a colour a class: two labelled ones each, `test` for test, and three without a label."""
     random = np.random.default_rng(0)
     samples, contents = [], {}
-    for at in range(2 * len(CLASSES) + test):
-        label, split = at % len(CLASSES), "labelled" if at < 2 * len(CLASSES) else "test"
+    splits = [*["labelled"] * 2 * len(CLASSES), *["test"] * test, *["unlabelled"] * 3]
+    for at, split in enumerate(splits):
+        label = at % len(CLASSES)
         pixels = random.integers(0, 120, (20, 24, 3)) + 20 * label
         buffer = io.BytesIO()
         Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
         encoded = buffer.getvalue()
         sha256 = hashlib.sha256(encoded).hexdigest()
-        samples.append(image_shards.Sample(sha256, len(encoded), 24, 20, split, label, -1, f"{split}/{at}.png"))
+        told = -1 if split == "unlabelled" else label
+        samples.append(image_shards.Sample(sha256, len(encoded), 24, 20, split, told, -1, f"{split}/{at}.png"))
         contents[sha256] = encoded
     (folder / "images").mkdir(parents=True)
     give = lambda given: [(each, contents[each.sha256]) for each in given]  # noqa: E731
-    digest = image_shards.write(folder / "images", samples, CLASSES, 10**6, give)
-    refused = [Refusal("train", "half.png", "truncated", "")]
-    (folder / "summary.json").write_text(json.dumps(prepare.summarise(samples, CLASSES, {"train": 9}, refused, digest)))
+    digests, refused = image_shards.write(folder / "images", samples, CLASSES, 10**6, give), [Refusal(*REFUSED)]
+    summary = prepare.summarise(samples, CLASSES, {"train": 9}, refused, digests)
+    (folder / "summary.json").write_text(json.dumps(summary))
 
 
 def write_network(name: str, classes: list[str] = CLASSES) -> None:
@@ -197,6 +200,10 @@ def test_the_report_shows_networks_errors_and_names(made):
     assert "<i>dog" not in html
     for name in RESOLUTIONS:
         assert json.loads((made / "data" / name / "network.json").read_text())["digest"] in html
+    summary = json.loads((made / "data/prepare/summary.json").read_text())
+    assert summary["digest"] != summary["known_digest"]
+    assert summary["digest"] in html
+    assert summary["known_digest"] in html
     assert "truncated" in html
 
 

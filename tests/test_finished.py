@@ -1,6 +1,7 @@
 """The finished student's record: what a version's tags, its key and its settings' digest are made of."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +80,15 @@ def test_the_same_images_and_class_names_are_the_same_test(project, made_project
     assert after.test_digest == before.test_digest
     images = write_images(project.data / "prepare", made_project.labels.__getitem__, classes=["dog", "ant", "owl"])
     assert replace(before, images=images, rows=images.rows("test")).test_digest != before.test_digest
+
+
+def test_a_summary_of_other_images_is_refused(project):
+    write_images(project.data / "other", lambda at: 0)
+    shutil.copy(project.data / "other/summary.json", project.data / "prepare")
+    with pytest.raises(
+        ValueError, match=r"summary.json: tells of other images than .*known holds; .*dvc repro prepare"
+    ):
+        finished.read(project.data)
 
 
 def test_the_record_has_the_students_own_top1(project):

@@ -4,12 +4,15 @@ Run: python tests/test_graph.py (writes these lists into dvc.yaml)
 """
 
 import ast
+import importlib
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
+from images import tiny, write_folder
 
 ROOT = Path(__file__).parent.parent
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -97,6 +100,28 @@ def test_the_flow_has_dvcs_edges():
         deps = [dep.replace("${prepare.labelled_root}", "data/digits") for dep in stage["deps"]]
         reads[name] = sorted({makes[out] for dep in deps for out in makes if dep == out or dep.startswith(f"{out}/")})
     assert dvc.graph(ROOT) == reads
+
+
+def test_each_stage_needs_no_other_data_than_dvc_yaml_names(tmp_path, monkeypatch):
+    """Each runs in a folder that holds nothing else; what it writes goes back to where all of it is."""
+    everything = tmp_path / "everything"
+    write_folder(everything / "photos", train=10, val=4, test=5, unlabelled=3)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    settings = tiny()
+    for stage in [*STAGES][1:]:
+        here = tmp_path / stage
+        here.mkdir()
+        for dep in STAGES[stage]["deps"]:
+            source = everything / ("photos" if dep.startswith("${prepare.") else dep)
+            if source.is_dir():
+                shutil.copytree(source, here / source.relative_to(everything), dirs_exist_ok=True)
+            elif source.is_file():
+                (here / dep).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, here / dep)
+        monkeypatch.chdir(here)
+        importlib.import_module(f"pipeline.{stage}").run(settings)
+        shutil.move(here / "data" / stage, everything / "data" / stage)
+    assert (everything / "data/register/version.json").exists()
 
 
 if __name__ == "__main__":

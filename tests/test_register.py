@@ -80,7 +80,8 @@ def test_a_version_leads_back_and_has_everything_beside_it(project, capfd):
         version.tags.items()
         >= {
             "digest.weights": digest,
-            "digest.data": project.images.digest,
+            "digest.data": project.all_images.digest,
+            "digest.known": project.images.digest,
             "digest.teacher": "t" * 64,
             "digest.cache": "c" * 64,
             "dvc.data/cache": "abc.dir",
@@ -96,7 +97,7 @@ def test_a_version_leads_back_and_has_everything_beside_it(project, capfd):
     assert run.info.status == "FINISHED"
     assert run.data.params["register.name"] == NAME
     assert {f"{who}.top1" for who in ("teacher", "baseline", "student")} <= set(run.data.metrics)
-    assert run.data.tags.items() >= {"digest.weights": digest, "digest.data": project.images.digest}.items()
+    assert run.data.tags.items() >= {"digest.weights": digest, "digest.data": project.all_images.digest}.items()
     (logged,) = client.search_logged_models([run.info.experiment_id])  # what MLflow's pages show of it
     assert logged.status == "READY"
     assert {metric.key: metric.value for metric in logged.metrics}["student.top1"] == 1.0
@@ -121,7 +122,7 @@ def test_a_version_leads_back_and_has_everything_beside_it(project, capfd):
     assert model["flavors"]["python_function"]["config"]["device"] == "cpu"
     text = (folder / "README.md").read_text()
     assert digest in text
-    assert "0 images in the pool, of which mining took 5" in text  # by what the cache of the fixture says
+    assert "2 images in the pool, of which mining took 5" in text  # by what the cache of the fixture says
 
     said = capfd.readouterr()
     assert "is the champion now" in said.out

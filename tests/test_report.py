@@ -67,6 +67,7 @@ def content(classes: tuple[str, ...] = ("cat", "dog", "owl"), images: int = 90, 
         "thumbnails": [report.thumbnail(Image.new("RGB", (8, 8))) for _ in errors[:24]],
         "data": {
             "digest": "e" * 64,
+            "known_digest": "f" * 64,
             "splits": {"labelled": 10, "unlabelled": 20, "val": 5, "test": images},
             "refused": [("truncated", 3)],
             "mine": {"main": [("mined", "1,234")], "parts": [("per_class", [("cat", "7")])]},

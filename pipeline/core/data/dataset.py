@@ -1,12 +1,14 @@
 """The prepared images: shards of encoded bytes and a manifest, read in any order by row number.
 
 Read: a folder that `prepare` wrote: manifest.arrow (an Arrow file, which pyarrow.feather and pandas read: a row an
-image, in ascending order of id), classes.json (names; a label is an index into them) and the shards that the manifest
-names (plain tar archives). The manifest is mapped into memory, where all processes share it as part of the page cache.
-A sample's id is its content: the first 8 bytes of the SHA-256 of its encoded bytes.
+image, in ascending order of id; its schema's metadata hold the set's digest), classes.json (names; a label is an index
+into them) and the shards that the manifest names (plain tar archives). The manifest is mapped into memory, where all
+processes share it as part of the page cache. A sample's id is its content: the first 8 bytes of the SHA-256 of its
+encoded bytes.
 
-data/prepare/images is such a folder, and so is data/prepare/images/known in it, of the images that have a label, known
-to the student or withheld from it. What reads only that is not run again where the rest of the pool changes.
+data/prepare/images is such a folder, of all images. Those that have a label, known to the student or withheld from it,
+are a set of their own in its folder `known`, so that stages that read nothing else are not run again when images
+without a label come or go.
 """
 
 import hashlib
@@ -15,6 +17,7 @@ import mmap
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +33,7 @@ SCHEMA = pa.schema(
         ("sha256", pa.string()),
         ("label", pa.int32()),  # -1: none
         ("withheld", pa.int32()),  # a label that is known but kept from the student; -1: none
-        ("split", pa.dictionary(pa.int32(), pa.string())),  # its values are SPLITS
+        ("split", pa.dictionary(pa.int8(), pa.string())),  # its values are SPLITS
         ("width", pa.int32()),  # of the upright image
         ("height", pa.int32()),
         ("shard", pa.dictionary(pa.int32(), pa.string())),  # a path, from the manifest's folder
@@ -110,7 +113,7 @@ class ImageSet:
             if pa.types.is_integer(field.type)
         }
         self.ids, self.labels, self.withheld = column["id"], column["label"], column["withheld"]
-        self._split = self._manifest["split"].indices.to_numpy()  # (N,) int32, an index into SPLITS
+        self._split = self._manifest["split"].indices.to_numpy()  # (N,) int8, an index into SPLITS
         self._sizes = column["width"], column["height"]
         shard = self._manifest["shard"]
         self._shards: list[str] = shard.dictionary.to_pylist()
@@ -134,7 +137,7 @@ class ImageSet:
             ValueError: it is another than the one that `prepare` noted in the manifest.
         """
         found = digest(pa.Table.from_batches([self._manifest]), self.classes)
-        if found != self._manifest.schema.metadata[b"digest"].decode():
+        if found.encode() != self._manifest.schema.metadata[b"digest"]:
             raise ValueError(f"{self.folder}: {MANIFEST} or classes.json is damaged; {REMAKE}")
         return found
 
@@ -220,14 +223,34 @@ class ImageSet:
     def _check_shards(self) -> None:
         """Compare each shard's size with what the manifest says, so that a torn copy is found at once."""
         shards, offsets, lengths = self._place
-        ends = np.zeros(len(self._shards), np.int64)
-        np.maximum.at(ends, shards, offsets + lengths)
-        for name, end in zip(self._shards, ends.tolist(), strict=True):
-            path, wanted = self.folder / name, shard_size(end)
+        if not 0 <= shards.min() <= shards.max() < len(self._shards):
+            raise ValueError(
+                f"{self.folder / MANIFEST}: an image is in none of its {len(self._shards)} shards; {REMAKE}"
+            )
+        last = np.zeros(len(self._shards), np.int64)  # the row that stands last in each shard
+        last[shards] = np.arange(len(self))
+        for name, row in zip(self._shards, last.tolist(), strict=True):
+            path, wanted = self.folder / name, shard_size(int(offsets[row] + lengths[row]))
             if not path.is_file():
                 raise ValueError(f"{path}: missing; {REMAKE}")
             if path.stat().st_size != wanted:
                 raise ValueError(f"{path}: {path.stat().st_size} bytes instead of {wanted}; {REMAKE}")
+
+
+def open_known(data: Path) -> tuple[ImageSet, dict[str, Any]]:
+    """Open the images with a label, and what `prepare` says of all images in its summary.json.
+
+    Args:
+        data: where stages write.
+
+    Raises:
+        ValueError: one of the two is missing or damaged, or they do not belong together.
+    """
+    images, summary = ImageSet(data / "prepare/images/known"), data / "prepare/summary.json"
+    prepared = atomic.read_json(summary)
+    if prepared.get("known_digest") != images.digest:
+        raise ValueError(f"{summary}: tells of other images than {images.folder} holds; {REMAKE}")
+    return images, prepared
 
 
 def write_manifest(folder: Path, columns: dict[str, list], classes: list[str]) -> str:
@@ -241,8 +264,9 @@ def write_manifest(folder: Path, columns: dict[str, list], classes: list[str]) -
     Raises:
         ValueError: there are too many images.
     """
-    named = {"split": _named(columns["split"], SPLITS), "shard": _named(columns["shard"], sorted({*columns["shard"]}))}
-    manifest = pa.table({**columns, **named}, schema=SCHEMA)
+    split = _named(columns["split"], SPLITS, pa.int8())
+    shard = _named(columns["shard"], sorted({*columns["shard"]}), pa.int32())
+    manifest = pa.table({**columns, "split": split, "shard": shard}, schema=SCHEMA)
     if parted := [field.name for field in SCHEMA if manifest[field.name].num_chunks > 1]:
         raise ValueError(
             f"{folder / MANIFEST}: more than 2 GiB of names or hashes ({', '.join(parted)}); "
@@ -256,10 +280,10 @@ def write_manifest(folder: Path, columns: dict[str, list], classes: list[str]) -
     return identity
 
 
-def _named(values: Sequence[str], names: Sequence[str]) -> pa.DictionaryArray:
-    """Make an Arrow array of values that are all among some names."""
+def _named(values: Sequence[str], names: Sequence[str], kind: pa.DataType) -> pa.DictionaryArray:
+    """Make an Arrow array of values that are all among some names; it holds their numbers, of type `kind`."""
     number_of = {name: number for number, name in enumerate(names)}
-    codes = pa.array([number_of[value] for value in values], pa.int32())
+    codes = pa.array([number_of[value] for value in values], kind)
     return pa.DictionaryArray.from_arrays(codes, pa.array(names, pa.string()))
 
 

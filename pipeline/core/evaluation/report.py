@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image
 from scipy.sparse import csr_array
 
-from pipeline.core import atomic
 from pipeline.core.evaluation import charts, metrics
 
 TITLES = {  # in the order of the table
@@ -76,11 +75,16 @@ def _number(text: str | None) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def read_data(data: Path) -> dict[str, Any]:
-    """Gather what the report tells of the data: images a split, refusals, and the summaries of mine and cache."""
-    prepared = atomic.read_json(data / "prepare" / "summary.json")
+def read_data(data: Path, prepared: dict[str, Any]) -> dict[str, Any]:
+    """Gather what the report tells of the data: images a split, refusals, and the summaries of mine and cache.
+
+    Args:
+        data: where stages write.
+        prepared: the summary of prepare.
+    """
     return {
         "digest": prepared["digest"],
+        "known_digest": prepared["known_digest"],
         "splits": {split: of_split["images"] for split, of_split in prepared["splits"].items()},
         "refused": sorted(prepared["refused"].items(), key=lambda item: (-item[1], item[0])),
         "mine": read_summary(data / "mine" / "summary.json"),

@@ -15,7 +15,6 @@ import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from pipeline.core.data.dataset import SCHEMA, TAR_BLOCK, id_of, shard_size, write_manifest
 
@@ -45,24 +44,17 @@ class Sample:
         return self.label >= 0 or self.withheld >= 0
 
 
-class Place(NamedTuple):
-    """Where an image's bytes lie."""
-
-    shard: str  # a path in the data set's folder
-    offset: int
-
-
 def write(
     folder: Path,
     samples: list[Sample],
     classes: list[str],
     shard_bytes: int,
     contents: Callable[[list[Sample]], Iterable[tuple[Sample, bytes]]],
-) -> str:
-    """Write a data set into an empty folder; return its digest.
+) -> tuple[str, str]:
+    """Write a data set into an empty folder; return its digest, and that of the images with a label.
 
-    The place of each image follows from all images together, so `contents` may give them in the order in which their
-    source is fastest to read.
+    The place of each image follows from the ids, lengths and labels of all, so `contents` may give them in the order in
+    which their source is fastest to read.
 
     Args:
         folder: where to write.
@@ -75,17 +67,19 @@ def write(
         ValueError: an image's bytes are no longer those that were examined.
     """
     samples = sorted(samples, key=lambda sample: sample.id)
-    known, pool = ([sample for sample in samples if sample.known == wanted] for wanted in (True, False))
+    known = [sample for sample in samples if sample.known]
+    pool = [sample for sample in samples if not sample.known]
     places = _places("known", known, shard_bytes) | _places("pool", pool, shard_bytes)
     ends: dict[str, int] = {}
     for sample in samples:
         shard, offset = places[sample.sha256]
         ends[shard] = offset + sample.length
+    (folder / "known").mkdir()  # of no image, too
     for shard, end in ends.items():
         (folder / shard).parent.mkdir(exist_ok=True)
         with (folder / shard).open("wb") as file:
             file.truncate(shard_size(end))  # zeros: the padding is in place
-    missing = set(places)
+    written = 0
     for sample, encoded in contents(samples):
         if len(encoded) != sample.length or hashlib.sha256(encoded).hexdigest() != sample.sha256:
             raise ValueError(f"{sample.source}: the file changed while it was read; run prepare again")
@@ -93,20 +87,17 @@ def write(
         with (folder / shard).open("r+b") as file:
             file.seek(offset - TAR_BLOCK)
             file.write(_header(sample) + encoded)
-        missing.remove(sample.sha256)
-    assert not missing, "contents gave fewer images than there are samples"
-    in_known = {key: Place(shard.removeprefix("known/"), offset) for key, (shard, offset) in places.items()}
-    write_manifest(folder / "known", _columns(known, in_known), classes)
-    return write_manifest(folder, _columns(samples, places), classes)
+        written += 1
+    assert written == len(samples), "contents gave fewer images than there are samples"
+    of_known = write_manifest(folder / "known", _columns(known, places, "known/"), classes)
+    return write_manifest(folder, _columns(samples, places, ""), classes), of_known
 
 
-def _places(part: str, samples: list[Sample], shard_bytes: int) -> dict[str, Place]:
-    """Place the images of a part in its shards, by the SHA-256 of each."""
+def _places(part: str, samples: list[Sample], shard_bytes: int) -> dict[str, tuple[str, int]]:
+    """Place the images of a part in its shards: (shard, offset of the image's bytes) by the SHA-256 of each."""
     laid = layout([sample.length for sample in samples], shard_bytes)
-    return {
-        sample.sha256: Place(f"{part}/images-{number:05d}.tar", offset)
-        for sample, (number, offset) in zip(samples, laid, strict=True)
-    }
+    names = [f"{part}/images-{number:05d}.tar" for number in range(laid[-1][0] + 1)] if laid else []
+    return {sample.sha256: (names[number], offset) for sample, (number, offset) in zip(samples, laid, strict=True)}
 
 
 def layout(lengths: list[int], shard_bytes: int) -> list[tuple[int, int]]:
@@ -133,8 +124,11 @@ def _header(sample: Sample) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT)
 
 
-def _columns(samples: list[Sample], places: dict[str, Place]) -> dict[str, list]:
+def _columns(samples: list[Sample], places: dict[str, tuple[str, int]], inside: str) -> dict[str, list]:
+    """The manifest's columns for a manifest that lies `inside` the data set's folder."""
     columns = {name: [getattr(sample, name) for sample in samples] for name in SCHEMA.names if hasattr(Sample, name)}
-    columns["shard"] = [places[sample.sha256].shard for sample in samples]
-    columns["offset"] = [places[sample.sha256].offset for sample in samples]
+    shards = [places[sample.sha256][0] for sample in samples]
+    from_there = {shard: shard.removeprefix(inside) for shard in set(shards)}
+    columns["shard"] = [from_there[shard] for shard in shards]
+    columns["offset"] = [places[sample.sha256][1] for sample in samples]
     return columns

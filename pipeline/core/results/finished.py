@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet
 
 from pipeline.core import atomic, digests
-from pipeline.core.data.dataset import ImageSet
+from pipeline.core.data.dataset import ImageSet, open_known
 from pipeline.core.params import parse
 from pipeline.core.results import tracking
 from pipeline.core.sections import Params
@@ -23,7 +23,7 @@ class Student:
 
     images: ImageSet  # those with a label
     rows: np.ndarray  # (N,) the test images
-    prepared: dict[str, Any]  # summary.json of data/prepare
+    prepared: dict[str, Any]  # the summary of prepare
     card: dict[str, Any]  # network.json
     figures: dict[str, Any]  # metrics.json
     logits: np.ndarray  # (N, C) float32: what it answered to the test images when it was evaluated
@@ -53,8 +53,7 @@ def read(data: Path) -> Student:
         ValueError: something is missing, or the evaluation is of other images or classes. That it is of another
             student is seen when the version is loaded back.
     """
-    images, card = ImageSet(data / "prepare/images/known"), atomic.read_json(data / "fixres" / "network.json")
-    prepared = atomic.read_json(data / "prepare" / "summary.json")
+    (images, prepared), card = open_known(data), atomic.read_json(data / "fixres" / "network.json")
     figures, speed = (atomic.read_json(data / "evaluate" / name) for name in ("metrics.json", "speed.json"))
     table = pyarrow.parquet.read_table(data / "evaluate" / "predictions.parquet", columns=["id", "student_logits"])
     rows = images.rows("test")
@@ -82,6 +81,7 @@ def describe(student: Student, name: str, test_crop: float) -> dict[str, Any]:
         "key": digests.of_json({**network, "crop": test_crop, "test": student.test_digest}),
         "weights": student.card["digest"],
         "data": student.prepared["digest"],
+        "known": student.images.digest,
         "test": student.test_digest,
         "top1": student.figures["student"]["top1"],
     }
@@ -103,7 +103,7 @@ def lineage(record: dict[str, Any], params: Params, data: Path) -> dict[str, str
         ValueError: dvc.lock cannot be read; or what the teacher or the soft labels say of themselves.
     """
     settings = params.model_dump(mode="json", by_alias=True, exclude={"machine"})
-    tags = {f"digest.{key}": record[key] for key in ("weights", "data", "test")}
+    tags = {f"digest.{key}": record[key] for key in ("weights", "data", "known", "test")}
     tags |= {
         "digest.params": digests.of_json(settings),
         "digest.teacher": atomic.read_json(data / "teacher" / "network.json")["digest"],

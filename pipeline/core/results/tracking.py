@@ -88,7 +88,8 @@ def run(
     Args:
         stage: the run's name.
         params: settings that went in; sections within it become dotted keys.
-        identities: digests of what the stage read, by name ("data", "soft labels", "start"); tags `digest.NAME`.
+        identities: digests of what the stage read, by name ("data": its images, "soft labels", "start"); tags
+            `digest.NAME`.
         resume_file: keeps the run's id, so that a training that goes on goes on in the same run. It belongs beside
             the checkpoint, and goes when the checkpoint goes.
 

@@ -45,7 +45,8 @@ class Task:
         rows: (N,) the samples to train on.
         views: what they look like; the network's test view has their resolution.
         loss: (network, batch) -> mean loss.
-        identities: names and digests of what went in, besides the recipe, the data set and the weights to start from.
+        identities: names and digests of what went in, besides the recipe, the images' set (of which there are two, all
+            images and those with a label) and the weights to start from.
         part: the part of the network that is trained; None: all of it.
         replicas: stored views a sample; EVERY_REPLICA: a new one each epoch.
         before: the network that the stage started from, as the stage before left it; it is kept where the trained one
