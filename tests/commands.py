@@ -31,3 +31,8 @@ def wait_until(condition: Callable[[], bool], seconds: float, every: float = 0.1
     while not condition():
         assert time.monotonic() < end
         time.sleep(every)
+
+
+def launch(stage: str) -> str:
+    """A program that starts a stage's processes as the stage itself does, without importing it first."""
+    return f"from pipeline.core import params, stage; stage._relaunch_with_torchrun(params.load(), '{stage}')"

@@ -266,19 +266,25 @@ def test_code_that_dvc_would_not_see_is_refused(tmp_path, line):
         preflight.check_own_file(tmp_path)
 
 
-@pytest.mark.parametrize("line", ["import no_such_module", "def network(:", "raise KeyError('x')"])
-def test_what_keeps_the_file_from_being_imported_is_a_line(tmp_path, line):
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("teacher", "import no_such_module"),
+        ("core.running.preflight", "def network(:"),
+        ("core.running.preflight", "raise KeyError('x')"),
+    ],
+)
+def test_what_keeps_the_file_from_being_imported_is_a_line(tmp_path, module, line):
     for name in ("pipeline", "models", "params.yaml", "dvc.yaml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     with (tmp_path / "models/own.py").open("a") as file:
         file.write(f"\n{line}\n")
-    for module in ("teacher", "core.running.preflight"):
-        command = [sys.executable, "-m", f"pipeline.{module}"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 1
-        said = f"{module.rpartition('.')[2]}: error: models/own.py cannot be imported: "
-        assert re.fullmatch(re.escape(said) + r"\w+Error: .*\n", done.stderr), done.stderr
+    command = [sys.executable, "-m", f"pipeline.{module}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    said = f"{module.rpartition('.')[2]}: error: models/own.py cannot be imported: "
+    assert re.fullmatch(re.escape(said) + r"\w+Error: .*\n", done.stderr), done.stderr
 
 
 def test_features_of_a_linear_layer_are_its_last_dimension():

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from commands import ENVIRONMENT, wait_until
+from commands import ENVIRONMENT, launch, wait_until
 from images import ROOT, prepared, small_settings
 
 from pipeline.core import params
@@ -33,10 +33,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-# As `python -m pipeline.baseline` starts its processes; but that imports torch and timm before it becomes torchrun.
-LAUNCH = "from pipeline.core import params, stage; stage._relaunch_with_torchrun(params.load(), 'baseline')"
-
-
 # As docs/running.md says, on each of two machines.
 MEET = """
 torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint localhost:PORT --rdzv-id baseline
@@ -51,7 +47,7 @@ def start(folder: Path, restarts: int, *command: str) -> subprocess.Popen:
     variables = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return subprocess.Popen(
-        [sys.executable, *(command or ("-c", LAUNCH))],
+        [sys.executable, *(command or ("-c", launch("baseline")))],
         cwd=folder,
         env=variables,
         text=True,
