@@ -111,7 +111,7 @@ def test_a_network_that_the_stages_cannot_use_is_refused(name, words):
 
 def test_a_damaged_card_is_named(tmp_path):
     (tmp_path / "network.json").write_text("{")
-    with pytest.raises(ValueError, match=f"^{tmp_path}/network.json: damaged; run `dvc checkout"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}/network.json: damaged; remove it, and run `dvc checkout"):
         networks.read_card(tmp_path)
 
 

@@ -100,7 +100,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise ValueError(f"{path}: not there; run `dvc repro {path.parent.name}`, or `dvc pull`") from None
     except ValueError:  # no JSON, or no text
-        raise ValueError(f"{path}: damaged; run `dvc checkout {path.parent}`, or `dvc repro`") from None
+        raise ValueError(f"{path}: damaged; remove it, and run `dvc checkout {path.parent}`, or `dvc repro`") from None
 
 
 def new_array(file: Path, dtype: np.dtype | type, shape: tuple[int, ...]) -> np.memmap:

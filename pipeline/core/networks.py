@@ -191,7 +191,9 @@ def load(folder: Path, device: str | torch.device = "cpu") -> tuple[Classifier, 
     folder, card = Path(folder), read_card(Path(folder))
     file = folder / "weights.safetensors"
     if digests.of_file(file) != card["digest"]:
-        raise ValueError(f"{file}: not the weights that network.json speaks of; run `dvc checkout {folder}`")
+        raise ValueError(
+            f"{file}: not the weights that network.json speaks of; remove it, and run `dvc checkout {folder}`"
+        )
     network = models.build(card["model"], num_classes=card["num_classes"])
     classifier = Classifier(network, card["mean"], card["std"], card.get("resized_to"))
     weights.load(network, file)

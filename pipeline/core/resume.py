@@ -46,7 +46,7 @@ def only_writer(name: str) -> Iterator[Path]:
 def begin_run(folder: Path) -> None:
     """Make a run's folder, or take up the one that is there.
 
-    Folders beside it, of runs with other settings or other code, go if those have ended; the others are named.
+    Folders beside it, of runs with other images, settings or code, go if those have ended; the others are named.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ENDED).unlink(missing_ok=True)
@@ -55,7 +55,7 @@ def begin_run(folder: Path) -> None:
     others = [other for other in folder.parent.iterdir() if other.is_dir() and other != folder and any(other.iterdir())]
     if others:
         print(
-            f"{folder.parent.name}: unfinished runs with other settings or other code stay in {folder.parent}: "
+            f"{folder.parent.name}: unfinished runs with other images, settings or code stay in {folder.parent}: "
             f"{len(others)}; `make clean` removes them",
             flush=True,
         )

@@ -48,6 +48,7 @@ DIGEST_ROWS = 65_536  # rows that are made text of at a time
 OPEN_SHARDS = 100  # each takes a file handle, and a process may have 256 of them on macOS
 TAR_BLOCK, TAR_RECORD = 512, 10240
 REMAKE = "make it again with `dvc repro prepare`, or fetch it with `dvc pull`"
+ANEW = f"remove it, and {REMAKE}"  # DVC may not see that a file is damaged, and does not replace one that it sees
 
 
 def sample_id(encoded: bytes) -> int:
@@ -138,7 +139,7 @@ class ImageSet:
         """
         found = digest(pa.Table.from_batches([self._manifest]), self.classes)
         if found.encode() != self._manifest.schema.metadata[b"digest"]:
-            raise ValueError(f"{self.folder}: {MANIFEST} or classes.json is damaged; {REMAKE}")
+            raise ValueError(f"{self.folder}: {MANIFEST} or classes.json is damaged; {ANEW}")
         return found
 
     @property
@@ -193,7 +194,7 @@ class ImageSet:
         if not self._compared[row] and sample_id(content) != self.ids[row]:
             raise ValueError(
                 f"{self.folder / self._shards[shard]}: the image at byte {offset} ({self.source(row)}) is damaged; "
-                "bring the file back with `dvc checkout --force prepare`"
+                "remove the file, and bring it back with `dvc checkout prepare`"
             )
         self._compared[row] = 1
         return content
@@ -218,15 +219,13 @@ class ImageSet:
     def _check_labels(self) -> None:
         for labels in (self.labels, self.withheld):
             if len(labels) and not -1 <= labels.min() <= labels.max() < len(self.classes):
-                raise ValueError(f"{self.folder}: a label is of none of its {len(self.classes)} classes; {REMAKE}")
+                raise ValueError(f"{self.folder}: a label is of none of its {len(self.classes)} classes; {ANEW}")
 
     def _check_shards(self) -> None:
         """Compare each shard's size with what the manifest says, so that a torn copy is found at once."""
         shards, offsets, lengths = self._place
         if not 0 <= shards.min() <= shards.max() < len(self._shards):
-            raise ValueError(
-                f"{self.folder / MANIFEST}: an image is in none of its {len(self._shards)} shards; {REMAKE}"
-            )
+            raise ValueError(f"{self.folder / MANIFEST}: an image is in none of its {len(self._shards)} shards; {ANEW}")
         last = np.zeros(len(self._shards), np.int64)  # the row that stands last in each shard
         last[shards] = np.arange(len(self))
         for name, row in zip(self._shards, last.tolist(), strict=True):
@@ -234,7 +233,7 @@ class ImageSet:
             if not path.is_file():
                 raise ValueError(f"{path}: missing; {REMAKE}")
             if path.stat().st_size != wanted:
-                raise ValueError(f"{path}: {path.stat().st_size} bytes instead of {wanted}; {REMAKE}")
+                raise ValueError(f"{path}: {path.stat().st_size} bytes instead of {wanted}; {ANEW}")
 
 
 def open_known(data: Path) -> tuple[ImageSet, dict[str, Any]]:
@@ -249,7 +248,7 @@ def open_known(data: Path) -> tuple[ImageSet, dict[str, Any]]:
     images, summary = ImageSet(data / "prepare/images/known"), data / "prepare/summary.json"
     prepared = atomic.read_json(summary)
     if prepared.get("known_digest") != images.digest:
-        raise ValueError(f"{summary}: tells of other images than {images.folder} holds; {REMAKE}")
+        raise ValueError(f"{summary}: tells of other images than {images.folder} holds; {ANEW}")
     return images, prepared
 
 
@@ -300,9 +299,9 @@ def _read(folder: Path) -> tuple[tuple[str, ...], pa.RecordBatch]:
         has_digest = b"digest" in (file.schema.metadata or {})
         manifest = file.get_batch(0) if batches == 1 and has_digest and file.schema == SCHEMA else None
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{folder}: damaged ({' '.join(str(error).split())}); {REMAKE}") from None
+        raise ValueError(f"{folder}: damaged ({' '.join(str(error).split())}); {ANEW}") from None
     if batches != 1:
-        raise ValueError(f"{folder / MANIFEST}: {batches} record batches instead of one; {REMAKE}")
+        raise ValueError(f"{folder / MANIFEST}: {batches} record batches instead of one; {ANEW}")
     if manifest is None or manifest["split"].dictionary.to_pylist() != list(SPLITS):
         wrong = sorted(set(SCHEMA.names) ^ set(file.schema.names)) or "their types"
         raise ValueError(f"{folder / MANIFEST}: its columns are not this version's ({wrong}); {REMAKE}")
