@@ -3,8 +3,8 @@
 Reads data/prepare (the test images and the summary), data/{teacher,baseline,distill,finetune,fixres} (network and
 history), and data/mine/summary.json and data/cache/cache.json for the report. Writes data/evaluate: top1.json (what
 `dvc metrics` shows), metrics.json (every score), speed.json (measured, so that it and the report differ from run to
-run), per_class.csv, confusion.csv, reliability.csv, errors.csv, predictions.parquet, report.html. Run: python -m
-pipeline.evaluate
+run), per_class.csv, confusion.csv, reliability.csv, errors.csv, predictions.parquet, report.html.
+Run: python -m pipeline.evaluate
 """
 
 import time

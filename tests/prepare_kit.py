@@ -124,6 +124,12 @@ ODD = {  # name: content that is unusual and still used
 }
 
 
+def in_several_shards(place: Path) -> Path:
+    """Prepare a data set in several small shards below a folder; give the folder of its images."""
+    prepared(place / "out", write(place / "in", with_splits()), **SPLITS, labels_per_class=5, shard_mb=0.02)
+    return place / "out/images"
+
+
 def files_of(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file below a folder, by its path from there."""
     files = [path for path in folder.rglob("*") if path.is_file()]
