@@ -46,11 +46,12 @@ def write_images(folder, label, classes=CLASSES, count=24, first=0):
 
     `label` gives each picture's class.
     """
-    encoded = [picture(number) for number in range(first, first + 2 * count + 2)]
-    parts = [("test", label(at)) if at < count else ("labelled", label(at)) for at in range(2 * count)]
+    parts = [("test" if at < count else "labelled", label(at)) for at in range(2 * count)]
+    parts += [("unlabelled", -1)] * 2
+    encoded = [picture(number) for number in range(first, first + len(parts))]
     samples = [
-        image_shards.Sample(sha256(one).hexdigest(), len(one), 40, 36, split, its_label, -1, f"{at}.png")
-        for at, (one, (split, its_label)) in enumerate(zip(encoded, [*parts, *[("unlabelled", -1)] * 2], strict=True))
+        image_shards.Sample(sha256(one).hexdigest(), len(one), 40, 36, *part, -1, f"{at}.png")
+        for at, (one, part) in enumerate(zip(encoded, parts, strict=True))
     ]
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "images").mkdir(parents=True)
@@ -102,10 +103,8 @@ class Project:
 
     def __init__(self, root, pixels):
         self.root, self.data, self.pixels = root, root / "data", pixels
-        self.all_images, self.images = (
-            ImageSet(self.data / "prepare/images"),
-            ImageSet(self.data / "prepare/images/known"),
-        )
+        self.all_images = ImageSet(self.data / "prepare/images")
+        self.images = ImageSet(self.data / "prepare/images/known")
 
     def register(self, if_missing=False, margin=0.0):
         content = yaml.safe_load((ROOT / "params.yaml").read_text())

@@ -24,6 +24,22 @@ def copy(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "images")
 
 
+def rewrite(folder, column, values, digest=None):
+    """Put other values into a column of a manifest, and leave its digest, or set another."""
+    table = read_manifest(folder)
+    at, noted = table.schema.get_field_index(column), {"digest": digest} if digest else table.schema.metadata
+    table = table.set_column(at, table.field(column), [values]).replace_schema_metadata(noted)
+    with pa.OSFile(str(folder / "manifest.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def with_first(folder, column, value):
+    """A column of numbers of a manifest, in which `value` stands in place of the first 0."""
+    values = read_manifest(folder)[column].to_pylist()
+    values[values.index(0)] = value
+    return pa.array(values, dataset.SCHEMA.field(column).type)
+
+
 def test_a_missing_folder_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"no such folder; .*dvc repro prepare.*dvc pull"):
         ImageSet(tmp_path / "nothing")
@@ -102,22 +118,6 @@ def test_images_and_a_summary_that_do_not_belong_together_are_refused(folder, tm
         words = "summary.json: tells of other images than"
     with pytest.raises(ValueError, match=f"{words}.*dvc repro prepare"):
         dataset.open_known(tmp_path)
-
-
-def rewrite(folder, column, values, digest=None):
-    """Put other values into a column of a manifest, and leave its digest, or set another."""
-    table = read_manifest(folder)
-    at, noted = table.schema.get_field_index(column), {"digest": digest} if digest else table.schema.metadata
-    table = table.set_column(at, table.field(column), [values]).replace_schema_metadata(noted)
-    with pa.OSFile(str(folder / "manifest.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
-
-
-def with_first(folder, column, value):
-    """A column of numbers of a manifest, in which `value` stands in place of the first 0."""
-    values = read_manifest(folder)[column].to_pylist()
-    values[values.index(0)] = value
-    return pa.array(values, dataset.SCHEMA.field(column).type)
 
 
 def test_other_class_names_are_found_where_the_set_is_named(copy):
