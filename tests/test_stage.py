@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from images import tiny
+from images import ROOT, tiny
 from torch._utils import ExceptionWrapper
 
 from pipeline import baseline
@@ -298,6 +299,29 @@ def test_a_stop_while_an_error_is_told_is_told_as_a_stop(said, monkeypatch):
 
     monkeypatch.setattr(stage, "_explained", stopped)
     assert said(wrong) == "distill: stopped; the same command goes on from what is saved so far, if anything\n"
+
+
+LEAVING = """
+import atexit
+from pipeline.core import stage
+
+class Last:
+    def __del__(self):
+        print("taken down")
+
+last = Last()
+atexit.register(print, "at exit")
+stage.main(lambda params: print("done"), "")
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"), [({}, "done\nat exit\ntaken down\n"), ({"DVC_STAGE": "baseline"}, "done\nat exit\n")]
+)
+def test_a_stage_that_dvc_has_started_leaves_without_being_taken_down(variables, said):
+    command = [sys.executable, "-c", LEAVING]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
 
 
 def test_what_worker_processes_say_is_one_line():

@@ -81,7 +81,7 @@ def send(array: np.ndarray, device: torch.device) -> Tensor:
 def wait_for_all(processes: Processes) -> None:
     """Wait until every process has come here."""
     if processes.world > 1:
-        dist.all_reduce(torch.zeros(1))  # in the host's memory: a barrier of NCCL's would keep the GPUs busy
+        _meet()
 
 
 def from_first(processes: Processes, value: Any) -> Any:
@@ -95,5 +95,9 @@ def from_first(processes: Processes, value: Any) -> Any:
 def leave() -> None:
     """Part from the other processes, once all have done their work: who went before would take the others down."""
     if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))
+        _meet()
         dist.destroy_process_group()
+
+
+def _meet() -> None:
+    dist.all_reduce(torch.zeros(1))  # in the host's memory: a barrier of NCCL's would keep the GPUs busy
