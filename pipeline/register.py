@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from pipeline.core import atomic, resume, stage
-from pipeline.core.results import finished, mlflow_store, onnx_file, registry, tracking
+from pipeline.core.results import exporting, finished, mlflow_store, onnx_file, registry, tracking
 from pipeline.core.sections import Params
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import: --help and --if-missing should not wait for both
@@ -176,7 +176,7 @@ def _write_onnx(file: Path, classifier: "nn.Module", params: Params, student: fi
     rows, resolution, crop = _some(student.rows, CHECKED_ONNX), student.card["resolution"], params.views.test_crop
     wanted = _ask(classifier, student, rows, resolution, crop, params, "the student")
     try:
-        onnx_file.write(file, classifier, registry.example(resolution), student.card["classes"])
+        onnx_file.write(file, classifier, exporting.example(resolution), student.card["classes"])
         found = _ask(onnx_file.load(file), student, rows, resolution, crop, params, file.name)
         reason = differ(found, wanted, TOLERANCE)
     except ValueError as error:

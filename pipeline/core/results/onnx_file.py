@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.core import errors
+from pipeline.core.results import exporting
 
 if TYPE_CHECKING:  # torch takes seconds to import: who looks a version up should not wait for it
     from torch import Tensor, nn
@@ -42,7 +43,7 @@ def write(file: Path, network: "nn.Module", example: np.ndarray, classes: list[s
         raise ValueError(f"it cannot be written as one ONNX file: its weights take {gigabytes:.1f} GB")
     network = small_maps.exportable(network)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), exporting.without_stack_traces():
             warnings.simplefilter("ignore")  # what they speak of is torch's own
             program = torch.onnx.export(
                 network,
@@ -58,7 +59,7 @@ def write(file: Path, network: "nn.Module", example: np.ndarray, classes: list[s
         raise
     except Exception as error:  # the exporter's own, and what its optimizer lets through
         raise ValueError(f"it cannot be written as ONNX: {errors.in_a_line(error.__cause__ or error)[:300]}") from None
-    ClearMetadataAndDocStringPass()(program.model)  # every node has the paths of the code that it came from
+    ClearMetadataAndDocStringPass()(program.model)  # which says how torch came to each node
     program.model.metadata_props["classes"] = json.dumps(classes)
     program.save(file, external_data=False)
 

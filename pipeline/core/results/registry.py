@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.core import errors
-from pipeline.core.results import mlflow_store
+from pipeline.core.results import exporting, mlflow_store
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import: looking a version up should not wait for both
     from mlflow import MlflowClient
@@ -48,40 +48,20 @@ def pack(folder: Path, network: "nn.Module", resolution: int, classes: list[str]
     logits = TensorSpec(np.dtype(np.float32), (-1, len(classes)))
     metadata = {"input": "RGB pixels, 0 to 255, as they are", "output": "logits", "classes": classes}
     model = Model(metadata=metadata, model_uuid=link.get("model_id"), **link)
-    mlflow.pytorch.save_model(
-        small_maps.exportable(network),
-        folder,
-        mlflow_model=model,
-        signature=ModelSignature(inputs=Schema([pixels]), outputs=Schema([logits])),
-        input_example=example(resolution),
-        metadata=metadata,
-        serialization_format="pt2",
-        pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", f"numpy=={np.__version__}"],
-    )
-    _forget_origins(folder / "data" / "model.pt2")
+    with exporting.without_stack_traces():
+        mlflow.pytorch.save_model(
+            small_maps.exportable(network),
+            folder,
+            mlflow_model=model,
+            signature=ModelSignature(inputs=Schema([pixels]), outputs=Schema([logits])),
+            input_example=exporting.example(resolution),
+            metadata=metadata,
+            serialization_format="pt2",
+            pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", f"numpy=={np.__version__}"],
+        )
     # An exported program stays on the device it was exported on; pyfunc would insist on CUDA where there is one.
     model.flavors["python_function"]["config"]["device"] = "cpu"
     model.save(str(folder / "MLmodel"))
-
-
-def _forget_origins(file: Path) -> None:
-    """Take out of an exported program where on this machine the code lies that each step of it came from."""
-    import torch
-
-    program = torch.export.load(file)
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)
-    torch.export.save(program, file)
-
-
-def example(resolution: int) -> np.ndarray:
-    """Make an input example (2, 3, R, R): a ramp to the right and one downwards.
-
-    Nobody's picture goes to the registry with it. Of one image alone, the exported batch size would be fixed at 1.
-    """
-    ramp = np.linspace(0, 255, resolution, dtype=np.float32).round()
-    right = np.broadcast_to(ramp, (3, resolution, resolution))
-    return np.ascontiguousarray(np.stack([right, right.transpose(0, 2, 1)]))
 
 
 def publish(
