@@ -3,16 +3,14 @@
 import csv
 import hashlib
 import json
-import os
-import signal
 import subprocess
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
 import psutil
 import pytest
-from commands import launch, wait_until
+from commands import wait_until
 from images import CLASSES, write_folder
 from made_images import png
 from prepare_kit import files_of, write
@@ -88,13 +86,27 @@ def kept(file):
         file.write_bytes(content)
 
 
-def test_a_parameter_reruns_its_stage_and_what_follows(project):
+@pytest.mark.parametrize(
+    ("key", "value", "reads_it"),
+    [
+        ("fixres.lr", 0.002, {"fixres", "evaluate"}),
+        ("prepare.val_share", 0.2, {"prepare", "evaluate"}),  # whose report has all settings
+        ("register.margin", 0.5, {"register"}),
+    ],
+)
+def test_a_parameter_makes_those_stages_out_of_date_that_read_it(project, key, value, reads_it):
     with kept(project / "params.yaml"):
-        change(project, **{"fixres.lr": 0.002})
-        done = execute(project, "dvc", "repro", "evaluate")
-    assert ran(done.stdout) == ["fixres", "evaluate"]
-    # And back: what was there before comes out of DVC's cache.
-    assert ran(execute(project, "dvc", "repro").stdout) == []
+        change(project, **{key: value})
+        assert out_of_date(project) == reads_it
+    assert out_of_date(project) == set()
+
+
+def test_what_has_run_before_comes_out_of_dvcs_cache(project):
+    with kept(project / "params.yaml"):
+        change(project, **{"mine.per_class": 1})
+        assert ran(execute(project, "dvc", "repro", "mine").stdout) == ["mine"]
+    assert ran(execute(project, "dvc", "repro", "mine").stdout) == []
+    assert out_of_date(project) == set()
 
 
 def test_a_comment_in_the_flow_reruns_nothing(project):
@@ -120,32 +132,46 @@ def test_a_typo_is_one_line_that_names_the_key(project):
     assert done.stdout.strip() == expected
 
 
-@pytest.mark.parametrize("stage", ["cache", "distill"])  # benchmarks/kill.py does it to all
-def test_a_killed_stage_goes_on_and_ends_in_the_same_bytes(project, tmp_path, stage):
+def test_soft_labels_that_are_killed_go_on_and_end_in_the_same_bytes(project, tmp_path):
+    """As do trainings (test_restarts.py); benchmarks/kill.py kills every stage."""
     clone = tmp_path / "killed"
     execute(project, "cp", "-r", str(project), str(clone))
-    expected = files_of(clone / "data" / stage)
-    execute(clone, "rm", "-rf", f"data/{stage}", f".scratch/{stage}")
-    change(clone, **{"machine.checkpoint_seconds": 0})
-    kill_when_it_has_written(clone, stage)
-    execute(clone, "python", "-m", f"pipeline.{stage}")
-    assert files_of(clone / "data" / stage) == expected
+    expected = files_of(clone / "data/cache")
+    execute(clone, "rm", "-rf", "data/cache", ".scratch/cache")
+    killed = subprocess.Popen(["python", "-m", "pipeline.cache"], cwd=clone, env=ENVIRONMENT)
+    wait_until(lambda: any(clone.glob("data/cache/labels-*.sl")), 120, every=0.02)
+    assert killed.poll() is None, "it ended before it could be killed"
+    killed.kill()
+    killed.wait()
+    execute(clone, "python", "-m", "pipeline.cache")
+    assert files_of(clone / "data/cache") == expected
+
+
+# Three stages in the same processes: starting these takes longer than their work.
+IN_TWO_PROCESSES = """
+import importlib
+from pipeline.core import devices, params
+
+# Imported in turn: where other files of the project are loaded, too, `score` asks about all images again.
+for stage in ("score", "cache", "distill"):
+    importlib.import_module(f"pipeline.{stage}").run(params.load())
+devices.leave()
+"""
 
 
 def test_two_processes_leave_the_same_soft_labels_and_learn_from_them_alike(project, tmp_path):
     clone = tmp_path / "two"
     execute(project, "cp", "-r", str(project), str(clone))
     alone, losses, scores = files_of(clone / "data/cache"), training_losses(clone), read_scores(clone)
-    change(clone, **{"machine.processes": 2})
     execute(clone, "rm", "-rf", "data/cache", "data/score", "data/distill", ".scratch/distill")
     forget_a_score(clone / ".scratch/scored")
-    assert " 1 images to ask the teacher about" in execute(clone, "python", "-c", launch("score")).stdout
+    (clone / "two.py").write_text(IN_TWO_PROCESSES)
+    done = execute(clone, "torchrun", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "two.py")
+    assert " 1 images to ask the teacher about" in done.stdout
     for before, now in zip(scores, read_scores(clone), strict=True):
         assert np.array_equal(now[1:], before[1:])
         assert now[:1] == pytest.approx(before[:1], abs=1e-3)  # asked alone, it is rounded otherwise
-    execute(clone, "python", "-c", launch("cache"))
     assert files_of(clone / "data/cache") == alone
-    execute(clone, "python", "-c", launch("distill"))
     assert training_losses(clone) == pytest.approx(losses, abs=1e-5)  # 5e-7 was seen; test_restarts.py kills them
 
 
@@ -168,22 +194,6 @@ def training_losses(folder):
     """The mean loss of each epoch of distillation."""
     with (folder / "data/distill/history.csv").open() as rows:
         return [float(row["train_loss"]) for row in csv.DictReader(rows)]
-
-
-def kill_when_it_has_written(folder, stage):
-    """Start a stage, and kill it and all its processes as soon as it has written something to go on from."""
-    process = subprocess.Popen(
-        ["python", "-m", f"pipeline.{stage}"], cwd=folder, env=ENVIRONMENT, start_new_session=True
-    )
-    places = [folder / ".scratch" / stage, folder / "data" / stage]
-    wait_until(lambda: any(f.suffix in (".pt", ".sl") for place in places for f in place.rglob("*")), 120, every=0.02)
-    assert process.poll() is None, "it ended before it could be killed"
-    below = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGKILL)
-    for child in below:  # torchrun gives its workers sessions of their own
-        with suppress(psutil.NoSuchProcess):
-            child.kill()
-    process.wait()
 
 
 def test_a_second_writer_is_told_so(project, tmp_path):

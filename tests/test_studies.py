@@ -1,6 +1,7 @@
 """The studies: their networks, what deleting a part means, and both commands from prepared images to plot and table."""
 
 import csv
+import runpy
 import signal
 import subprocess
 import sys
@@ -175,11 +176,14 @@ def project(tmp_path_factory):
     return folder
 
 
-def start(study, project, out, *arguments):
+def command(study, project, out, *arguments):
     out.mkdir(exist_ok=True)
-    command = [sys.executable, str(ROOT / f"studies/{study}.py"), "--project", str(project), "--out", str(out)]
+    return [str(ROOT / f"studies/{study}.py"), "--project", str(project), "--out", str(out), *SMALL, *arguments]
+
+
+def start(study, project, out, *arguments):
     return subprocess.Popen(
-        [*command, *SMALL, *arguments],
+        [sys.executable, *command(study, project, out, *arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -192,11 +196,19 @@ def listen():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def run(*arguments):
-    process = start(*arguments)
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
-    return said
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a study in this process, whose folder and signals are as before then; give what it said."""
+    stop = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", command(*arguments))
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        return "".join(capsys.readouterr())
+
+    yield run
+    signal.signal(signal.SIGTERM, stop)
 
 
 def rows_of(file):
@@ -205,7 +217,7 @@ def rows_of(file):
 
 
 @pytest.mark.slow
-def test_both_studies_run_from_prepared_images_to_plot_and_table(project, tmp_path):
+def test_both_studies_run_from_prepared_images_to_plot_and_table(project, tmp_path, run):
     """Once from one end to the other; a study that was stopped ends in the same table; deletion takes depth's."""
     said = run("depth", project, tmp_path / "out", "--depths", "8", "14", "--kinds", "plain", "residual")
     assert "plain-14: 80/80 images (100 %)" in said
@@ -232,7 +244,7 @@ def test_both_studies_run_from_prepared_images_to_plot_and_table(project, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_stopped_study_goes_on_and_ends_in_the_same_table(project, tmp_path):
+def test_a_stopped_study_goes_on_and_ends_in_the_same_table(project, tmp_path, run):
     longer = ("--depths", "14", "--epochs", "5", "--kinds", "plain")
     stopped = start("depth", project, tmp_path / "stopped", *longer)
     wait_until(lambda: any((project / ".scratch/studies").glob("plain-14-*-run/*.pt")), seconds=120, every=0.01)
@@ -251,12 +263,9 @@ def test_a_stopped_study_goes_on_and_ends_in_the_same_table(project, tmp_path):
     assert (tmp_path / "stopped/depth.csv").read_bytes() == (tmp_path / "whole/depth.csv").read_bytes()
 
 
-def test_a_mistake_is_one_line_before_anything_is_trained(project, tmp_path):
-    process = start("depth", project, tmp_path, "--depths", "8", "21")
-    said = process.communicate()[0]
-    assert process.returncode == 1
-    assert said.startswith("depth: error: depth 21: not 6n + 2")
-    assert said.count("\n") == 1
+def test_a_mistake_is_one_line_before_anything_is_trained(project, tmp_path, run):
+    with pytest.raises(SystemExit, match=r"^depth: error: depth 21: not 6n \+ 2.*$"):
+        run("depth", project, tmp_path, "--depths", "8", "21")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -267,8 +276,6 @@ def test_a_name_that_is_no_networks_is_an_error(wrong):
     assert deletion.which("residual-56") == ("residual", 56)
 
 
-def test_a_folder_without_prepared_images_is_said_to_be_one(tmp_path):
-    process = start("depth", tmp_path, tmp_path / "out")
-    said = process.communicate()[0]
-    assert process.returncode == 1
-    assert "params.yaml: no such file" in said
+def test_a_folder_without_prepared_images_is_said_to_be_one(tmp_path, run):
+    with pytest.raises(SystemExit, match=r"params.yaml: no such file"):
+        run("depth", tmp_path, tmp_path)

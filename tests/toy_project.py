@@ -7,6 +7,10 @@ It has the real params.yaml, so that changes are checked as they are for the rea
 epochs lasts, so that a test can stop it.
 """
 
+import atexit
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import commands
@@ -85,6 +89,15 @@ def execute(folder: Path, *command: str, **environment: str) -> str:
 
 def make(folder: Path) -> Path:
     """Write the toy project to folder/toy, and photos to folder/photos; give the project's folder."""
+    shutil.copytree(_made(), folder, dirs_exist_ok=True)
+    return folder / "toy"
+
+
+@cache
+def _made() -> Path:
+    """A folder with both, to copy, as DVC and Git take a second to begin; it is gone when the tests end."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
     photos, toy = folder / "photos", folder / "toy"
     for new in (photos, toy):
         new.mkdir(parents=True)
@@ -100,4 +113,4 @@ def make(folder: Path) -> Path:
     execute(toy, "dvc", "init", "--quiet")
     execute(toy, "git", "add", "--all")
     execute(toy, "git", "commit", "--quiet", "--message", "start")
-    return toy
+    return folder
