@@ -3,8 +3,8 @@
 Reads data/prepare (the test images and the summary), data/{teacher,baseline,distill,finetune,fixres} (network and
 history), and data/mine/summary.json and data/cache/cache.json for the report. Writes data/evaluate: top1.json (what
 `dvc metrics` shows), metrics.json (every score), speed.json (measured, so that it and the report differ from run to
-run), per_class.csv, confusion.csv, reliability.csv, errors.csv, predictions.parquet, report.html.
-Run: python -m pipeline.evaluate
+run), per_class.csv, confusion.csv, reliability.csv, errors.csv, near_copies.csv (test images and the labelled images
+that show the same), predictions.parquet, report.html. Run: python -m pipeline.evaluate
 """
 
 import time
@@ -20,7 +20,7 @@ import models
 from pipeline.core import atomic, devices, networks, resume, stage
 from pipeline.core.data import batches
 from pipeline.core.data.dataset import ImageSet, open_known
-from pipeline.core.evaluation import metrics, outcome, report
+from pipeline.core.evaluation import metrics, near_copies, outcome, report
 from pipeline.core.evaluation.outcome import NETWORKS, STUDENT
 from pipeline.core.networks import Classifier
 from pipeline.core.progress import Progress
@@ -57,8 +57,14 @@ def run(params: Params) -> None:
                 results[name] = examine(
                     classifier, card, said, images.labels, settings.speed_seconds, name == STUDENT, progress.update
                 )
+        pairs = near_copies.find(images, params.mine.copy_similarity, params.machine.workers, device)
         with atomic.replacing_folder(DATA / "evaluate") as folder:
-            figures = write(folder, images, prepared, rows, results, params, device)
+            figures = write(folder, images, prepared, rows, results, pairs, params, device)
+    if pairs:
+        print(
+            f"evaluate: warning: of the {len(rows):,} test images, {len(pairs):,} are near-copies of labelled images; "
+            "networks may have learned their answers; the report has the top-1 without them"
+        )
     top1 = figures["student"]["top1"]
     print(f"evaluate: student top-1 {top1:.4f}; see {DATA / 'evaluate' / 'report.html'}", flush=True)
 
@@ -132,20 +138,24 @@ def write(
     prepared: dict[str, Any],
     rows: np.ndarray,
     results: dict[str, outcome.Evaluated],
+    pairs: list[near_copies.Pair],
     params: Params,
     device: torch.device,
-) -> dict[str, dict[str, float | int]]:
-    """Write every file of data/evaluate to `folder`; give the numbers of each network.
+) -> dict[str, Any]:
+    """Write every file of data/evaluate to `folder`; give what metrics.json holds.
 
     Args:
         images, prepared: as `open_known` gives them.
         rows: (N,) the test images.
         results: of each network.
+        pairs: the test images that are near-copies of labelled images.
     """
     labels, classes = images.labels[rows], images.classes
+    is_near_copy = np.isin(rows, [pair.test for pair in pairs])
     figures = outcome.numbers(results, params.evaluate.bins)
     fast = outcome.speeds(results, device, min(params.evaluate.batch_size, len(rows)))
-    atomic.write_json(folder / "metrics.json", {**figures, "test_images": len(rows)})
+    whole = {**figures, "test_images": len(rows), "near_copies": len(pairs)}
+    atomic.write_json(folder / "metrics.json", whole)
     atomic.write_json(folder / "top1.json", outcome.accuracies(figures))
     atomic.write_json(folder / "speed.json", fast)
     matrices = {
@@ -165,7 +175,10 @@ def write(
     atomic.write_text(folder / "confusion.csv", as_csv(named))
     errors = outcome.wrong(images, rows, results)
     atomic.write_text(folder / "errors.csv", as_csv(errors, outcome.ERROR_COLUMNS))
-    pyarrow.parquet.write_table(outcome.predictions(images.ids[rows], labels, results), folder / "predictions.parquet")
+    shown = near_copies.table(pairs, images)
+    atomic.write_text(folder / "near_copies.csv", as_csv(shown, near_copies.COLUMNS))
+    said = outcome.predictions(images.ids[rows], labels, is_near_copy, results)
+    pyarrow.parquet.write_table(said, folder / "predictions.parquet")
     page = report.render(
         classes=classes,
         networks={
@@ -184,12 +197,20 @@ def write(
         paired=metrics.paired(student.rank == 0, results["baseline"].answers.rank == 0),
         errors=errors,
         thumbnails=[report.thumbnail(images.image(row)) for row in images.row_of(outcome.shown_ids(errors))],
+        near_copies=report.NearCopies(
+            top1_without=outcome.top1(results, ~is_near_copy),
+            pairs=shown,
+            pictures=[
+                (report.thumbnail(images.image(pair.test)), report.thumbnail(images.image(pair.labelled)))
+                for pair in pairs[-report.MOST_NEAR_COPIES :]
+            ],
+        ),
         data=report.read_data(DATA, prepared),
         speed=fast,
         params=params.model_dump(mode="json", by_alias=True),
     )
     atomic.write_bytes(folder / "report.html", page.encode("utf-8", "replace"))
-    return figures
+    return whole
 
 
 if __name__ == "__main__":

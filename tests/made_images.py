@@ -26,6 +26,17 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
     return out.getvalue()
 
 
+def photo(seed: int, side: int = 96) -> Image.Image:
+    """Draw noise with the spectrum of photographs: amplitudes fall as 1 / frequency."""
+    random = np.random.default_rng(seed)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side)))
+    frequency[0, 0] = np.inf
+    waves = np.fft.fft2(random.normal(size=(3, side, side))) / frequency
+    pixels = np.fft.ifft2(waves).real
+    pixels = 128 + 45 * pixels / pixels.std((1, 2), keepdims=True)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
 def png(seed: int) -> bytes:
     """A good file."""
     return encode(picture(seed), "PNG")

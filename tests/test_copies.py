@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pytest
 from images import ROOT
+from made_images import photo
 from PIL import Image, ImageDraw, ImageEnhance
 from scipy.fft import dctn
 from sklearn.datasets import load_digits
@@ -17,17 +18,6 @@ from pipeline.core.mining import copies
 from pipeline.core.mining.thumbnails import thumbnails
 
 PHOTOGRAPHS = 0.93  # the threshold for them
-
-
-def photo(seed: int, side: int = 96) -> Image.Image:
-    """Draw noise with the spectrum of photographs: amplitudes fall as 1 / frequency."""
-    random = np.random.default_rng(seed)
-    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side)))
-    frequency[0, 0] = np.inf
-    waves = np.fft.fft2(random.normal(size=(3, side, side))) / frequency
-    pixels = np.fft.ifft2(waves).real
-    pixels = 128 + 45 * pixels / pixels.std((1, 2), keepdims=True)
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def jpeg(image):

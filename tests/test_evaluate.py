@@ -38,15 +38,21 @@ def settings(**changes) -> Params:
     return params.check(params.with_changes(data, quick | changes))
 
 
-def write_images(folder: Path, test: int) -> None:
-    """Prepare noisy images, a colour a class: two labelled ones each, `test` for test, and three without a label."""
+def write_images(folder: Path, test: int, near_copies: int = 0) -> None:
+    """Prepare noisy images, a colour a class: two labelled ones each, `test` for test, and three without a label.
+
+    The first `near_copies` test images are labelled ones, mirrored.
+    """
     random = np.random.default_rng(0)
-    samples, contents = [], {}
+    samples, contents, drawn = [], {}, []
     splits = [*["labelled"] * 2 * len(CLASSES), *["test"] * test, *["unlabelled"] * 3]
     for at, split in enumerate(splits):
         label = at % len(CLASSES)
         pixels = random.integers(0, 120, (20, 24, 3)) + 20 * label
         buffer = io.BytesIO()
+        if 0 <= at - 2 * len(CLASSES) < near_copies:
+            pixels = drawn[at - 2 * len(CLASSES)][:, ::-1]
+        drawn.append(pixels)
         Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
         encoded = buffer.getvalue()
         sha256 = hashlib.sha256(encoded).hexdigest()
@@ -121,7 +127,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def test_metrics_are_those_of_answers_given_one_image_at_a_time(made, asked):
     said, labels, _ = asked
     figures = json.loads((made / "data/evaluate/metrics.json").read_text())
-    assert figures["test_images"] == 24
+    assert (figures["test_images"], figures["near_copies"]) == (24, 0)
     assert figures["student"] == figures["fixres"]
     teacher = said["teacher"].argmax(1)
     for name, logits in said.items():
@@ -259,6 +265,7 @@ def test_a_second_run_writes_the_same_bytes(project):
         "confusion.csv",
         "errors.csv",
         "metrics.json",
+        "near_copies.csv",
         "per_class.csv",
         "predictions.parquet",
         "reliability.csv",
@@ -266,6 +273,28 @@ def test_a_second_run_writes_the_same_bytes(project):
         "speed.json",
         "top1.json",
     }
+
+
+def test_test_images_that_are_near_copies_of_labelled_ones_are_told(project, capsys):
+    shutil.rmtree("data/prepare")
+    write_images(Path("data/prepare"), test=24, near_copies=5)
+    evaluate.run(settings())
+    assert "evaluate: warning: of the 24 test images, 5 are near-copies of labelled images" in capsys.readouterr().out
+    folder = project / "data/evaluate"
+    figures = json.loads((folder / "metrics.json").read_text())
+    assert figures["near_copies"] == 5
+    pairs = {row["source"]: row["labelled_source"] for row in read_csv(folder / "near_copies.csv")}
+    assert pairs == {f"test/{12 + at}.png": f"labelled/{at}.png" for at in range(5)}
+    answers = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pydict()
+    images = ImageSet(Path("data/prepare/images/known"))
+    expected = [images.source(row) in pairs for row in images.rows("test")]
+    assert answers["near_copy"] == expected
+    right = np.array(answers["label"]) == np.array(answers["fixres"])
+    others = right[~np.array(expected)].mean()
+    assert others != figures["student"]["top1"]
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert "5 test images are near-copies" in html
+    assert f"On the others the student's top‑1 is {100 * others:.2f}&nbsp;%" in html
 
 
 def test_speed_alone_depends_on_the_clock(project, monkeypatch):

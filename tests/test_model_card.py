@@ -51,6 +51,15 @@ def test_the_card_says_where_the_code_of_ones_own_network_is(student, monkeypatc
     assert "Without it, code of its makers takes them: `mine`, in `models/own.py` of that commit." in text
 
 
+def test_near_copies_are_told(student):
+    network, figures = student
+    params = settings.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
+    told = "Near-copies among them of images that this network learned from: 1,200"
+    for count in (0, 1200):
+        text = model_card.in_full(NAME, network, figures | {"near_copies": count}, params, IMAGES, 0, {})
+        assert (told in text) == ("Near-copies among" in text) == (count > 0)
+
+
 def test_each_networks_figures_are_its_own(student):
     network, figures = student
     figures = {

@@ -65,6 +65,7 @@ def content(classes: tuple[str, ...] = ("cat", "dog", "owl"), images: int = 90, 
         "paired": metrics.paired(student.rank == 0, answers["baseline"].rank == 0),
         "errors": errors,
         "thumbnails": [report.thumbnail(Image.new("RGB", (8, 8))) for _ in errors[:24]],
+        "near_copies": report.NearCopies(dict.fromkeys(NAMES, 0.5), [], []),
         "data": {
             "digest": "e" * 64,
             "known_digest": "f" * 64,
@@ -169,6 +170,32 @@ def test_a_small_difference_is_called_one():
     assert "too small to tell them apart" in report.render(**content(accuracy=accuracy))
     accuracy = dict.fromkeys(NAMES, 0.5) | {"fixres": 0.9, "teacher": 0.95}
     assert "too small to tell them apart" not in report.render(**content(accuracy=accuracy))
+
+
+@pytest.mark.parametrize(("pairs", "words"), [(1, "All of them, the test"), (9, "The least alike, the test")])
+def test_near_copies_are_told_with_what_is_left_without_them(pairs, words):
+    given = content()
+    assert "near-copies of labelled images in test 0" in " ".join(Page(report.render(**given)).text.split())
+    rows = [
+        {"source": f"test/<i>{at}.png", "labelled_source": f"train/{at}.png", "class": "cat", "labelled_class": "dog"}
+        | {"similarity": f"0.99{9 - at}"}
+        for at in range(pairs)
+    ]
+    picture = report.thumbnail(Image.new("RGB", (8, 8)))
+    shown = min(pairs, 6)
+    rest = {"teacher": 0.9, "baseline": 0.625, "distill": 0.7, "finetune": 0.75, "fixres": 0.8125}
+    given["near_copies"] = report.NearCopies(rest, rows, [(picture, picture)] * shown)
+    page = Page(report.render(**given))
+    text = " ".join(page.text.split())
+    assert f"{pairs} test image" in text
+    assert "On the others the student's top‑1 is 81.25 %, the baseline's 62.50 %." in text
+    assert words in text
+    assert ("near_copies.csv" in text) == (pairs > shown)
+    assert page.tags.count("img") == len(given["thumbnails"]) + 2 * shown
+    titles = [value for tag, key, value in page.attributes if (tag, key) == ("figure", "title") and "<i>" in value]
+    assert titles == [f"test/<i>{at}.png and train/{at}.png" for at in range(pairs - shown, pairs)]
+    given["near_copies"] = report.NearCopies(dict.fromkeys(NAMES), rows, [])
+    assert "On the others" not in Page(report.render(**given)).text
 
 
 def test_a_student_without_errors_and_networks_without_history_are_shown():

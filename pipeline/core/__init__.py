@@ -5,8 +5,8 @@ data/        prepared images as views, in batches
 softlabels/  the cache of soft labels: its format, and its files
 mining/      near-copies, likeness, ranking
 train/       the training loop, losses, optimizers, checkpoints
-evaluation/  metrics, charts, the report
-results/     what goes to MLflow: runs, and versions of the registered model
+evaluation/  metrics, near-copies of labelled images in the test split, charts, the report
+results/     what goes to MLflow: runs, exported networks, versions of the registered model
 running/     what starts, checks and ends stages; no stage imports it
 
 What several of these use lies here itself:

@@ -111,9 +111,26 @@ def shown_ids(errors: list[dict[str, Any]]) -> np.ndarray:
     return np.array([int(error["id"], 16) for error in errors[:MOST_THUMBNAILS]], np.uint64)
 
 
-def predictions(ids: np.ndarray, labels: np.ndarray, results: dict[str, Evaluated]) -> pyarrow.Table:
-    """Give predictions.parquet: what each network says to each test image, and the student's logits."""
-    columns: dict[str, Any] = {"id": ids.astype(np.uint64), "label": labels.astype(np.int32)}
+def top1(results: dict[str, Evaluated], among: np.ndarray) -> dict[str, float | None]:
+    """Give each network's top-1 on some of the N test images alone, None where these are none.
+
+    Args:
+        among: (N,) bool.
+    """
+    right = {name: one.answers.rank[among] == 0 for name, one in results.items()}
+    return {name: float(each.mean()) if len(each) else None for name, each in right.items()}
+
+
+def predictions(
+    ids: np.ndarray, labels: np.ndarray, near_copy: np.ndarray, results: dict[str, Evaluated]
+) -> pyarrow.Table:
+    """Give predictions.parquet: what each network says to each test image, and the student's logits.
+
+    Args:
+        ids, labels: (N,) of the test images.
+        near_copy: (N,) bool, whether it is a near-copy of a labelled image.
+    """
+    columns: dict[str, Any] = {"id": ids.astype(np.uint64), "label": labels.astype(np.int32), "near_copy": near_copy}
     for name, result in results.items():
         columns[name] = result.answers.predicted.astype(np.int32)
         columns[f"{name}_probability"] = result.answers.probability.astype(np.float32)

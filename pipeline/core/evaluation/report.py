@@ -10,7 +10,7 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -41,7 +41,22 @@ MOST_CLASSES_DRAWN = 100  # beyond, a heatmap's names cannot be read: the most c
 MOST_CLASSES_LISTED = 60
 MOST_PAIRS = {True: 8, False: 20}  # with a heatmap beside them, without
 LONG_PART = 6  # figures: a part of a summary that has more (one a class, say) is folded up
+MOST_NEAR_COPIES = 6  # that pictures are shown of
 THUMBNAIL = 112  # pixels of the longer side, at most
+
+
+class NearCopies(NamedTuple):
+    """Test images that are near-copies of labelled ones.
+
+    Attributes:
+        top1_without: each network's top-1 on the other test images, None where there are none.
+        pairs: rows of near_copies.csv.
+        pictures: data URIs of both images of the last, least alike pairs.
+    """
+
+    top1_without: dict[str, float | None]
+    pairs: list[dict[str, Any]]
+    pictures: list[tuple[str, str]]
 
 
 def thumbnail(image: Image.Image) -> str:
@@ -266,6 +281,7 @@ def render(
     paired: tuple[int, int, float],
     errors: list[dict[str, Any]],
     thumbnails: list[str],
+    near_copies: NearCopies,
     data: dict[str, Any],
     speed: dict[str, Any],
     params: dict[str, Any],
@@ -281,6 +297,7 @@ def render(
         paired: what `metrics.paired` says of student and baseline.
         errors: rows of errors.csv, in the order to show them in.
         thumbnails: data URIs of the first of them.
+        near_copies: what there is of labelled images among the test images.
         data: what `read_data` gave.
         speed: speed.json's content.
         params: params.yaml's content.
@@ -312,6 +329,7 @@ def render(
         curves=curves(networks),
         errors=errors,
         thumbnails=thumbnails,
+        near_copies=near_copies,
         data=data,
         speed=speed,
         params=_sections(params),

@@ -93,6 +93,7 @@ def in_full(
         resolution=network["resolution"],
         count=network["num_classes"],
         named=[_code(one) for one in network["classes"][:MOST_CLASSES]],
+        near_copies=figures.get("near_copies"),
         agreement=figures["student"]["agreement"],
         kept=network.get("kept"),
         rank_by=params["mine"]["rank_by"],
