@@ -62,8 +62,9 @@ def run(params: Params) -> None:
             figures = write(folder, images, prepared, rows, results, pairs, params, device)
     if pairs:
         print(
-            f"evaluate: warning: of the {len(rows):,} test images, {len(pairs):,} are near-copies of labelled images; "
-            "networks may have learned their answers; the report has the top-1 without them"
+            f"evaluate: warning: of the {len(rows):,} test images, {len(pairs):,} are near-copies of labelled images "
+            f"(mine.copy_similarity: {params.mine.copy_similarity:g}), whose answers networks may have learned; the "
+            "report has the top-1 on the others"
         )
     top1 = figures["student"]["top1"]
     print(f"evaluate: student top-1 {top1:.4f}; see {DATA / 'evaluate' / 'report.html'}", flush=True)

@@ -188,7 +188,7 @@ def test_near_copies_are_told_with_what_is_left_without_them(pairs, words):
     page = Page(report.render(**given))
     text = " ".join(page.text.split())
     assert f"{pairs} test image" in text
-    assert "On the others the student's top‑1 is 81.25 %, the baseline's 62.50 %." in text
+    assert "On the others the student's top‑1 is 81.25 %, the baseline's 62.50 %, the teacher's 90.00 %." in text
     assert words in text
     assert ("near_copies.csv" in text) == (pairs > shown)
     assert page.tags.count("img") == len(given["thumbnails"]) + 2 * shown
