@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
@@ -225,15 +224,6 @@ def test_what_dvc_shows_is_top1_and_the_share_of_the_gap(made):
         assert gap is None
 
 
-def test_where_the_teacher_is_not_ahead_there_is_no_gap():
-    def shown(teacher, baseline, student):
-        top1 = {"teacher": teacher, "baseline": baseline, "distill": 0.5, "finetune": 0.5, "fixres": student}
-        return outcome.accuracies({name: {"top1": value} for name, value in top1.items()})
-
-    assert shown(0.9, 0.5, 0.8)["gap_recovered"] == pytest.approx(0.75)
-    assert "gap_recovered" not in shown(0.5, 0.5, 0.8)
-
-
 def test_settings_of_crop_bins_and_thumbnails_are_followed(project, monkeypatch):
     given = {}
     monkeypatch.setattr(evaluate.report, "render", lambda **parts: given.update(parts) or "a page")
@@ -314,19 +304,6 @@ def test_metrics_do_not_depend_on_the_batch_size(project):
     after = json.loads((project / "data/evaluate/metrics.json").read_text())
     for name in RESOLUTIONS:
         assert after[name] == pytest.approx(before[name], abs=1e-4)
-
-
-def test_one_network_at_one_resolution_has_one_speed():
-    measured = {"teacher": ("large", 8, 10), "baseline": ("small", 8, 100), "distill": ("small", 8, 140)}
-    measured |= {"finetune": ("small", 8, 90), "fixres": ("small", 16, 40)}
-    results = {
-        name: SimpleNamespace(card={"model": model, "resolution": resolution}, images_per_second=speed)
-        for name, (model, resolution, speed) in measured.items()
-    }
-    results["finetune"].card["resized_to"] = 12  # which is another size for the network
-    found = outcome.speeds(results, torch.device("cpu"), 10)["images_per_second"]
-    expected = {"teacher": 10, "baseline": 140, "distill": 140, "finetune": 90, "fixres": 40, "student": 40}
-    assert found == expected
 
 
 def test_speed_is_images_over_seconds_of_the_median_batch_without_the_first(monkeypatch):

@@ -6,18 +6,15 @@ import re
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from images import ROOT, tiny
-from torch._utils import ExceptionWrapper
 
 from pipeline import baseline
-from pipeline.core import errors, resume, stage
-from pipeline.core.train import signals
+from pipeline.core import resume, stage
 
 CHANGES = {
     "machine.checkpoint_seconds": 0,
@@ -69,62 +66,6 @@ def test_who_is_at_work_already_is_named(tmp_path, monkeypatch):
     words = f"^process {os.getpid()} is already at work on cache here; wait for it, or stop it$"
     with resume.only_writer("cache"), pytest.raises(ValueError, match=words), resume.only_writer("cache"):
         pass
-
-
-@pytest.fixture
-def heard():
-    """The signals that reach the handlers of Ctrl-C and SIGTERM, which only note them while a test runs."""
-    found, both = [], (signal.SIGINT, signal.SIGTERM)
-    before = {signum: signal.signal(signum, lambda signum, frame: found.append(signum)) for signum in both}
-    yield found
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
-
-
-@pytest.mark.parametrize("sent", [(2,), (15,), (15, 2), (2, 15), (15, 15), (15, 15, 2)])
-def test_the_first_signal_is_heard_once_a_short_piece_of_work_is_done(heard, sent):
-    done = []
-    with contextlib.suppress(KeyboardInterrupt), signals.finish_first():
-        for signum in sent:
-            signal.raise_signal(signum)
-            done.append(signum)
-        assert heard == []
-    assert done == [*sent]
-    assert heard == [sent[0]]
-    for signum in (signal.SIGINT, signal.SIGTERM):  # each has its handler back
-        signal.raise_signal(signum)
-    assert heard[1:] == [signal.SIGINT, signal.SIGTERM]
-
-
-def test_a_second_ctrl_c_does_not_wait(heard):
-    done = []
-    with pytest.raises(KeyboardInterrupt), signals.finish_first():
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
-            done.append(signum)
-            signal.raise_signal(signum)
-        done.append("all")
-    assert done == [signal.SIGTERM, signal.SIGINT, signal.SIGINT]
-    signal.raise_signal(signal.SIGINT)
-    assert heard == [signal.SIGINT]
-
-
-def test_who_is_deaf_to_ctrl_c_stays_so(heard):
-    """As a shell makes what it starts in the background."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with signals.finish_first():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    assert heard == [signal.SIGTERM]
-
-
-def test_a_thread_that_may_not_handle_signals_works_all_the_same():
-    def work():
-        with signals.finish_first():
-            return "done"
-
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(work).result() == "done"
 
 
 def test_a_trained_network_that_dvc_has_not_noted_costs_a_few_steps(images, capsys):
@@ -322,44 +263,3 @@ def test_a_stage_that_dvc_has_started_leaves_without_being_taken_down(variables,
     command = [sys.executable, "-c", LEAVING]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
-
-
-def test_what_worker_processes_say_is_one_line():
-    lost = RuntimeError(
-        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
-        "shared memory. Please try to raise your shared memory limit."
-    )
-    assert errors.out_of_shared_memory(lost)
-    try:
-        raise ValueError("images-00000.tar: the image\nat byte 512: is damaged")
-    except ValueError:
-        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
-    with pytest.raises(ValueError) as error:
-        wrapped.reraise()
-    assert errors.in_a_line(error.value) == "images-00000.tar: the image at byte 512: is damaged"
-    assert errors.in_a_line(ValueError("two\nlines")) == "two lines"
-    assert errors.in_a_line(MemoryError()) == "MemoryError"
-
-
-def test_an_error_of_the_system_names_its_file_first(tmp_path):
-    with pytest.raises(OSError) as error:
-        (tmp_path / "photos").read_bytes()
-    assert errors.in_a_line(error.value) == f"{tmp_path}/photos: No such file or directory"
-    with pytest.raises(OSError) as error:
-        (tmp_path / "photos").rename(tmp_path / "images")
-    assert str(tmp_path / "photos") in errors.in_a_line(error.value)
-    assert str(tmp_path / "images") in errors.in_a_line(error.value)
-    assert errors.in_a_line(OSError("image file is truncated")) == "image file is truncated"
-
-
-@pytest.mark.parametrize(
-    "words",
-    ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"],
-)
-def test_cudas_libraries_are_out_of_memory_in_their_own_words(words):
-    assert errors.out_of_memory(RuntimeError(words))
-
-
-def test_another_error_is_not_called_out_of_memory():
-    assert not errors.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not errors.out_of_memory(ValueError("out of memory"))

@@ -1,0 +1,47 @@
+"""What errors of the system, of torch and of worker processes mean, and how they are told in a line."""
+
+import pytest
+from torch._utils import ExceptionWrapper
+
+from pipeline.core import errors
+
+
+def test_what_worker_processes_say_is_one_line():
+    lost = RuntimeError(
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+        "shared memory. Please try to raise your shared memory limit."
+    )
+    assert errors.out_of_shared_memory(lost)
+    try:
+        raise ValueError("images-00000.tar: the image\nat byte 512: is damaged")
+    except ValueError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(ValueError) as error:
+        wrapped.reraise()
+    assert errors.in_a_line(error.value) == "images-00000.tar: the image at byte 512: is damaged"
+    assert errors.in_a_line(ValueError("two\nlines")) == "two lines"
+    assert errors.in_a_line(MemoryError()) == "MemoryError"
+
+
+def test_an_error_of_the_system_names_its_file_first(tmp_path):
+    with pytest.raises(OSError) as error:
+        (tmp_path / "photos").read_bytes()
+    assert errors.in_a_line(error.value) == f"{tmp_path}/photos: No such file or directory"
+    with pytest.raises(OSError) as error:
+        (tmp_path / "photos").rename(tmp_path / "images")
+    assert str(tmp_path / "photos") in errors.in_a_line(error.value)
+    assert str(tmp_path / "images") in errors.in_a_line(error.value)
+    assert errors.in_a_line(OSError("image file is truncated")) == "image file is truncated"
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"],
+)
+def test_cudas_libraries_are_out_of_memory_in_their_own_words(words):
+    assert errors.out_of_memory(RuntimeError(words))
+
+
+def test_another_error_is_not_called_out_of_memory():
+    assert not errors.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not errors.out_of_memory(ValueError("out of memory"))

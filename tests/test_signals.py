@@ -1,0 +1,65 @@
+"""Ctrl-C and SIGTERM while a short piece of work is done: heard once it is, but for a second Ctrl-C."""
+
+import contextlib
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from pipeline.core.train import signals
+
+
+@pytest.fixture
+def heard():
+    """The signals that reach the handlers of Ctrl-C and SIGTERM, which only note them while a test runs."""
+    found, both = [], (signal.SIGINT, signal.SIGTERM)
+    before = {signum: signal.signal(signum, lambda signum, frame: found.append(signum)) for signum in both}
+    yield found
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.parametrize("sent", [(2,), (15,), (15, 2), (2, 15), (15, 15), (15, 15, 2)])
+def test_the_first_signal_is_heard_once_a_short_piece_of_work_is_done(heard, sent):
+    done = []
+    with contextlib.suppress(KeyboardInterrupt), signals.finish_first():
+        for signum in sent:
+            signal.raise_signal(signum)
+            done.append(signum)
+        assert heard == []
+    assert done == [*sent]
+    assert heard == [sent[0]]
+    for signum in (signal.SIGINT, signal.SIGTERM):  # each has its handler back
+        signal.raise_signal(signum)
+    assert heard[1:] == [signal.SIGINT, signal.SIGTERM]
+
+
+def test_a_second_ctrl_c_does_not_wait(heard):
+    done = []
+    with pytest.raises(KeyboardInterrupt), signals.finish_first():
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            done.append(signum)
+            signal.raise_signal(signum)
+        done.append("all")
+    assert done == [signal.SIGTERM, signal.SIGINT, signal.SIGINT]
+    signal.raise_signal(signal.SIGINT)
+    assert heard == [signal.SIGINT]
+
+
+def test_who_is_deaf_to_ctrl_c_stays_so(heard):
+    """As a shell makes what it starts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with signals.finish_first():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert heard == [signal.SIGTERM]
+
+
+def test_a_thread_that_may_not_handle_signals_works_all_the_same():
+    def work():
+        with signals.finish_first():
+            return "done"
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result() == "done"
