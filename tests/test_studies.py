@@ -263,9 +263,10 @@ def test_a_stopped_study_goes_on_and_ends_in_the_same_table(project, tmp_path, r
     assert (tmp_path / "stopped/depth.csv").read_bytes() == (tmp_path / "whole/depth.csv").read_bytes()
 
 
-def test_a_mistake_is_one_line_before_anything_is_trained(project, tmp_path, run):
+def test_a_mistake_is_one_line_before_anything_is_trained(project, tmp_path, run, capsys):
     with pytest.raises(SystemExit, match=r"^depth: error: depth 21: not 6n \+ 2.*$"):
         run("depth", project, tmp_path, "--depths", "8", "21")
+    assert "".join(capsys.readouterr()) == ""
     assert list(tmp_path.iterdir()) == []
 
 
