@@ -4,6 +4,7 @@ Nothing here reads a file, and nothing depends on the order of files: choices fo
 seed, so that they stay as they are, or nearly so, when images are added.
 """
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -191,11 +192,15 @@ def at_most(
 
 
 def split(train: list[Found], shares: dict[str, float], labels: int | None, seed: int) -> Parts:
-    """Share out the training images, class by class.
+    """Share out the training images, each by its own place in the seed's order.
+
+    Images that are added move no others: a network of before may not have learned from what is a test image now. A
+    class of few images is helped, where chance would leave a part without any.
 
     Args:
         train: labelled images.
-        shares: of each class, for val and test; rounded, but at least one image of a class of three or more.
+        shares: the chance of each image to be held out for val or test. Of a class of three or more each has one image
+            at least, and so have the others; of a smaller one neither.
         labels: how many labels a class to keep; None: all.
         seed: of the order.
 
@@ -205,8 +210,7 @@ def split(train: list[Found], shares: dict[str, float], labels: int | None, seed
     parts: Parts = {"test": [], "val": [], "labelled": [], "withheld": []}
     for of_class in by_class(train).values():
         of_class.sort(key=lambda each: rank(seed, "held out", each.id))
-        test = _share(len(of_class), shares["test"])
-        val = _share(len(of_class), shares["val"])
+        test, val = _held_out([rank(seed, "held out", each.id) / 2**64 for each in of_class], shares)
         rest = sorted(of_class[test + val :], key=lambda each: rank(seed, "images", each.id))
         parts["test"] += of_class[:test]
         parts["val"] += of_class[test : test + val]
@@ -250,10 +254,20 @@ def by_class(found: list[Found]) -> dict[str, list[Found]]:
     return groups
 
 
-def _share(count: int, share: float) -> int:
-    if share == 0:
-        return 0
-    return max(int(count * share + 0.5), 1 if count >= 3 else 0)
+def _held_out(places: list[float], shares: dict[str, float]) -> tuple[int, int]:
+    """Say how many of a class' images are for test, and how many of the following for val: those below its share.
+
+    Args:
+        places: of its images, ascending in [0, 1).
+        shares: for val and test.
+    """
+    if len(places) < 3:
+        return 0, 0
+    least = {part: int(share > 0) for part, share in shares.items()}
+    most = len(places) - 1 - least["val"]
+    test = min(max(bisect_left(places, shares["test"]), least["test"]), most)
+    val = min(max(bisect_left(places, shares["test"] + shares["val"]) - test, least["val"]), len(places) - 1 - test)
+    return test, val
 
 
 def _duplicate(found: Found, kept: Found) -> Refusal:
