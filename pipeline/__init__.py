@@ -1,10 +1,12 @@
 """The stages of the distillation pipeline, one file each, and the Prefect flow that runs them (`pipeline.flow`)."""
 
 import os
+import signal
 import sys
 import traceback
+from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 OURS = ("pipeline", "models")
 ENVIRONMENT = Path(__file__).parents[1] / ".venv"
@@ -24,15 +26,25 @@ for _name, _value in {
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
+def _stop_at_once(signum: int, frame: FrameType | None) -> None:
+    """Handle Ctrl-C while a program imports what it needs; `core.signals.hear_ctrl_c` comes after that."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one says it
+        os.write(sys.stderr.fileno(), f"{_program()}: stopped\n".encode())
+    os._exit(130)
+
+
+def _program() -> str:
+    """The program's name; of the torchrun that a stage has become, the stage's."""
+    return ["pipeline", *(module for option, module in pairwise(sys.orig_argv) if option == "-m")][-1].split(".")[-1]
+
+
 def _in_a_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Show Ctrl-C, a Python that is not the project's, and mistakes in models/own.py without a traceback."""
-    program = getattr(sys.modules["__main__"].__spec__, "name", "pipeline").rpartition(".")[2]
+    """Show a Python that is not the project's, and mistakes in models/own.py, without a traceback."""
+    program = _program()
     not_ours = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OURS
     frames = {(frame.filename, frame.name) for frame in traceback.extract_tb(trace)}
     while_imported = (str(OWN), "<module>") in frames or getattr(error, "filename", None) == str(OWN)
-    if isinstance(error, KeyboardInterrupt):
-        print(f"{program}: stopped", file=sys.stderr)
-    elif while_imported and not os.environ.get("SSLD_TRACEBACK"):
+    if while_imported and not os.environ.get("SSLD_TRACEBACK"):
         words = " ".join(f"{kind.__name__}: {error}".split())
         print(f"{program}: error: models/own.py cannot be imported: {words}", file=sys.stderr)
     elif not_ours and Path(sys.prefix).resolve() != ENVIRONMENT.resolve():
@@ -48,3 +60,6 @@ def _in_a_line(kind: type[BaseException], error: BaseException, trace: Traceback
 _shown_otherwise = sys.excepthook
 if sys.argv[0] == "-m":  # a program of this package, whose imports take seconds
     sys.excepthook = _in_a_line
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _stop_at_once)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see core/running/torchrun.py

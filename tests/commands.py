@@ -1,6 +1,7 @@
 """Commands that tests run in a project of their own."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,11 @@ def run(folder: Path, command: tuple[str, ...], environment: dict[str, str]) -> 
     return subprocess.run(
         command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
     )
+
+
+def listen() -> None:
+    """Hear Ctrl-C, in a new process, also where a shell has started the tests in the background, deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, every: float = 0.1) -> None:

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
+from commands import listen
 
-from pipeline.core.running import commands, mlflow_pages
+from pipeline.core.running import commands, mlflow_pages, torchrun
 from pipeline.core.running.programs import Programs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,18 +81,51 @@ def test_nothing_starts_after_stop(programs):
         programs.run(python("print('started')"), pytest.fail)
 
 
-def plan_with_torch(folder, torch, *options):
-    """Run `python -m pipeline.plan digits`; importing torch does what is given."""
+def plan_with_torch(folder, torch, *options, first=listen):
+    """Run `python -m pipeline.plan digits`; importing torch does what is given, the process something first."""
     (folder / "torch.py").write_text(torch)
     command = [sys.executable, *options, "-m", "pipeline.plan", "digits"]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, preexec_fn=first)
+
+
+PRESSED = """
+import signal
+try:
+    signal.raise_signal(signal.SIGINT)
+except BaseException:  # as libraries do
+    pass
+"""
 
 
 def test_a_program_stopped_while_it_imports_says_so_in_a_line(tmp_path):
-    ended = plan_with_torch(tmp_path, "raise KeyboardInterrupt")
-    assert ended.returncode == -signal.SIGINT
-    assert ended.stderr == "plan: stopped\n"
+    ended = plan_with_torch(tmp_path, PRESSED)
+    assert (ended.returncode, ended.stderr) == (130, "plan: stopped\n")
+
+
+def press_early():
+    """Press Ctrl-C before Python has started, in a process of a torchrun's."""
+    listen()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "plan: stopped\n"), ("1", "")])
+def test_a_process_of_torchruns_hears_what_came_before_it_could_and_one_says_so(tmp_path, monkeypatch, rank, said):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    ended = plan_with_torch(tmp_path, "", first=press_early)
+    assert (ended.returncode, ended.stderr) == (130, said)
+
+
+def test_torchruns_processes_start_deaf_to_ctrl_c():
+    blocked = "import signal; print(*signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+
+    def start():
+        torchrun._let_ctrl_c_wait_in_processes()
+        return subprocess.run([sys.executable, "-S", "-c", blocked], capture_output=True, text=True).stdout
+
+    with ThreadPoolExecutor(1) as another:  # a thread whose end ends this, too
+        assert another.submit(start).result() == "2\n"
 
 
 def test_a_python_without_the_projects_packages_is_told_in_a_line(tmp_path):

@@ -28,15 +28,27 @@ def test_durations_are_written_as_people_say_them(seconds, words):
 def test_a_resumed_runs_rate_is_that_of_its_own_work(clock, capsys):
     with Progress(1000, "images", "train", done=600) as bar:
         clock.now += 4
-        bar.update(100)  # too soon for a line
-        clock.now += 1
+        bar.update(50)  # too soon for a line
+        clock.now += 2
         bar.update(100)
-        clock.now += 3
+        clock.now += 2
         bar.note = "epoch 2"
-        bar.update(200)
+        bar.update(250)
     assert capsys.readouterr().err.splitlines() == [
-        "train: 800/1,000 images (80 %), 40/s, 5 s left",
+        "train: 750/1,000 images (75 %), 50/s, 5 s left",
         "train: 1,000/1,000 images (100 %), 50/s, took 8 s, epoch 2",
+    ]
+
+
+def test_before_the_second_work_no_rate_is_told(clock, capsys):
+    with Progress(1000, "images", "train") as bar:
+        clock.now += 30  # workers start
+        bar.update(10)
+        clock.now += 5
+        bar.update(100)
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 10/1,000 images (1 %)",
+        "train: 110/1,000 images (11 %), 20/s, 44 s left",
     ]
 
 

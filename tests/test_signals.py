@@ -2,11 +2,13 @@
 
 import contextlib
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline.core.train import signals
+from pipeline.core import signals
+from pipeline.core.progress import Progress
 
 
 @pytest.fixture
@@ -54,6 +56,23 @@ def test_who_is_deaf_to_ctrl_c_stays_so(heard):
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     assert heard == [signal.SIGTERM]
+
+
+def test_a_stop_that_a_finalizer_loses_comes_with_the_next_progress(monkeypatch):
+    lost = []
+    monkeypatch.setattr(signals, "_came", [])
+    monkeypatch.setattr(sys, "unraisablehook", lambda raised: lost.append(raised.exc_type))
+
+    class Last:
+        def __del__(self):
+            signals.stop(signal.SIGINT, None)
+
+    with Progress(10, "images", "train", quiet=True) as progress:
+        progress.update()
+        Last()
+        assert lost == [KeyboardInterrupt]
+        with pytest.raises(KeyboardInterrupt):
+            progress.update()
 
 
 def test_a_thread_that_may_not_handle_signals_works_all_the_same():

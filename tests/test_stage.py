@@ -14,7 +14,7 @@ import torch
 from images import ROOT, tiny
 
 from pipeline import baseline
-from pipeline.core import resume, stage
+from pipeline.core import resume, signals, stage
 
 CHANGES = {
     "machine.checkpoint_seconds": 0,
@@ -100,6 +100,7 @@ def said(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["distill"])
     monkeypatch.setattr(stage, "load", lambda path: tiny())
     monkeypatch.setattr(stage, "_exit", sys.exit)
+    monkeypatch.setattr(stage.signals, "hear_ctrl_c", lambda: None)
     monkeypatch.setattr(stage, "signal", SimpleNamespace(SIGTERM=15, SIG_IGN=1, signal=lambda *arguments: None))
 
     def say(work):
@@ -240,6 +241,18 @@ def test_a_stop_while_an_error_is_told_is_told_as_a_stop(said, monkeypatch):
 
     monkeypatch.setattr(stage, "_explained", stopped)
     assert said(wrong) == "distill: stopped; the same command goes on from what is saved so far, if anything\n"
+
+
+def test_an_error_of_a_library_that_was_interrupted_is_told_as_a_stop(said, monkeypatch):
+    monkeypatch.setattr(signals, "_came", [])
+
+    def imports():
+        try:
+            signals.stop(signal.SIGINT, None)
+        except KeyboardInterrupt:
+            raise ImportError("cannot import name 'EvaluationDataset'") from None
+
+    assert said(imports) == "distill: stopped; the same command goes on from what is saved so far, if anything\n"
 
 
 LEAVING = """

@@ -11,7 +11,7 @@ import deletion
 import pytest
 import torch
 import yaml
-from commands import wait_until
+from commands import listen, wait_until
 from images import ROOT, small_settings, write_folder
 from timm.models.resnet import BasicBlock
 from torch import nn
@@ -189,11 +189,6 @@ def start(study, project, out, *arguments):
         text=True,
         preexec_fn=listen,
     )
-
-
-def listen():
-    """Hear Ctrl-C also where the tests run in the background of a shell, which has them ignore it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import Self
 
+from pipeline.core import signals
+
 SECONDS_BETWEEN_LINES = {True: 0.2, False: 5.0}  # on a terminal, elsewhere
 
 
@@ -33,6 +35,7 @@ class Progress:
         self.total, self.unit, self.what, self.done, self.quiet = total, unit, what, done, quiet
         self.before, self.said = done, -1
         self.started = self.last_line = time.monotonic()
+        self.first: tuple[float, int] | None = None  # when the first work was done, and what was done then
         self.note: str | Callable[[], str] = ""
 
     def __enter__(self) -> Self:
@@ -43,19 +46,32 @@ class Progress:
             self._say(ended=True)
 
     def update(self, count: int = 1) -> None:
-        """Add `count` units of finished work."""
+        """Add `count` units of finished work.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C or SIGTERM was to stop it, and was not heard where it came.
+        """
         self.done += count
+        self.first = self.first or (time.monotonic(), self.done)
         if time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES[sys.stderr.isatty()]:
             self._say()
+        signals.stop_if_asked()
 
-    def line(self, seconds: float) -> str:
-        """Write the line for the work done in `seconds` seconds."""
-        rate = (self.done - self.before) / max(seconds, 1e-9)
+    def line(self, now: float) -> str:
+        """Write the line for a moment; the rate is that since the first work, before which workers may have to start.
+
+        Args:
+            now: of time.monotonic().
+        """
+        begun, before = self.first or (now, self.done)
+        if self.done == self.total:
+            begun, before = self.started, self.before
+        rate = (self.done - before) / max(now - begun, 1e-9)
         words = [f"{self.what}: {self.done:,}/{self.total:,} {self.unit} ({100 * self.done / self.total:.0f} %)"]
-        if self.done > self.before:
+        if self.done > before:
             words.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
             left = (self.total - self.done) / rate
-            words.append(f"{duration(left)} left" if left > 0 else f"took {duration(seconds)}")
+            words.append(f"{duration(left)} left" if left > 0 else f"took {duration(now - begun)}")
         note = self.note() if callable(self.note) else self.note
         return ", ".join(words + ([note] if note else []))
 
@@ -63,7 +79,7 @@ class Progress:
         if self.quiet or not self.total:
             return
         self.last_line, self.said = time.monotonic(), self.done
-        line = self.line(self.last_line - self.started)
+        line = self.line(self.last_line)
         if sys.stderr.isatty():
             print(f"\r{line}\033[K", end="\n" if ended else "", file=sys.stderr, flush=True)
         else:

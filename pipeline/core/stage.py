@@ -13,12 +13,11 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 import psutil
 
-from pipeline.core import errors
+from pipeline.core import errors, signals
 from pipeline.core.params import load
 from pipeline.core.sections import Machine, Params, TrainingRecipe
 
@@ -54,11 +53,14 @@ def main(
         words = (other.__doc__ or "").partition("\n")[0]
         parser.add_argument(option, dest="run", action="store_const", const=other, help=words)
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, signals.stop)
+    signals.hear_ctrl_c()
     try:
         _die_with_parents()
         _run(arguments, name, resumes)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        if not isinstance(error, KeyboardInterrupt) and not signals.stopping():  # else of a library interrupted
+            raise
         _say_stopped(name, resumes)
         _exit(130)
     if _is_started_by_dvc_or_torchrun():
@@ -152,11 +154,6 @@ def _whats_there_to_halve(params: Params, name: str) -> str:
     return f": halve {name}.batch_size (now {section.batch_size})" if hasattr(section, "batch_size") else ""
 
 
-def _stop(signum: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: a second one must not break off the clean stop
-    raise KeyboardInterrupt
-
-
 def _exit(code: int) -> None:
     """Leave at once: worker processes and library threads have nothing left to say."""
     sys.stdout.flush()
@@ -247,4 +244,5 @@ def _relaunch_with_torchrun(params: Params, name: str) -> None:
         # Else torchrun keeps one store for all attempts, and those after the first read the addresses of the dead:
         # https://github.com/pytorch/pytorch/issues/135712
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits until pipeline/__init__.py hears it
         os.execv(sys.executable, [*launcher, *sys.argv[1:]])

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+from pipeline.core import signals
+
 if TYPE_CHECKING:  # mlflow takes seconds to import: what does not use it must not wait for it
     from mlflow import MlflowClient
 
@@ -72,10 +74,12 @@ def connect(root: Path = Path(".")) -> "MlflowClient":
         )
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    if uri.startswith(SQLITE):
-        _make_sqlite(uri)
     if is_server(uri):
         _reach_server(uri)
+    with signals.finish_first():  # an import that Ctrl-C breaks off ends in other errors, or goes on
+        import mlflow  # noqa: F401
+    if uri.startswith(SQLITE):
+        _make_sqlite(uri)
     with speaking_plainly(uri):
         from mlflow import MlflowClient
 

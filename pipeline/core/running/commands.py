@@ -5,10 +5,11 @@ itself.
 """
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 
-from pipeline.core import errors
+from pipeline.core import errors, signals
 
 
 @contextlib.contextmanager
@@ -22,6 +23,7 @@ def ending(name: str, stopped: str = "stopped") -> Iterator[None]:
     Raises:
         SystemExit: with the line `NAME: error: WORDS`, which is exit code 1; after Ctrl-C with 130.
     """
+    signals.hear_ctrl_c(signal.default_int_handler)  # with another, asyncio, which Prefect uses, would not cancel
     try:
         yield
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ No stage imports this; core/stage.py runs it. Run: python -m pipeline.core.runni
 import logging
 import signal
 import sys
+import threading
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -21,6 +22,7 @@ def tells_more(record: logging.LogRecord) -> bool:
 
 def main() -> int:
     """Run torchrun; give the exit code."""
+    _let_ctrl_c_wait_in_processes()
     for part in TALKATIVE:
         logging.getLogger(f"torch.distributed.{part}").addFilter(tells_more)
     try:
@@ -30,6 +32,16 @@ def main() -> int:
     except SignalException as error:
         return 130 if error.sigval == signal.SIGINT else 1
     return 0
+
+
+def _let_ctrl_c_wait_in_processes() -> None:
+    """Have a Ctrl-C that comes while Python starts in torchrun's processes wait for pipeline/__init__.py to hear it.
+
+    A process inherits what the thread that starts it blocks, and Python calls the handlers of this one in its main
+    thread, whichever thread a signal has come to.
+    """
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.core import devices
+from pipeline.core import devices, signals
 from pipeline.core.data.batches import Batch, CleanViews, Views, load
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
 from pipeline.core.progress import Progress
 from pipeline.core.sections import Machine, TrainingRecipe
-from pipeline.core.train import checkpoints, cuda_graphs, finite, norms, optimizers, signals, trace
+from pipeline.core.train import checkpoints, cuda_graphs, finite, norms, optimizers, trace
 from pipeline.core.train.meter import Meter
 from pipeline.core.train.order import TrainingOrder
 
