@@ -134,11 +134,15 @@ def test_a_databases_error_is_told_without_its_query_and_with_what_to_do(tmp_pat
             raise error
         return str(raised.value)
 
-    error, file = OperationalError("SELECT 1", {}, Exception("disk I/O error")), f"{tmp_path}/mlflow.db"
-    hint = f"; if {file} is damaged, move it away: a new one is made"
-    words = "(builtins.Exception) disk I/O error"
-    assert told(f"sqlite:///{file}?timeout=9", error) == f"MLflow at sqlite:///{file}?timeout=9: {words}{hint}"
-    assert told("mysql://me:secret@host/runs", error) == f"MLflow at mysql://host/runs: {words}"
+    file = f"{tmp_path}/mlflow.db"
+    uri = f"sqlite:///{file}?timeout=9"
+    for words, hint in {
+        "database is locked": "",
+        "no such table: runs": f"; {file} is damaged: move it away, and a new one is made",
+    }.items():
+        error = OperationalError("SELECT 1", {}, Exception(words))
+        assert told(uri, error) == f"MLflow at {uri}: (builtins.Exception) {words}{hint}"
+        assert told("mysql://me:secret@h/runs", error) == f"MLflow at mysql://h/runs: (builtins.Exception) {words}"
     error = MlflowException("of <database_uri>: " + 1000 * "no ")
     long = told("mysql://me:secret@host/runs", error)
     assert long.startswith("MLflow at mysql://host/runs: of mysql://host/runs: no no")

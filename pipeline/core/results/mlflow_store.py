@@ -24,6 +24,7 @@ EXPERIMENT = "ssld"
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages then show what belongs to training
 SQLITE = "sqlite:///"
 PROJECT = "SSLD_PROJECT"  # the variable that names the project to stages in a workspace, which is removed afterwards
+DAMAGED = "malformed|not a database|no such (table|column)"  # what SQLite says of a file with which nothing can be done
 PROBE_SECONDS = 5  # how long a server may take to answer at all
 DEFAULTS = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -148,7 +149,8 @@ def speaking_plainly(uri: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError) as error:
         words = shown(str(error).replace("<database_uri>", uri)).split("\n[SQL")[0].split("\n(Background")[0]
-        hint = f"; if {_sqlite_file(uri)} is damaged, move it away: a new one is made" if uri.startswith(SQLITE) else ""
+        damaged = uri.startswith(SQLITE) and re.search(DAMAGED, words)
+        hint = f"; {_sqlite_file(uri)} is damaged: move it away, and a new one is made" if damaged else ""
         raise ValueError(f"MLflow at {shown(uri)}: {' '.join(words.split())[:500]}{hint}") from None
 
 
