@@ -1,5 +1,6 @@
 """The stages of the distillation pipeline, one file each, and the Prefect flow that runs them (`pipeline.flow`)."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -8,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import FrameType, TracebackType
 
+STARTED_BY = os.getppid()  # noted before the imports, which take seconds
 OURS = ("pipeline", "models")
 ENVIRONMENT = Path(__file__).parents[1] / ".venv"
 OWN = Path(__file__).parents[1] / "models/own.py"
@@ -29,22 +31,29 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 def _stop_at_once(signum: int, frame: FrameType | None) -> None:
     """Handle Ctrl-C while a program imports what it needs; `core.signals.hear_ctrl_c` comes after that."""
     if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one says it
-        os.write(sys.stderr.fileno(), f"{_program()}: stopped\n".encode())
+        with contextlib.suppress(OSError):
+            os.write(2, f"{_program()}: stopped\n".encode())
     os._exit(130)
 
 
 def _program() -> str:
-    """The program's name; of the torchrun that a stage has become, the stage's."""
-    return ["pipeline", *(module for option, module in pairwise(sys.orig_argv) if option == "-m")][-1].split(".")[-1]
+    """The program's name; of the torchrun that a stage has become, the stage's, which follows a second -m."""
+    module = "pipeline"
+    for option, after in pairwise(sys.orig_argv):
+        if option == "-m":
+            module = after
+    return module.rpartition(".")[2]
 
 
 def _in_a_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Show a Python that is not the project's, and mistakes in models/own.py, without a traceback."""
+    """Show Ctrl-C, a Python that is not the project's, and mistakes in models/own.py without a traceback."""
     program = _program()
     not_ours = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OURS
     frames = {(frame.filename, frame.name) for frame in traceback.extract_tb(trace)}
     while_imported = (str(OWN), "<module>") in frames or getattr(error, "filename", None) == str(OWN)
-    if while_imported and not os.environ.get("SSLD_TRACEBACK"):
+    if isinstance(error, KeyboardInterrupt):  # a second one, while the program ends
+        print(f"{program}: stopped", file=sys.stderr)
+    elif while_imported and not os.environ.get("SSLD_TRACEBACK"):
         words = " ".join(f"{kind.__name__}: {error}".split())
         print(f"{program}: error: models/own.py cannot be imported: {words}", file=sys.stderr)
     elif not_ours and Path(sys.prefix).resolve() != ENVIRONMENT.resolve():

@@ -293,7 +293,9 @@ def main() -> int:
         parser.error("-S, --recipe and --stages are of a run: give a deployment's run --param 'changes={...}' instead")
     for number in (signal.SIGTERM, signal.SIGHUP):  # by default they would skip all cleaning up
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    with commands.ending("flow", stopped="stopped; the same command goes on from here"):
+    stopped = "stopped; the same command goes on from here"
+    # With a handler that is not Python's own, asyncio, on which Prefect is built, would not cancel its tasks.
+    with commands.ending("flow", stopped=stopped, ctrl_c=signal.default_int_handler):
         changes = recipes.changes(arguments.recipe) if arguments.recipe else {}
         changes |= dict(map(change, arguments.set_param))
         port = 4200 if arguments.what == "serve" else 0

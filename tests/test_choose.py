@@ -111,6 +111,14 @@ def test_images_that_are_added_move_no_others_between_splits():
         assert set(before[part]) < set(after[part]), part
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_of_a_small_class_that_grows_no_image_becomes_one_of_test(seed):
+    """Those of test, which are there for want of others, may go back."""
+    before, after = (choose.split(found(count), {"val": 0.1, "test": 0.1}, 2, seed) for count in (5, 12))
+    was_there = {image for images in before.values() for image in images}
+    assert set(after["test"]) & was_there <= set(before["test"])
+
+
 def test_a_pool_may_be_the_rest_of_the_labelled_images(tmp_path):
     images, refused = prepared(
         tmp_path / "out", write(tmp_path / "in", good(20)), images_per_class=10, unlabelled="train", **NEVER

@@ -290,6 +290,7 @@ def test_cifar_by_parameters_alone(tmp_path):
     assert len(images.classes) == 10
     assert len(images.rows("labelled")) == 20
     withheld = (images.withheld >= 0).sum()
+    assert 10 <= len(images.rows("val")) < 40
     assert len(images.rows("val")) + withheld == 180
     assert len(images.rows("test")) == 10_000
     assert len(images.rows("unlabelled")) in (withheld, withheld + 250)

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from commands import listen
 
+from pipeline.core import signals
 from pipeline.core.running import commands, mlflow_pages, torchrun
 from pipeline.core.running.programs import Programs
 
@@ -118,14 +119,14 @@ def test_a_process_of_torchruns_hears_what_came_before_it_could_and_one_says_so(
 
 
 def test_torchruns_processes_start_deaf_to_ctrl_c():
-    blocked = "import signal; print(*signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    blocked = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
 
     def start():
         torchrun._let_ctrl_c_wait_in_processes()
         return subprocess.run([sys.executable, "-S", "-c", blocked], capture_output=True, text=True).stdout
 
-    with ThreadPoolExecutor(1) as another:  # a thread whose end ends this, too
-        assert another.submit(start).result() == "2\n"
+    with ThreadPoolExecutor(1) as another:  # what a thread blocks ends with it
+        assert another.submit(start).result() == "True\n"
 
 
 def test_a_python_without_the_projects_packages_is_told_in_a_line(tmp_path):
@@ -151,6 +152,17 @@ def test_a_command_ends_in_a_line(error, code, said, capsys):
         raise error
     assert ended.value.code == code
     assert capsys.readouterr().err == said
+
+
+def test_a_stopped_command_says_so_whatever_a_library_makes_of_it(monkeypatch, capsys):
+    monkeypatch.setattr(signals, "_came", [])
+    with pytest.raises(SystemExit, match="130"), commands.ending("audit"):
+        assert signal.getsignal(signal.SIGINT) in (signals.stop, signal.SIG_IGN)
+        try:
+            signals.stop(signal.SIGINT, None)
+        except KeyboardInterrupt:
+            raise ValueError("interrupted") from None
+    assert capsys.readouterr().err == "audit: stopped\n"
 
 
 def test_an_error_of_the_code_keeps_its_traceback():

@@ -1,5 +1,6 @@
 """Processes that are killed under torchrun: the run goes down, or goes on from its checkpoint, to the same bytes."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from commands import ENVIRONMENT, launch, wait_until
+from commands import ENVIRONMENT, launch, listen, wait_until
 from images import ROOT, prepared, small_settings
 
 from pipeline.core import params
@@ -53,12 +54,22 @@ def start(folder: Path, restarts: int, *command: str) -> subprocess.Popen:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        preexec_fn=listen,
     )
 
 
 def finish(process: subprocess.Popen) -> str:
     """Wait for the stage; give what it said."""
     return process.communicate(timeout=300)[0]
+
+
+def ranks(process: subprocess.Popen) -> dict[str, psutil.Process]:
+    """The processes of a torchrun's, by rank."""
+    found = {}
+    for child in psutil.Process(process.pid).children():
+        with contextlib.suppress(psutil.Error):  # it is gone
+            found[child.environ().get("RANK")] = child
+    return found
 
 
 def kill(process: subprocess.Popen, rank: int | None, folder: Path) -> None:
@@ -68,8 +79,8 @@ def kill(process: subprocess.Popen, rank: int | None, folder: Path) -> None:
     wait_until(lambda: process.poll() is not None or last() >= before + 3, seconds=120, every=0.02)
     assert process.poll() is None, finish(process)
     torchrun = psutil.Process(process.pid)
-    ranks = {child.environ().get("RANK"): child for child in torchrun.children()} | {"-1": torchrun}
-    (ranks[str(rank)] if rank is not None else torchrun.children()[0]).send_signal(signal.SIGKILL)
+    found = ranks(process) | {"-1": torchrun}
+    (found[str(rank)] if rank is not None else torchrun.children()[0]).send_signal(signal.SIGKILL)
 
 
 def left(folder: Path) -> list[psutil.Process]:
@@ -114,6 +125,19 @@ def test_a_run_with_killed_processes_ends_in_the_same_bytes(folder):
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert "".join(said).count("baseline: going on from step") == 2
     assert weights(folder) == expected
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ctrl_c_while_torchruns_processes_start_stops_them_in_a_line(folder, rank):
+    """As soon as there is one: those that torchrun was about to note see that it has ended; others hear it from it."""
+    process = start(folder, 3)
+    wait_until(lambda: rank in ranks(process), seconds=60, every=0.001)
+    process.send_signal(signal.SIGINT)
+    said = finish(process)
+    assert process.returncode == 130, said
+    assert said.startswith("baseline: stopped"), said
+    assert said.count("\n") == 1, said
+    assert left(folder) == []
 
 
 def test_an_error_that_would_come_again_restarts_nothing(folder):

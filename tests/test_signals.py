@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a short piece of work is done: heard once it is, but for a second Ctrl-C."""
+"""Ctrl-C and SIGTERM: heard once a short piece of work is done, but for a second Ctrl-C; and not lost."""
 
 import contextlib
 import signal
@@ -36,21 +36,31 @@ def test_the_first_signal_is_heard_once_a_short_piece_of_work_is_done(heard, sen
     assert heard[1:] == [signal.SIGINT, signal.SIGTERM]
 
 
+@pytest.fixture
+def no_stop(monkeypatch):
+    """What the process knows of stops is forgotten after a test."""
+    monkeypatch.setattr(signals, "_came", [])
+
+
+@pytest.mark.usefixtures("no_stop")
 def test_a_second_ctrl_c_does_not_wait(heard):
     done = []
+    signals.hear_ctrl_c()
     with pytest.raises(KeyboardInterrupt), signals.finish_first():
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
             done.append(signum)
             signal.raise_signal(signum)
         done.append("all")
     assert done == [signal.SIGTERM, signal.SIGINT, signal.SIGINT]
-    signal.raise_signal(signal.SIGINT)
-    assert heard == [signal.SIGINT]
+    assert signals.stopping()
+    assert signal.getsignal(signal.SIGINT) is signals.stop
+    assert heard == []
 
 
 def test_who_is_deaf_to_ctrl_c_stays_so(heard):
     """As a shell makes what it starts in the background."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signals.hear_ctrl_c()
     with signals.finish_first():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
@@ -58,9 +68,9 @@ def test_who_is_deaf_to_ctrl_c_stays_so(heard):
     assert heard == [signal.SIGTERM]
 
 
+@pytest.mark.usefixtures("no_stop")
 def test_a_stop_that_a_finalizer_loses_comes_with_the_next_progress(monkeypatch):
     lost = []
-    monkeypatch.setattr(signals, "_came", [])
     monkeypatch.setattr(sys, "unraisablehook", lambda raised: lost.append(raised.exc_type))
 
     class Last:

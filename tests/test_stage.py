@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import ENVIRONMENT, listen
 from images import ROOT, tiny
 
 from pipeline import baseline
@@ -101,7 +102,7 @@ def said(monkeypatch, capsys):
     monkeypatch.setattr(stage, "load", lambda path: tiny())
     monkeypatch.setattr(stage, "_exit", sys.exit)
     monkeypatch.setattr(stage.signals, "hear_ctrl_c", lambda: None)
-    monkeypatch.setattr(stage, "signal", SimpleNamespace(SIGTERM=15, SIG_IGN=1, signal=lambda *arguments: None))
+    monkeypatch.setattr(stage, "signal", SimpleNamespace(SIGTERM=15, SIGINT=2, SIG_IGN=1, signal=lambda *_: None))
 
     def say(work):
         with pytest.raises(SystemExit):
@@ -243,16 +244,61 @@ def test_a_stop_while_an_error_is_told_is_told_as_a_stop(said, monkeypatch):
     assert said(wrong) == "distill: stopped; the same command goes on from what is saved so far, if anything\n"
 
 
-def test_an_error_of_a_library_that_was_interrupted_is_told_as_a_stop(said, monkeypatch):
+@pytest.mark.parametrize("error", [ImportError, ValueError, OSError, RuntimeError])
+def test_an_error_of_a_library_that_was_interrupted_is_told_as_a_stop(said, monkeypatch, error):
     monkeypatch.setattr(signals, "_came", [])
 
     def imports():
         try:
             signals.stop(signal.SIGINT, None)
         except KeyboardInterrupt:
-            raise ImportError("cannot import name 'EvaluationDataset'") from None
+            raise error("cannot import name 'EvaluationDataset'") from None
 
     assert said(imports) == "distill: stopped; the same command goes on from what is saved so far, if anything\n"
+
+
+# MLflow, which a library's import breaks off and goes on from.
+PRESSED = """
+import signal
+signal.raise_signal(signal.SIGINT)
+print("imported")
+class MlflowClient:
+    pass
+"""
+
+
+def test_ctrl_c_while_mlflow_is_imported_is_heard_after_that(tmp_path):
+    for name, content in {
+        "lib/mlflow/__init__.py": PRESSED,
+        "lib/mlflow/store/tracking/sqlalchemy_store.py": "",
+        "data/register/version.json": "{}",
+        "params.yaml": (ROOT / "params.yaml").read_text(),
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.register", "--if-missing"],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}/lib{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        preexec_fn=listen,
+    )
+    assert (done.returncode, done.stdout) == (130, "imported\n")
+    assert done.stderr == "register: stopped; the same command starts it anew\n"
+
+
+def test_ctrl_c_waits_while_a_stage_becomes_torchrun(monkeypatch):
+    """Until the new program of this process hears it."""
+    blocked = []
+    monkeypatch.setattr(stage.os, "execv", lambda *_: blocked.append(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+    monkeypatch.delenv("RANK", raising=False)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    try:
+        stage._relaunch_with_torchrun(tiny(**{"machine.processes": 2}), "baseline")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert blocked == [before | {signal.SIGINT}]
 
 
 LEAVING = """

@@ -58,17 +58,19 @@ class Progress:
         signals.stop_if_asked()
 
     def line(self, now: float) -> str:
-        """Write the line for a moment; the rate is that since the first work, before which workers may have to start.
+        """Write the line for a moment.
+
+        The rate is that since the first work, before which workers may have to start; at the end that of the whole.
 
         Args:
             now: of time.monotonic().
         """
-        begun, before = self.first or (now, self.done)
+        begun, had = self.first or (now, self.done)
         if self.done == self.total:
-            begun, before = self.started, self.before
-        rate = (self.done - before) / max(now - begun, 1e-9)
+            begun, had = self.started, self.before
+        rate = (self.done - had) / max(now - begun, 1e-9)
         words = [f"{self.what}: {self.done:,}/{self.total:,} {self.unit} ({100 * self.done / self.total:.0f} %)"]
-        if self.done > before:
+        if self.done > had:
             words.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
             left = (self.total - self.done) / rate
             words.append(f"{duration(left)} left" if left > 0 else f"took {duration(now - begun)}")

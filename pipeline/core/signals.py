@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+Handler = Callable[[int, FrameType | None], None]
+
 _came: list[int] = []  # the signals that were to stop this program
 
 
@@ -24,7 +26,7 @@ def stop(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def hear_ctrl_c(handler: Callable[[int, FrameType | None], None] = stop) -> None:
+def hear_ctrl_c(handler: Handler = stop) -> None:
     """Have Ctrl-C call a handler from now on; what a shell has started in the background stays deaf to it."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, handler)
@@ -52,7 +54,7 @@ def finish_first() -> Iterator[None]:
 
     def note(signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and signum in came:
-            raise KeyboardInterrupt
+            listened_to[signum](signum, frame)
         came.append(signum)
 
     handled = signal.SIGINT, signal.SIGTERM

@@ -17,10 +17,12 @@ from typing import Literal
 
 import psutil
 
+from pipeline import STARTED_BY
 from pipeline.core import errors, signals
 from pipeline.core.params import load
 from pipeline.core.sections import Machine, Params, TrainingRecipe
 
+TORCHRUN = "SSLD_TORCHRUN"  # the variable that names torchrun's process to those that it starts, for it may have ended
 PROFILE_STEPS = 10  # that --profile traces
 # Whether a stopped stage goes on when its command is given again: no, it starts anew; yes, and it works alone; yes, and
 # as many processes as `machine.processes` says share its work, started by torchrun.
@@ -54,17 +56,19 @@ def main(
         parser.add_argument(option, dest="run", action="store_const", const=other, help=words)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signals.stop)
-    signals.hear_ctrl_c()
     try:
+        signals.hear_ctrl_c()
         _die_with_parents()
         _run(arguments, name, resumes)
+        if _is_started_by_dvc_or_torchrun():
+            _leave()
     except (KeyboardInterrupt, Exception) as error:
-        if not isinstance(error, KeyboardInterrupt) and not signals.stopping():  # else of a library interrupted
+        # An error after a stop is what a library has made of it, or in the way of the last checkpoint.
+        if not isinstance(error, KeyboardInterrupt) and not signals.stopping():
             raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         _say_stopped(name, resumes)
         _exit(130)
-    if _is_started_by_dvc_or_torchrun():
-        _leave()
 
 
 def _run(arguments: argparse.Namespace, name: str, resumes: Resumes) -> None:
@@ -83,6 +87,8 @@ def _run(arguments: argparse.Namespace, name: str, resumes: Resumes) -> None:
 
             devices.leave()
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if signals.stopping():
+            raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, where another process has failed as well
         mark, words = _explained(error, params, name)
         if not words:
@@ -100,6 +106,8 @@ def _trains(name: str) -> bool:
 def _say_stopped(name: str, resumes: Resumes) -> None:
     """Say, in one process of several, that Ctrl-C or SIGTERM has stopped the stage."""
     then = "starts it anew" if resumes == "no" else "goes on from what is saved so far, if anything"
+    if os.environ.get("SSLD_TRACEBACK"):
+        traceback.print_exc()
     if not _error_is_told() and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{name}: stopped; the same command {then}", file=sys.stderr, flush=True)
 
@@ -178,7 +186,7 @@ def _die_with_parents() -> None:
     """End this process when the torchrun or the DVC that started it has ended: killed, both leave it running."""
     if not _is_started_by_dvc_or_torchrun():
         return
-    parent = watched = os.getppid()
+    parent = watched = int(os.environ.get(TORCHRUN, STARTED_BY))
     if "DVC_STAGE" in os.environ:
         # torchrun takes the place of the process that DVC started, and its workers watch DVC, not torchrun alone.
         watched = int(os.environ.setdefault("SSLD_DVC_PROCESS", str(parent)))

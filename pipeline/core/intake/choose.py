@@ -4,7 +4,6 @@ Nothing here reads a file, and nothing depends on the order of files: choices fo
 seed, so that they stay as they are, or nearly so, when images are added.
 """
 
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -194,13 +193,13 @@ def at_most(
 def split(train: list[Found], shares: dict[str, float], labels: int | None, seed: int) -> Parts:
     """Share out the training images, each by its own place in the seed's order.
 
-    Images that are added move no others: a network of before may not have learned from what is a test image now. A
-    class of few images is helped, where chance would leave a part without any.
+    Images that are added make no test image of what was for training or val: a network of before may have learned from
+    that. The exception is a class of so few that chance leaves a part without any, of which parts with more give one.
 
     Args:
         train: labelled images.
-        shares: the chance of each image to be held out for val or test. Of a class of three or more each has one image
-            at least, and so have the others; of a smaller one neither.
+        shares: for val and test: the chance of each image. Of a class of three or more a part with a share has one at
+            least, and one is left to train on; of a smaller one all are.
         labels: how many labels a class to keep; None: all.
         seed: of the order.
 
@@ -210,10 +209,11 @@ def split(train: list[Found], shares: dict[str, float], labels: int | None, seed
     parts: Parts = {"test": [], "val": [], "labelled": [], "withheld": []}
     for of_class in by_class(train).values():
         of_class.sort(key=lambda each: rank(seed, "held out", each.id))
-        test, val = _held_out([rank(seed, "held out", each.id) / 2**64 for each in of_class], shares)
-        rest = sorted(of_class[test + val :], key=lambda each: rank(seed, "images", each.id))
+        test, val = _held_out([rank(seed, "held out", each.id) for each in of_class], shares)
+        end = len(of_class) - val
+        rest = sorted(of_class[test:end], key=lambda each: rank(seed, "images", each.id))
         parts["test"] += of_class[:test]
-        parts["val"] += of_class[test : test + val]
+        parts["val"] += of_class[end:]
         parts["labelled"] += rest[:labels]
         parts["withheld"] += [] if labels is None else rest[labels:]
     return parts
@@ -254,20 +254,20 @@ def by_class(found: list[Found]) -> dict[str, list[Found]]:
     return groups
 
 
-def _held_out(places: list[float], shares: dict[str, float]) -> tuple[int, int]:
-    """Say how many of a class' images are for test, and how many of the following for val: those below its share.
+def _held_out(ranks: list[int], shares: dict[str, float]) -> tuple[int, int]:
+    """Say how many of a class' images, from the first on, are for test, and how many, up to the last, for val.
 
     Args:
-        places: of its images, ascending in [0, 1).
-        shares: for val and test.
+        ranks: of its images, below 2**64.
+        shares: for val and test; see `split`.
     """
-    if len(places) < 3:
+    if len(ranks) < 3:
         return 0, 0
+    test = sum(each < shares["test"] * 2**64 for each in ranks)
+    val = sum(each >= (1 - shares["val"]) * 2**64 for each in ranks)
     least = {part: int(share > 0) for part, share in shares.items()}
-    most = len(places) - 1 - least["val"]
-    test = min(max(bisect_left(places, shares["test"]), least["test"]), most)
-    val = min(max(bisect_left(places, shares["test"] + shares["val"]) - test, least["val"]), len(places) - 1 - test)
-    return test, val
+    test = min(max(test, least["test"]), len(ranks) - 1 - least["val"])
+    return test, min(max(val, least["val"]), len(ranks) - 1 - test)
 
 
 def _duplicate(found: Found, kept: Found) -> Refusal:

@@ -77,13 +77,14 @@ def connect(root: Path = Path(".")) -> "MlflowClient":
         os.environ.setdefault(name, value)
     if is_server(uri):
         _reach_server(uri)
-    with signals.finish_first():  # an import that Ctrl-C breaks off ends in other errors, or goes on
-        import mlflow  # noqa: F401
+    with signals.finish_first():  # broken off, the imports end in other errors, or go on; they take some four seconds
+        from mlflow import MlflowClient
+
+        if not is_server(uri):
+            import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
     if uri.startswith(SQLITE):
         _make_sqlite(uri)
     with speaking_plainly(uri):
-        from mlflow import MlflowClient
-
         try:
             _reach_database(uri)
             client = MlflowClient(tracking_uri=uri)

@@ -5,7 +5,6 @@ itself.
 """
 
 import contextlib
-import signal
 import sys
 from collections.abc import Iterator
 
@@ -13,21 +12,24 @@ from pipeline.core import errors, signals
 
 
 @contextlib.contextmanager
-def ending(name: str, stopped: str = "stopped") -> Iterator[None]:
-    """End the program where what is done within raises an error that is nobody's but the user's to mend.
+def ending(name: str, stopped: str = "stopped", ctrl_c: signals.Handler = signals.stop) -> Iterator[None]:
+    """End the program where what is done within raises an error that is nobody's but the user's to mend, or is stopped.
 
     Args:
         name: the command's, which begins the line on stderr.
         stopped: what to say after Ctrl-C.
+        ctrl_c: what Ctrl-C calls from now on.
 
     Raises:
         SystemExit: with the line `NAME: error: WORDS`, which is exit code 1; after Ctrl-C with 130.
     """
-    signals.hear_ctrl_c(signal.default_int_handler)  # with another, asyncio, which Prefect uses, would not cancel
     try:
+        signals.hear_ctrl_c(ctrl_c)
         yield
-    except KeyboardInterrupt:
-        print(f"{name}: {stopped}", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (KeyboardInterrupt, Exception) as error:
+        if isinstance(error, KeyboardInterrupt) or signals.stopping():
+            print(f"{name}: {stopped}", file=sys.stderr)
+            sys.exit(130)
+        if not isinstance(error, ValueError | OSError):
+            raise
         sys.exit(f"{name}: {errors.REFUSED}: {errors.in_a_line(error)}")

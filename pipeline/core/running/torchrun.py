@@ -4,6 +4,7 @@ No stage imports this; core/stage.py runs it. Run: python -m pipeline.core.runni
 """
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -11,6 +12,8 @@ import threading
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from pipeline.core import stage
 
 TALKATIVE = ("run", "elastic.agent.server.api", "elastic.multiprocessing.api")  # parts of torch.distributed
 
@@ -22,6 +25,7 @@ def tells_more(record: logging.LogRecord) -> bool:
 
 def main() -> int:
     """Run torchrun; give the exit code."""
+    os.environ[stage.TORCHRUN] = str(os.getpid())
     _let_ctrl_c_wait_in_processes()
     for part in TALKATIVE:
         logging.getLogger(f"torch.distributed.{part}").addFilter(tells_more)
