@@ -31,8 +31,9 @@ def test_images_that_are_not_there_are_named_before_anything_runs(data, tmp_path
     with pytest.raises(ValueError, match=r"^prepare.test: .*photos/test: no such .*; prepare.test: null takes a share"):
         preflight.check_files(params.check(data), tmp_path)
     data["prepare"]["test"] = None
-    for root in (".", "data", "data/prepare/.."):
+    for root in (".", "data", "data/prepare/..", "data/mine", "data/mine/photos"):
         (tmp_path / "data/prepare").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data/mine/photos").mkdir(parents=True, exist_ok=True)
         data["prepare"]["unlabelled_root"] = root
         with pytest.raises(ValueError, match=r"^prepare.unlabelled_root: .*: holds what the stages write;"):
             preflight.check_files(params.check(data), tmp_path)

@@ -1,8 +1,10 @@
 """Ctrl-C and SIGTERM: heard once a short piece of work is done, but for a second Ctrl-C; and not lost."""
 
 import contextlib
+import importlib
 import signal
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -66,6 +68,52 @@ def test_who_is_deaf_to_ctrl_c_stays_so(heard):
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     assert heard == [signal.SIGTERM]
+
+
+IMPORTED = """
+import signal, time
+try:
+    signal.raise_signal(signal.{signum})
+    time.sleep(0.2)  # as long as it takes to look again, more than once
+except BaseException:  # as libraries do
+    pass
+else:
+    done = True
+"""
+
+
+@pytest.mark.usefixtures("no_stop", "heard")
+@pytest.mark.parametrize("signum", ["SIGINT", "SIGTERM"])
+def test_a_stop_waits_for_an_import(tmp_path, monkeypatch, signum):
+    (tmp_path / "interrupted.py").write_text(IMPORTED.format(signum=signum))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "interrupted", raising=False)
+    signal.signal(getattr(signal, signum), signals.stop)
+    with pytest.raises(KeyboardInterrupt):
+        importlib.import_module("interrupted")
+        time.sleep(10)
+    assert sys.modules["interrupted"].done
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+@pytest.mark.usefixtures("no_stop", "heard")
+def test_a_second_ctrl_c_does_not_wait_for_an_import(tmp_path, monkeypatch):
+    twice = "import signal\nfor _ in range(2):\n    signal.raise_signal(signal.SIGINT)\ndone = True\n"
+    (tmp_path / "interrupted.py").write_text(twice)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "interrupted", raising=False)
+    signals.hear_ctrl_c()
+    with pytest.raises(KeyboardInterrupt):
+        importlib.import_module("interrupted")
+    assert "interrupted" not in sys.modules
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+@pytest.mark.usefixtures("no_stop")
+def test_work_is_not_begun_once_a_stop_waits(monkeypatch):
+    monkeypatch.setattr(signals, "_came", [signal.SIGINT])
+    with pytest.raises(KeyboardInterrupt), signals.finish_first():
+        pytest.fail("it was begun")
 
 
 @pytest.mark.usefixtures("no_stop")

@@ -1,6 +1,7 @@
-"""Ctrl-C and SIGTERM: they raise KeyboardInterrupt, once more where it was lost; and wait for a short piece of work.
+"""Ctrl-C and SIGTERM: they raise KeyboardInterrupt where it is not lost, and wait for a short piece of work.
 
-Python drops an exception that a signal raises in a finalizer, and some libraries take it for an error of their own.
+Where a module is imported, libraries drop that exception, or take it for an error of their own; so it waits until the
+import is done. In a finalizer Python itself drops it; so progress (progress.py) raises it once more.
 """
 
 import contextlib
@@ -9,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+LOOK_AGAIN = 0.05  # seconds after which to see whether an import is done
+IMPORT = "<frozen importlib._bootstrap>"  # the file that Python names for its import system
 Handler = Callable[[int, FrameType | None], None]
 
 _came: list[int] = []  # the signals that were to stop this program
@@ -18,12 +21,25 @@ def stop(signum: int, frame: FrameType | None) -> None:
     """Handle a signal that is to stop the program.
 
     Raises:
-        KeyboardInterrupt: always.
+        KeyboardInterrupt: at once, where nothing is imported or this is a second Ctrl-C; else once that is done.
     """
+    second = signum == signal.SIGINT and signum in _came
     _came.append(signum)
     if signum == signal.SIGTERM:  # once: a second one must not break off the clean stop
         signal.signal(signum, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    if second:
+        stop_if_asked()
+    _stop_unless_importing(signum, frame)
+
+
+def _stop_unless_importing(signum: int, frame: FrameType | None) -> None:
+    while frame:
+        if frame.f_code.co_filename == IMPORT:
+            signal.signal(signal.SIGALRM, _stop_unless_importing)
+            signal.setitimer(signal.ITIMER_REAL, LOOK_AGAIN)
+            return
+        frame = frame.f_back
+    stop_if_asked()
 
 
 def hear_ctrl_c(handler: Handler = stop) -> None:
@@ -38,18 +54,24 @@ def stopping() -> bool:
 
 
 def stop_if_asked() -> None:
-    """Stop where `stop` was called, and what it raised was lost.
+    """Stop where `stop` was called, and what it raised, or was to raise, was not heard.
 
     Raises:
         KeyboardInterrupt: it was.
     """
     if stopping():
+        signal.setitimer(signal.ITIMER_REAL, 0)
         raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def finish_first() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait until a short piece of work is done; a second Ctrl-C does not wait."""
+    """Let Ctrl-C and SIGTERM wait until a short piece of work is done; a second Ctrl-C does not wait.
+
+    Raises:
+        KeyboardInterrupt: a signal came before, and waits for an import; the work is not begun.
+    """
+    stop_if_asked()
     came: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:

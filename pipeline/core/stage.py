@@ -5,6 +5,7 @@ A stage file ends with `if __name__ == "__main__": stage.main(run, __doc__)`, wh
 
 import argparse
 import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -163,8 +164,12 @@ def _whats_there_to_halve(params: Params, name: str) -> str:
 
 
 def _exit(code: int) -> None:
-    """Leave at once: worker processes and library threads have nothing left to say."""
+    """Leave at once, and end worker processes, which may not listen yet; library threads have nothing left to say."""
     sys.stdout.flush()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "resource_tracker" not in " ".join(process.cmdline()):  # it clears up after us
+                process.kill()
     os._exit(code)
 
 

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from pipeline.core import signals
-
 if TYPE_CHECKING:  # mlflow takes seconds to import: what does not use it must not wait for it
     from mlflow import MlflowClient
 
@@ -77,14 +75,11 @@ def connect(root: Path = Path(".")) -> "MlflowClient":
         os.environ.setdefault(name, value)
     if is_server(uri):
         _reach_server(uri)
-    with signals.finish_first():  # broken off, the imports end in other errors, or go on; they take some four seconds
-        from mlflow import MlflowClient
-
-        if not is_server(uri):
-            import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
     if uri.startswith(SQLITE):
         _make_sqlite(uri)
     with speaking_plainly(uri):
+        from mlflow import MlflowClient
+
         try:
             _reach_database(uri)
             client = MlflowClient(tracking_uri=uri)

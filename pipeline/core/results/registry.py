@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.core import errors, signals
+from pipeline.core import errors
 from pipeline.core.results import exporting, mlflow_store
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import: looking a version up should not wait for both
@@ -37,14 +37,12 @@ def pack(folder: Path, network: "nn.Module", resolution: int, classes: list[str]
         classes: their names.
         link: model_id, run_id and artifact_path of the logged model that this is for.
     """
+    import mlflow.pytorch
     import torch
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
 
     from pipeline.core import small_maps
-
-    with signals.finish_first():  # as in mlflow_store.connect
-        import mlflow.pytorch
-        from mlflow.models import Model, ModelSignature
-        from mlflow.types import Schema, TensorSpec
 
     pixels = TensorSpec(np.dtype(np.float32), (-1, 3, resolution, resolution))
     logits = TensorSpec(np.dtype(np.float32), (-1, len(classes)))

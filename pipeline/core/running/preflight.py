@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import yaml
+
 from pipeline.core import atomic, errors, stage
 from pipeline.core.intake import sources
 from pipeline.core.params import load, parse
@@ -75,11 +77,15 @@ def check_files(params: Params, root: Path) -> None:
     Raises:
         ValueError: see `check`.
     """
+    data = Path(os.path.abspath(root / "data"))
+    stages = [data / name for name in yaml.safe_load((PROJECT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]]
     for key in ("labelled_root", "unlabelled_root"):
         path = getattr(params.prepare, key)
         if not _is_example(path) and not (root / path).exists():
             raise ValueError(f"prepare.{key}: {path}: no such folder or archive")
-        if Path(os.path.abspath(root / path)) in Path(os.path.abspath(root / "data/prepare")).parents:
+        place = Path(os.path.abspath(root / path))
+        within = not _is_example(path) and any(place.is_relative_to(folder) for folder in stages)
+        if within or place in stages[0].parents:
             raise ValueError(f"prepare.{key}: {path}: holds what the stages write; take a folder such as data/photos")
     train = root / params.prepare.labelled_root / params.prepare.train
     for role in ("train", "val", "test", "unlabelled"):
