@@ -102,6 +102,7 @@ def said(monkeypatch, capsys):
     monkeypatch.setattr(stage, "load", lambda path: tiny())
     monkeypatch.setattr(stage, "_exit", sys.exit)
     monkeypatch.setattr(stage.signals, "hear_ctrl_c", lambda: None)
+    monkeypatch.setattr(stage.signals, "where_not_heard", lambda *_: None)
     monkeypatch.setattr(stage, "signal", SimpleNamespace(SIGTERM=15, SIGINT=2, SIG_IGN=1, signal=lambda *_: None))
 
     def say(work):
@@ -286,6 +287,36 @@ def test_ctrl_c_while_mlflow_is_imported_is_heard_after_that(tmp_path):
     )
     assert (done.returncode, done.stdout) == (130, "imported\n")
     assert done.stderr == "register: stopped; the same command starts it anew\n"
+
+
+# As torch waits for processes that do not come: with a lock that is held, and that no signal interrupts.
+WAITS = """
+import ctypes, os, signal, threading
+from pipeline.core import stage
+
+def wait(params):
+    lock = ctypes.create_string_buffer(64)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(lock)
+
+stage.PATIENCE = 0.2
+stage.main(wait, "", resumes="shared")
+"""
+
+
+def test_one_process_of_several_stops_though_python_does_not_hear_the_signal():
+    done = subprocess.run(
+        [sys.executable, "-c", WAITS],
+        cwd=ROOT,
+        env={**os.environ, "RANK": "0"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=listen,
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "-c: stopped; the same command goes on from what is saved so far, if anything\n"
 
 
 def test_ctrl_c_waits_while_a_stage_becomes_torchrun(monkeypatch):

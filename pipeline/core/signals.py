@@ -5,8 +5,10 @@ import is done. In a finalizer Python itself drops it; so progress (progress.py)
 """
 
 import contextlib
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -62,6 +64,24 @@ def stop_if_asked() -> None:
     if stopping():
         signal.setitimer(signal.ITIMER_REAL, 0)
         raise KeyboardInterrupt
+
+
+def where_not_heard(seconds: float, end: Callable[[], object]) -> None:
+    """Call a function where a signal that is to stop the program has not done so for some seconds.
+
+    Python calls no handler while its main thread is in a library that waits, as for processes that are gone.
+    """
+    heard, tells = os.pipe()
+    os.set_blocking(tells, False)
+    signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while os.read(heard, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
+            pass
+        time.sleep(seconds)
+        end()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from pipeline.core.sections import Machine, Params, TrainingRecipe
 
 TORCHRUN = "SSLD_TORCHRUN"  # the variable that names torchrun's process to those that it starts, for it may have ended
 PROFILE_STEPS = 10  # that --profile traces
+PATIENCE = 5  # seconds that one process of several has to stop in, which may have to wait for a step of the others
 # Whether a stopped stage goes on when its command is given again: no, it starts anew; yes, and it works alone; yes, and
 # as many processes as `machine.processes` says share its work, started by torchrun.
 Resumes = Literal["no", "alone", "shared"]
@@ -57,6 +58,8 @@ def main(
         parser.add_argument(option, dest="run", action="store_const", const=other, help=words)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signals.stop)
+    if "RANK" in os.environ:
+        signals.where_not_heard(PATIENCE, lambda: _stopped(name, resumes))
     try:
         signals.hear_ctrl_c()
         _die_with_parents()
@@ -68,8 +71,7 @@ def main(
         if not isinstance(error, KeyboardInterrupt) and not signals.stopping():
             raise
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        _say_stopped(name, resumes)
-        _exit(130)
+        _stopped(name, resumes)
 
 
 def _run(arguments: argparse.Namespace, name: str, resumes: Resumes) -> None:
@@ -104,13 +106,14 @@ def _trains(name: str) -> bool:
     return section is not None and issubclass(section.annotation, TrainingRecipe)
 
 
-def _say_stopped(name: str, resumes: Resumes) -> None:
-    """Say, in one process of several, that Ctrl-C or SIGTERM has stopped the stage."""
+def _stopped(name: str, resumes: Resumes) -> None:
+    """End, and say, in one process of several, that Ctrl-C or SIGTERM has stopped the stage."""
     then = "starts it anew" if resumes == "no" else "goes on from what is saved so far, if anything"
     if os.environ.get("SSLD_TRACEBACK"):
         traceback.print_exc()
     if not _error_is_told() and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{name}: stopped; the same command {then}", file=sys.stderr, flush=True)
+    _exit(130)
 
 
 def _say_what_ended_it(name: str, mark: str, words: str) -> None:
