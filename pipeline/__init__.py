@@ -51,7 +51,7 @@ def _in_a_line(kind: type[BaseException], error: BaseException, trace: Traceback
     not_ours = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OURS
     frames = {(frame.filename, frame.name) for frame in traceback.extract_tb(trace)}
     while_imported = (str(OWN), "<module>") in frames or getattr(error, "filename", None) == str(OWN)
-    if isinstance(error, KeyboardInterrupt):  # a second one, while the program ends
+    if isinstance(error, KeyboardInterrupt):  # that nobody has told, as a second one while the program ends
         print(f"{program}: stopped", file=sys.stderr)
     elif while_imported and not os.environ.get("SSLD_TRACEBACK"):
         words = " ".join(f"{kind.__name__}: {error}".split())

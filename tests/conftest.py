@@ -1,11 +1,20 @@
 """What several test files are given."""
 
 import shutil
+import signal
 
 import pytest
 import yaml
 from cached_project import go
 from images import ROOT, prepared
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """What Ctrl-C does to pytest stays as it is, though commands that tests call take it over."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

@@ -131,12 +131,13 @@ def test_a_run_with_killed_processes_ends_in_the_same_bytes(folder):
 def test_ctrl_c_while_torchruns_processes_start_stops_them_in_a_line(folder, rank):
     """As soon as there is one: those that torchrun was about to note see that it has ended; others hear it from it."""
     process = start(folder, 3)
-    wait_until(lambda: rank in ranks(process), seconds=60, every=0.001)
+    wait_until(lambda: rank in ranks(process), seconds=120, every=0.002)
     process.send_signal(signal.SIGINT)
     said = finish(process)
     assert process.returncode == 130, said
     assert said.startswith("baseline: stopped"), said
     assert said.count("\n") == 1, said
+    psutil.wait_procs(left(folder), timeout=20)
     assert left(folder) == []
 
 

@@ -40,8 +40,12 @@ def test_the_first_signal_is_heard_once_a_short_piece_of_work_is_done(heard, sen
 
 @pytest.fixture
 def no_stop(monkeypatch):
-    """What the process knows of stops is forgotten after a test."""
+    """What the process knows of stops is forgotten after a test, and none waits any more."""
     monkeypatch.setattr(signals, "_came", [])
+    before = signal.getsignal(signal.SIGALRM)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.usefixtures("no_stop")

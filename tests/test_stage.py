@@ -103,7 +103,8 @@ def said(monkeypatch, capsys):
     monkeypatch.setattr(stage, "_exit", sys.exit)
     monkeypatch.setattr(stage.signals, "hear_ctrl_c", lambda: None)
     monkeypatch.setattr(stage.signals, "where_not_heard", lambda *_: None)
-    monkeypatch.setattr(stage, "signal", SimpleNamespace(SIGTERM=15, SIGINT=2, SIG_IGN=1, signal=lambda *_: None))
+    codes = {"SIGTERM": 15, "SIGINT": 2, "SIGALRM": 14, "SIG_IGN": 1}
+    monkeypatch.setattr(stage, "signal", SimpleNamespace(**codes, signal=lambda *_: None))
 
     def say(work):
         with pytest.raises(SystemExit):
@@ -309,7 +310,7 @@ def test_one_process_of_several_stops_though_python_does_not_hear_the_signal():
     done = subprocess.run(
         [sys.executable, "-c", WAITS],
         cwd=ROOT,
-        env={**os.environ, "RANK": "0"},
+        env={**os.environ, "RANK": "0", "WORLD_SIZE": "2"},
         capture_output=True,
         text=True,
         timeout=60,

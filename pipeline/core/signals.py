@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: they raise KeyboardInterrupt where it is not lost, and wait for a short piece of work.
+"""Ctrl-C and SIGTERM raise KeyboardInterrupt, but not where it would be lost, nor within a short piece of work.
 
 Where a module is imported, libraries drop that exception, or take it for an error of their own; so it waits until the
 import is done. In a finalizer Python itself drops it; so progress (progress.py) raises it once more.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 LOOK_AGAIN = 0.05  # seconds after which to see whether an import is done
-IMPORT = "<frozen importlib._bootstrap>"  # the file that Python names for its import system
+IMPORT = "<frozen importlib._bootstrap>"  # as Python names the file of its import system in a frame
 Handler = Callable[[int, FrameType | None], None]
 
 _came: list[int] = []  # the signals that were to stop this program
@@ -23,15 +23,11 @@ def stop(signum: int, frame: FrameType | None) -> None:
     """Handle a signal that is to stop the program.
 
     Raises:
-        KeyboardInterrupt: at once, where nothing is imported or this is a second Ctrl-C; else once that is done.
+        KeyboardInterrupt: at once, where nothing is imported or it is not the first; else once that is done.
     """
-    second = signum == signal.SIGINT and signum in _came
+    first = signum not in _came
     _came.append(signum)
-    if signum == signal.SIGTERM:  # once: a second one must not break off the clean stop
-        signal.signal(signum, signal.SIG_IGN)
-    if second:
-        stop_if_asked()
-    _stop_unless_importing(signum, frame)
+    _stop_unless_importing(signum, frame if first else None)
 
 
 def _stop_unless_importing(signum: int, frame: FrameType | None) -> None:
@@ -41,6 +37,8 @@ def _stop_unless_importing(signum: int, frame: FrameType | None) -> None:
             signal.setitimer(signal.ITIMER_REAL, LOOK_AGAIN)
             return
         frame = frame.f_back
+    if signal.SIGTERM in _came:  # another must not break off the clean stop
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     stop_if_asked()
 
 
@@ -56,7 +54,7 @@ def stopping() -> bool:
 
 
 def stop_if_asked() -> None:
-    """Stop where `stop` was called, and what it raised, or was to raise, was not heard.
+    """Stop where `stop` was called: who still works then has not heard it, or not yet.
 
     Raises:
         KeyboardInterrupt: it was.
@@ -89,14 +87,14 @@ def finish_first() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM wait until a short piece of work is done; a second Ctrl-C does not wait.
 
     Raises:
-        KeyboardInterrupt: a signal came before, and waits for an import; the work is not begun.
+        KeyboardInterrupt: a stop came before, and was lost or waits for an import; the work is not begun.
     """
     stop_if_asked()
     came: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and signum in came:
-            listened_to[signum](signum, frame)
+            listened_to[signum](signum, None)  # at once, also where a module is imported
         came.append(signum)
 
     handled = signal.SIGINT, signal.SIGTERM

@@ -57,20 +57,21 @@ def main(
         words = (other.__doc__ or "").partition("\n")[0]
         parser.add_argument(option, dest="run", action="store_const", const=other, help=words)
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, signals.stop)
-    if "RANK" in os.environ:
-        signals.where_not_heard(PATIENCE, lambda: _stopped(name, resumes))
     try:
+        signal.signal(signal.SIGTERM, signals.stop)
         signals.hear_ctrl_c()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            signals.where_not_heard(PATIENCE, lambda: _stopped(name, resumes))
         _die_with_parents()
         _run(arguments, name, resumes)
         if _is_started_by_dvc_or_torchrun():
             _leave()
     except (KeyboardInterrupt, Exception) as error:
-        # An error after a stop is what a library has made of it, or in the way of the last checkpoint.
+        # An error after a stop is one that a library has made of it, or that came in the way of the last checkpoint.
         if not isinstance(error, KeyboardInterrupt) and not signals.stopping():
             raise
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for signum in (signal.SIGINT, signal.SIGALRM):  # another Ctrl-C, or one that still waits for an import
+            signal.signal(signum, signal.SIG_IGN)
         _stopped(name, resumes)
 
 
@@ -109,7 +110,7 @@ def _trains(name: str) -> bool:
 def _stopped(name: str, resumes: Resumes) -> None:
     """End, and say, in one process of several, that Ctrl-C or SIGTERM has stopped the stage."""
     then = "starts it anew" if resumes == "no" else "goes on from what is saved so far, if anything"
-    if os.environ.get("SSLD_TRACEBACK"):
+    if os.environ.get("SSLD_TRACEBACK") and sys.exc_info()[0]:
         traceback.print_exc()
     if not _error_is_told() and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{name}: stopped; the same command {then}", file=sys.stderr, flush=True)
@@ -167,13 +168,15 @@ def _whats_there_to_halve(params: Params, name: str) -> str:
 
 
 def _exit(code: int) -> None:
-    """Leave at once, and end worker processes, which may not listen yet; library threads have nothing left to say."""
+    """End at once, without Python's clearing up, and kill worker processes: a new one does not see yet that this ends."""
     sys.stdout.flush()
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if "resource_tracker" not in " ".join(process.cmdline()):  # it clears up after us
-                process.kill()
-    os._exit(code)
+    try:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "resource_tracker" not in " ".join(process.cmdline()):  # it clears up after us
+                    process.kill()
+    finally:
+        os._exit(code)
 
 
 def _leave() -> None:
@@ -260,5 +263,6 @@ def _relaunch_with_torchrun(params: Params, name: str) -> None:
         # Else torchrun keeps one store for all attempts, and those after the first read the addresses of the dead:
         # https://github.com/pytorch/pytorch/issues/135712
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        signals.stop_if_asked()  # a stop that waits for an import would be forgotten
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits until pipeline/__init__.py hears it
         os.execv(sys.executable, [*launcher, *sys.argv[1:]])

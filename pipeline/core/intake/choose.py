@@ -194,7 +194,8 @@ def split(train: list[Found], shares: dict[str, float], labels: int | None, seed
     """Share out the training images, each by its own place in the seed's order.
 
     Images that are added make no test image of what was for training or val: a network of before may have learned from
-    that. The exception is a class of so few that chance leaves a part without any, of which parts with more give one.
+    that. The exception are classes of fewer than three, which are all for training until they grow, and those of hardly
+    more where chance leaves training without an image: a held-out one stays there until they grow.
 
     Args:
         train: labelled images.
@@ -208,8 +209,9 @@ def split(train: list[Found], shares: dict[str, float], labels: int | None, seed
     """
     parts: Parts = {"test": [], "val": [], "labelled": [], "withheld": []}
     for of_class in by_class(train).values():
-        of_class.sort(key=lambda each: rank(seed, "held out", each.id))
-        test, val = _held_out([rank(seed, "held out", each.id) for each in of_class], shares)
+        ranks = {each.sha256: rank(seed, "held out", each.id) for each in of_class}
+        of_class.sort(key=lambda each: ranks[each.sha256])
+        test, val = _held_out(sorted(ranks.values()), shares)
         end = len(of_class) - val
         rest = sorted(of_class[test:end], key=lambda each: rank(seed, "images", each.id))
         parts["test"] += of_class[:test]

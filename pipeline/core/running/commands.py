@@ -5,6 +5,7 @@ itself.
 """
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -28,6 +29,7 @@ def ending(name: str, stopped: str = "stopped", ctrl_c: signals.Handler = signal
         yield
     except (KeyboardInterrupt, Exception) as error:
         if isinstance(error, KeyboardInterrupt) or signals.stopping():
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)  # one that still waits for an import
             print(f"{name}: {stopped}", file=sys.stderr)
             sys.exit(130)
         if not isinstance(error, ValueError | OSError):

@@ -13,8 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import yaml
-
 from pipeline.core import atomic, errors, stage
 from pipeline.core.intake import sources
 from pipeline.core.params import load, parse
@@ -77,15 +75,14 @@ def check_files(params: Params, root: Path) -> None:
     Raises:
         ValueError: see `check`.
     """
-    data = Path(os.path.abspath(root / "data"))
-    stages = [data / name for name in yaml.safe_load((PROJECT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]]
+    written = [Path(os.path.abspath(root / "data" / name)) for name in _stages(PROJECT)]
     for key in ("labelled_root", "unlabelled_root"):
         path = getattr(params.prepare, key)
         if not _is_example(path) and not (root / path).exists():
             raise ValueError(f"prepare.{key}: {path}: no such folder or archive")
         place = Path(os.path.abspath(root / path))
-        within = not _is_example(path) and any(place.is_relative_to(folder) for folder in stages)
-        if within or place in stages[0].parents:
+        within = not _is_example(path) and any(place.is_relative_to(folder) for folder in written)
+        if within or any(place in folder.parents for folder in written):
             raise ValueError(f"prepare.{key}: {path}: holds what the stages write; take a folder such as data/photos")
     train = root / params.prepare.labelled_root / params.prepare.train
     for role in ("train", "val", "test", "unlabelled"):
@@ -198,13 +195,7 @@ def check_own_file(project: Path) -> None:
         ValueError: it does.
     """
     file = project / "models/own.py"
-    try:
-        stages = parse((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"].values()
-        with_it = [set(stage["deps"]) for stage in stages if "models/own.py" in stage.get("deps", ())]
-    except ValueError as error:
-        raise ValueError(f"dvc.yaml: {error}") from None
-    except (TypeError, KeyError, AttributeError):
-        raise ValueError("dvc.yaml: expected stages, and of each what it runs and reads") from None
+    with_it = [deps for deps in _stages(project).values() if "models/own.py" in deps]
     for node in ast.walk(ast.parse(file.read_bytes(), str(file))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -219,6 +210,21 @@ def check_own_file(project: Path) -> None:
                 if source.is_file() and not all(str(source.relative_to(project)) in deps for deps in with_it):
                     unseen = f"models/own.py imports {name}, whose changes DVC would not see"
                     raise ValueError(f"{unseen}: have its code in models/own.py, or install it")
+
+
+def _stages(project: Path) -> dict[str, set[str]]:
+    """What each stage of dvc.yaml reads.
+
+    Raises:
+        ValueError: the file is not as it should be.
+    """
+    try:
+        stages = parse((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+        return {name: set(stage.get("deps", ())) for name, stage in stages.items()}
+    except ValueError as error:
+        raise ValueError(f"dvc.yaml: {error}") from None
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError("dvc.yaml: expected stages, and of each what it runs and reads") from None
 
 
 def show_black_images(classifier: "Classifier", name: str, resolution: int) -> None:

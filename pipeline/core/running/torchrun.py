@@ -39,10 +39,10 @@ def main() -> int:
 
 
 def _let_ctrl_c_wait_in_processes() -> None:
-    """Have a Ctrl-C that comes while Python starts in torchrun's processes wait for pipeline/__init__.py to hear it.
+    """Let a Ctrl-C that comes while torchrun's processes start wait until pipeline/__init__.py hears it in them.
 
-    A process inherits what the thread that starts it blocks, and Python calls the handlers of this one in its main
-    thread, whichever thread a signal has come to.
+    They inherit the mask of the thread that starts them, so the main thread blocks SIGINT. This process still hears it:
+    the signal goes to the thread made here, which does not block it, and Python runs the handler in the main thread.
     """
     threading.Thread(target=threading.Event().wait, daemon=True).start()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
