@@ -168,7 +168,7 @@ def _whats_there_to_halve(params: Params, name: str) -> str:
 
 
 def _exit(code: int) -> None:
-    """End at once, without Python's clearing up, and kill worker processes: a new one does not see yet that this ends."""
+    """End at once, without Python's clearing up, and kill worker processes: new ones do not see yet that this ends."""
     sys.stdout.flush()
     try:
         for process in psutil.Process().children(recursive=True):
