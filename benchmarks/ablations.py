@@ -28,7 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
-from seeds import known, run, spread, table
+from seeds import NETWORKS, known, run, spread, table
 
 from pipeline import prepare, recipes, teacher
 from pipeline.core import atomic, params
@@ -84,12 +84,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--ablated-seeds", type=int, nargs="*", help="of the other rows (default: the same)")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="run these alone: whole, half, unlabelled, ...")
+    parser.add_argument("--precision", default="bfloat16", help="float32 for a processor without bfloat16 instructions")
     parser.add_argument("--finished", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     small = arguments.folder.resolve() / f"{RECIPE}.zip"
     if not small.exists() and not arguments.finished:
         write_subset(arguments.archive, small)
     changes = recipes.changes(RECIPE) | {"prepare.labelled_root": str(small), "prepare.unlabelled_root": str(small)}
+    changes |= {f"{stage}.precision": arguments.precision for stage in NETWORKS}
     settings = params.check(params_file.changed(Path(), changes))
     if not WEIGHTS.exists() and not arguments.finished:
         fit_teacher(settings, arguments.folder / "teacher")
