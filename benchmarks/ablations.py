@@ -3,12 +3,14 @@
     python benchmarks/ablations.py cifar10.zip                      three seeds
     python benchmarks/ablations.py cifar10.zip --ablated-seeds 0    three of the whole and of half of it, else one
     python benchmarks/ablations.py cifar10.zip --finished           the table of the runs that are done
+    python benchmarks/ablations.py cifar10.zip -S distill.lr=0.001  with that setting in all of them
 
 The archive holds CIFAR-10 as train/<class>/<name> and test/<class>/<name>. Of each class the first 1,000 training
 images by name are used, the next 100 are for validation, and the first 500 test images for test; they go to another
 archive, in --folder. The teacher is fitted once, with all 10,000 labels, and is a checkpoint to all runs: seeds draw
 anew which tenth of the labels the student knows, its first weights, and the views. What the teacher saw holds no test
-image.
+image. With other settings of its own (-S teacher.precision=float32) it is fitted anew only where its weights,
+data/weights/teacher/cifar10_small.safetensors, are moved away first.
 
 Each run is one of the flow in a workspace of its own (see seeds.py): what is done is not done again. The gap is that of
 the same seed's whole run, from the baseline to the teacher in test top-1; in each row, all else is as in the recipe.
@@ -28,7 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import machine
-from seeds import NETWORKS, known, run, spread, table
+from seeds import changed_settings, known, run, spread, table
 
 from pipeline import prepare, recipes, teacher
 from pipeline.core import atomic, params
@@ -84,14 +86,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--ablated-seeds", type=int, nargs="*", help="of the other rows (default: the same)")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="run these alone: whole, half, unlabelled, ...")
-    parser.add_argument("--precision", default="bfloat16", help="float32 for a processor without bfloat16 instructions")
+    parser.add_argument("-S", "--set-param", metavar="KEY=VALUE", action="append", default=[], help="a changed setting")
     parser.add_argument("--finished", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     small = arguments.folder.resolve() / f"{RECIPE}.zip"
     if not small.exists() and not arguments.finished:
         write_subset(arguments.archive, small)
     changes = recipes.changes(RECIPE) | {"prepare.labelled_root": str(small), "prepare.unlabelled_root": str(small)}
-    changes |= {f"{stage}.precision": arguments.precision for stage in NETWORKS}
+    changes |= changed_settings(arguments.set_param)
     settings = params.check(params_file.changed(Path(), changes))
     if not WEIGHTS.exists() and not arguments.finished:
         fit_teacher(settings, arguments.folder / "teacher")

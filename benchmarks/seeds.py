@@ -32,10 +32,15 @@ def main() -> None:
     parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("-S", "--set-param", metavar="KEY=VALUE", action="append", default=[], help="a changed setting")
     arguments = parser.parse_args()
-    changes = {key: params.parse(value) for key, _, value in (it.partition("=") for it in arguments.set_param)}
+    changes = changed_settings(arguments.set_param)
     scores = [run(seed, changes) for seed in arguments.seeds]
     print(f"{len(scores)} seeds ({', '.join(map(str, arguments.seeds))}); {machine()}\n")
     print(table(scores))
+
+
+def changed_settings(given: list[str]) -> dict:
+    """Read what -S gives: KEY=VALUE each."""
+    return {key: params.parse(value) for key, _, value in (it.partition("=") for it in given)}
 
 
 def table(scores: list[dict]) -> str:
