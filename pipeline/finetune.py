@@ -1,6 +1,6 @@
 """Fine-tuning: the distilled student goes on learning the teacher's soft labels, on the labelled images only.
 
-Where that makes it worse on the validation split, the network of distill is kept.
+Where that makes it no better on the validation split, the network of distill is kept.
 
 Reads data/prepare/images/known, data/cache, data/teacher and data/distill. Writes data/finetune: weights.safetensors,
 network.json, history.csv. Run: python -m pipeline.finetune

@@ -20,6 +20,24 @@ def test_algorithms_are_chosen_for_a_gpu_alone(monkeypatch):
     assert chosen == [(False, True)]
 
 
+@pytest.mark.parametrize(
+    ("precision", "device", "rank", "able", "said"),
+    [
+        ("bfloat16", "cpu", 0, {}, True),
+        ("bfloat16", "cpu", 0, {"avx512_bf16": False, "avx512_f": True}, True),
+        ("bfloat16", "cpu", 0, {"avx512_bf16": True}, False),
+        ("bfloat16", "cpu", 0, {"bf16": True}, False),
+        ("bfloat16", "cpu", 1, {}, False),
+        ("bfloat16", "cuda", 0, {}, False),
+        ("float32", "cpu", 0, {}, False),
+    ],
+)
+def test_bfloat16_on_a_processor_without_it_is_called_slow(monkeypatch, capsys, precision, device, rank, able, said):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    devices.warn_of_slow("teacher.precision", precision, devices.Processes(torch.device(device), rank, 2))
+    assert capsys.readouterr().out.startswith("teacher.precision is bfloat16") == said
+
+
 @pytest.mark.parametrize(("device", "backend"), [("cuda", "cpu:gloo,cuda:nccl"), ("cpu", "gloo")])
 def test_what_lies_in_the_hosts_memory_is_sent_from_there(monkeypatch, device, backend):
     asked, waits = [], []

@@ -124,10 +124,10 @@ def test_the_card_says_what_validation_images_were_for_and_which_stages_network_
         text = model_card.in_full(NAME, network, figures, params, IMAGES, 0, {})
         assert ("to rank the pool" in text) == ranked
         assert "near-copies of them out of it; no network learned" in text
-    assert "did worse" not in text
+    assert "no better" not in text
     kept = network | {"kept": {"stage": "finetune", "val_top1": 0.9, "instead_of": 0.8}}
     text = model_card.in_full(NAME, kept, figures, params, IMAGES, 0, {})
-    assert "What fixres trained did worse on the validation images: this is the network of finetune." in text
+    assert "What fixres trained was no better on the validation images: this is the network of finetune." in text
 
 
 def test_the_card_shows_names_with_backticks(student):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from images import tiny
 
 from pipeline.core import networks, params
 from pipeline.core.running import preflight
@@ -173,3 +174,22 @@ def test_batches_that_processes_cannot_share_are_named_before_anything_starts(da
     settings = params.check(params.with_changes(data, changes))
     with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
         preflight.check_batches(settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ""),
+        ({"distill.loss": "dkd"}, "distill.loss dkd"),
+        ({"finetune.loss": {"ssld": 1.0, "nckd": 0.5}}, "finetune.loss nckd"),
+        ({"distill.loss": {"ssld": 1.0, "nckd": 0.0}}, ""),
+        ({"distill.temperature": 4}, "distill.temperature 4"),
+        ({"distill.temperature": 2}, ""),
+        ({"distill.loss": "dkd", "distill.online": True}, ""),
+        ({"distill.loss": "dkd", "cache.min_probability": 1e-9}, ""),
+    ],
+)
+def test_a_loss_of_classes_that_are_not_stored_is_named(capsys, changes, said):
+    preflight.warn_of_tails(tiny(**changes))
+    out = capsys.readouterr().out
+    assert out.startswith(f"preflight: {said} looks") if said else not out

@@ -51,7 +51,10 @@ def content(classes: tuple[str, ...] = ("cat", "dog", "owl"), images: int = 90, 
         for at in np.flatnonzero(student.rank)
     ]
     costs = {"parameters": 1_000_000, "macs": 2_000_000_000, "resolution": 32, "model": "m", "digest": "d" * 64}
-    history = [{"epoch": 1.0, "train_loss": 2.0, "val_top1": 0.5}, {"epoch": 2.0, "train_loss": 1.0, "val_top1": 0.8}]
+    history = [
+        {"epoch": 1.0, "views": 1024.0, "train_loss": 2.0, "val_top1": 0.5},
+        {"epoch": 2.0, "views": 2048.0, "train_loss": 1.0, "val_top1": 0.8},
+    ]
     return {
         "classes": classes,
         "networks": {
@@ -154,15 +157,25 @@ def test_a_gap_is_never_rounded_to_none_or_the_whole(student, tile, words):
 @pytest.mark.parametrize(
     ("less", "before", "words"),
     [
-        (0.5, 0.75, "50.0 % on the validation split, less than the 75.0 %"),
-        (0.98601, 0.98602, "98.601 % on the validation split, less than the 98.602 %"),
-        (0.999999, 1.0, "99.9 % on the validation split, less than the 100.0 %"),
+        (0.5, 0.75, "50.0 % on the validation split, no better than the 75.0 %"),
+        (0.98601, 0.98602, "98.601 % on the validation split, no better than the 98.602 %"),
+        (0.999999, 1.0, "99.9 % on the validation split, no better than the 100.0 %"),
     ],
 )
 def test_a_kept_networks_score_is_seen_to_be_the_better_one(less, before, words):
     given = content()
     given["networks"]["fixres"]["kept"] = {"stage": "finetune", "val_top1": before, "instead_of": less}
     assert words in report.render(**given)
+
+
+def test_what_the_networks_were_given_is_told():
+    given = content()
+    text = " ".join(Page(report.render(**given)).text.split())
+    assert text.count("2,048 views in 2 epochs") == len(NAMES)
+    assert "pixels a side" not in text
+    given["networks"]["fixres"]["resolution"] = 48
+    text = " ".join(Page(report.render(**given)).text.split())
+    assert "The student sees 48 pixels a side, the baseline 32." in text
 
 
 def test_a_small_difference_is_called_one():

@@ -1,5 +1,6 @@
 """Teachers made elsewhere: taken as they are, or refused with what is wrong with them."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -10,6 +11,8 @@ from runs import MODEL
 
 from pipeline import teacher
 from pipeline.core import networks, teaching
+from pipeline.core.data.views import ViewSpec, draw
+from pipeline.core.devices import Processes
 
 
 def taken(tmp_path, monkeypatch, bias, **changes):
@@ -23,6 +26,18 @@ def taken(tmp_path, monkeypatch, bias, **changes):
     wanted = {"source": "checkpoint", "model": MODEL, "checkpoint": str(tmp_path / "made/weights.safetensors")}
     params = tiny(**{f"teacher.{key}": value for key, value in {**wanted, **changes}.items()})
     return params, torch.device("cpu")
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_a_teacher_is_fitted_to_none_of_the_views_it_is_asked_about(images, monkeypatch, seed):
+    tasks, params = [], tiny(seed=seed)
+    monkeypatch.setattr(teacher.training, "train", lambda task, *_: tasks.append(task))
+    teacher.fit(params, images, Processes(torch.device("cpu")))
+    fitted, asked = tasks[0].views.spec, ViewSpec.of(seed, params.views)
+    assert dataclasses.replace(fitted, seed=seed) == asked, "alike in all else"
+    assert fitted.seed not in range(2**32), "a seed of no run"
+    crops = [draw(spec, 7, replica, images.ids[:5]).crops.box(32, 32) for spec in (fitted, asked) for replica in (0, 1)]
+    assert len(set(crops)) == 4
 
 
 def test_a_teacher_that_guesses_is_refused(images, tmp_path, monkeypatch, capsys):

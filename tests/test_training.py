@@ -1,5 +1,6 @@
 """The training loop: schedule, resuming to the same bytes, stopping where the loss is not finite."""
 
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -266,7 +267,7 @@ def test_a_run_is_named_after_all_that_it_depends_on(monkeypatch):
     assert len(set(names)) == len(names)
 
 
-def test_the_network_before_is_kept_only_where_it_is_better_on_validation(images, capsys):
+def test_the_network_before_is_kept_unless_the_trained_one_is_better_on_validation(images, capsys):
     params, cpu = tiny(), torch.device("cpu")
     validate, larger = (validator(params, images, side, Processes(cpu)) for side in (16, 24))
     networks_of_seeds = [networks.build(MODEL, 4, seed) for seed in range(12)]
@@ -279,9 +280,9 @@ def test_the_network_before_is_kept_only_where_it_is_better_on_validation(images
         task = SimpleNamespace(
             name="fixres",
             before=Before("finetune", before, {"resolution": resolution, "kept": kept}),
-            views=SimpleNamespace(images=images),
+            views=SimpleNamespace(images=images, resolution=16),
         )
-        return kept_before(task, [{"val_top1": 1.0}, validate(trained)], params, cpu)
+        return kept_before(task, [{"val_top1": 1.0, "val_nll": 0.0}, validate(trained)], params, cpu)
 
     assert kept_of(worst, trained=best) is None
     assert kept_of(worst, trained=worst, resolution=16) is None
@@ -292,6 +293,28 @@ def test_the_network_before_is_kept_only_where_it_is_better_on_validation(images
     assert kept["val_top1"] == pytest.approx(larger(best)["val_top1"])
     assert kept["instead_of"] == pytest.approx(validate(worst)["val_top1"])
     assert "of finetune: its network is kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("top1", "resolution", "nll", "stage"),
+    [
+        (0.5, 16, 1.0, None),  # the same network
+        (0.5, 16, 0.9, None),
+        (0.5, 16, 1.1, "distill"),
+        (0.5, 24, 0.9, "distill"),  # right as often, and dearer
+        (0.6, 24, 1.1, None),
+        (0.4, 16, 0.9, "distill"),
+        (0.5, 16, math.nan, "distill"),
+    ],
+)
+def test_of_networks_right_as_often_the_cheaper_is_kept_then_the_less_surprised(
+    images, monkeypatch, top1, resolution, nll, stage
+):
+    monkeypatch.setattr(training, "validator", lambda *_: lambda _: {"val_top1": 0.5, "val_nll": 1.0})
+    before = Before("distill", networks.build(MODEL, 4, 0), {"resolution": 16, "kept": None})
+    task = SimpleNamespace(name="finetune", before=before, views=SimpleNamespace(images=images, resolution=resolution))
+    kept = kept_before(task, [{"val_top1": top1, "val_nll": nll}], tiny(), torch.device("cpu"))
+    assert (kept and kept["stage"]) == stage
 
 
 def test_validation_counts_every_image_once_whatever_a_pass_takes(images, monkeypatch):

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pipeline.core.sections import Machine
 
+WITH_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")  # torch's names of what a processor can do
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -70,6 +72,22 @@ def choose_algorithms(cudnn_benchmark: bool, deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.utils.deterministic.fill_uninitialized_memory = False  # it is there to find errors, and takes time
     torch.use_deterministic_algorithms(deterministic)
+
+
+def warn_of_slow(key: str, precision: str, processes: Processes) -> None:
+    """Say once that a processor has no instructions for bfloat16, where it is asked to compute in it.
+
+    Args:
+        key: the setting that gives the precision.
+    """
+    if precision != "bfloat16" or processes.device.type != "cpu" or not processes.first():
+        return
+    known = torch.cpu.get_capabilities()
+    if not any(known.get(name) for name in WITH_BFLOAT16):
+        print(
+            f"{key} is bfloat16, for which this processor has no instructions: float32 may take a tenth of the time",
+            flush=True,
+        )
 
 
 def send(array: np.ndarray, device: torch.device) -> Tensor:

@@ -192,6 +192,8 @@ def verdict(networks: dict[str, dict[str, Any]], total: int, paired: tuple[int, 
         outcome = "It closes the whole gap between baseline and teacher."
     else:
         outcome = f"It closes {whole_percent(gap)} % of the gap between baseline and teacher."
+    if student["resolution"] != baseline["resolution"]:
+        outcome += f" The student sees {student['resolution']} pixels a side, the baseline {baseline['resolution']}."
     if only_student + only_baseline == 0:
         doubt = "Student and baseline are right on the very same images."
     else:
@@ -259,7 +261,8 @@ def curves(networks: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
                 chart = charts.curve(found[name, key], min(figures), max(figures), unit, f"{TITLES[name]}: {label}")
                 panels.append({"label": label, "chart": chart, "last": found[name, key][-1][1], "unit": unit})
         if panels:
-            drawn.append({"name": name, "panels": panels})
+            last = networks[name]["history"][-1]
+            drawn.append({"name": name, "epochs": int(last["epoch"]), "views": last.get("views"), "panels": panels})
     return drawn
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PROJECT = Path(__file__).parents[3]
 EXAMPLE = "data/digits"  # what stage digits makes
 NOTED = Path(".scratch/preflight.json")  # the networks that were looked at last, and found good
+SMALL_ENOUGH, HIGH = 1e-9, 2.0  # a cache.min_probability that is no matter to NCKD, and a temperature from which it is
 CLASSES = 10  # the number makes no difference here, and the images' own is not known yet
 
 
@@ -49,6 +50,7 @@ def check(params: Params, root: Path) -> None:
     """
     check_files(params, root)
     check_batches(params)
+    warn_of_tails(params)
     if params.machine.device == "cuda":
         from pipeline.core import devices  # torch takes seconds to load
 
@@ -115,6 +117,25 @@ def check_batches(params: Params) -> None:
         recipe = getattr(params, name)
         with _named(name):
             images_at_once(recipe.batch_size, recipe.accumulate, count)
+
+
+def warn_of_tails(params: Params) -> None:
+    """Say where a loss weighs what the cache does not store class by class; a sure teacher's gradient is far off then.
+
+    NCKD divides by the probability of all classes but the likeliest, and a high temperature evens probabilities out.
+    """
+    for name in ("distill", "finetune"):
+        recipe = getattr(params, name)
+        if recipe.online or params.cache.min_probability <= SMALL_ENOUGH:
+            continue
+        losses = [loss for loss in ("dkd", "nckd") if recipe.loss.get(loss)]
+        if losses or recipe.temperature > HIGH:
+            why = f"loss {losses[0]}" if losses else f"temperature {recipe.temperature:g}"
+            print(
+                f"preflight: {name}.{why} looks at classes that the teacher finds improbable, and the cache stores "
+                f"none below cache.min_probability, {params.cache.min_probability:g}: lower that to {SMALL_ENOUGH:g}",
+                flush=True,
+            )
 
 
 def check_networks(params: Params, root: Path) -> None:

@@ -50,7 +50,7 @@ class Task:
         part: the part of the network that is trained; None: all of it.
         replicas: stored views a sample; EVERY_REPLICA: a new one each epoch.
         before: the network that the stage started from, as the stage before left it; it is kept where the trained one
-            does worse on the validation split. None: whatever comes out is kept.
+            is no better on the validation split. None: whatever comes out is kept.
         card: what the network's card says besides.
     """
 
@@ -118,24 +118,33 @@ def train(task: Task, params: Params, processes: Processes) -> None:
 
 
 def kept_before(task: Task, history: engine.History, params: Params, device: torch.device) -> dict[str, Any] | None:
-    """Say whether the network before is kept, since it has the higher top-1 on the validation split.
+    """Say whether the network before is kept, since the trained one is no better on the validation split.
+
+    Better is a higher top-1; where these are equal the lower resolution, which costs less, and then the lower NLL.
 
     Args:
         history: of the training; its last epoch says how good the trained network is.
 
     Returns:
-        what the kept network's card says of that; None where the trained one is as good.
+        what the kept network's card says of that; None where the trained one is kept.
     """
     images, before = task.views.images, task.before
     if before is None or not len(images.rows("val")):
         return None
-    trained, ask_it = history[-1]["val_top1"], validator(params, images, before.card["resolution"], Processes(device))
-    had = ask_it(before.classifier.to(device))["val_top1"]
-    if trained >= had:
+    resolution = before.card["resolution"]
+    trained, had = history[-1], validator(params, images, resolution, Processes(device))(before.classifier.to(device))
+    worth_of_trained, worth_of_before = (
+        (of["val_top1"], -side, -of["val_nll"]) for of, side in ((trained, task.views.resolution), (had, resolution))
+    )
+    if worth_of_trained >= worth_of_before:
         return None
-    print(f"{task.name}: validation top-1 {trained:.4f} is below the {had:.4f} of {before.stage}: its network is kept")
+    reached, before_it = trained["val_top1"], had["val_top1"]
+    print(
+        f"{task.name}: validation top-1 {reached:.4f} is no better than the {before_it:.4f} of {before.stage}: "
+        "its network is kept"
+    )
     stage = (before.card["kept"] or {}).get("stage", before.stage)  # whose network that is
-    return {"stage": stage, "val_top1": round(had, 6), "instead_of": round(trained, 6)}
+    return {"stage": stage, "val_top1": round(before_it, 6), "instead_of": round(reached, 6)}
 
 
 def targets(images: ImageSet, labels: np.ndarray, smoothing: float) -> Callable[[Batch], torch.Tensor]:
@@ -213,6 +222,7 @@ def _run(
     folder: Path,
     on_epoch: Callable[[int, dict[str, float]], None],
 ) -> engine.Run:
+    devices.warn_of_slow(f"{task.name}.precision", recipe.precision, processes)
     order = TrainingOrder(
         task.rows,
         recipe.batch_size,
