@@ -9,8 +9,8 @@ The archive holds CIFAR-10 as train/<class>/<name> and test/<class>/<name>. Of e
 images by name are used, the next 100 are for validation, and the first 500 test images for test; they go to another
 archive, in --folder. The teacher is fitted once, with all 10,000 labels, and is a checkpoint to all runs: seeds draw
 anew which tenth of the labels the student knows, its first weights, and the views. What the teacher saw holds no test
-image. With other settings of its own (-S teacher.precision=float32) it is fitted anew only where its weights,
-data/weights/teacher/cifar10_small.safetensors, are moved away first.
+image. With other settings of its own (-S teacher.precision=float32), or where the code that fits it has changed, it is
+fitted anew only where its weights, data/weights/teacher/cifar10_small.safetensors, are moved away first.
 
 Each run is one of the flow in a workspace of its own (see seeds.py): what is done is not done again. The gap is that of
 the same seed's whole run, from the baseline to the teacher in test top-1; in each row, all else is as in the recipe.

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline import mine, prepare, score, teacher
 from pipeline.core import atomic, params
 from pipeline.core.data.dataset import ImageSet
+from pipeline.core.evaluation import report
 from pipeline.core.running import params_file
 from pipeline.core.sections import Params
 
@@ -81,10 +82,10 @@ def main() -> None:
     truth = np.array([images.source(row).split("/")[-2] for row in images.rows("unlabelled")])
     known = np.isin(truth, images.classes)
     labelled = len(images.rows("labelled"))
-    history = Path("data/teacher/history.csv").read_text(encoding="utf-8").splitlines()[-1].split(",")
+    last = report.read_history(Path("data/teacher/history.csv"))[-1]
     print(
         f"{wanted.teacher.model} at {wanted.views.resolution} pixels, {labelled:,} images of "
-        f"{', '.join(images.classes)}, {arguments.epochs} epochs: top-1 {float(history[3]):.3f} on "
+        f"{', '.join(images.classes)}, {arguments.epochs} epochs: top-1 {last['val_top1']:.3f} on "
         f"{len(images.rows('val')):,} validation images; pool: {len(known):,} images, {known.sum():,} of these "
         "classes\n"
     )

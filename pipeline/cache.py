@@ -35,7 +35,7 @@ PENDING = 4  # batches and shards that wait to be packed and written while the t
 
 def run(params: Params) -> None:
     processes = devices.join(params.machine)
-    devices.warn_of_slow("teacher.precision", params.teacher.precision, processes)
+    devices.warn_of_slow("cache", "teacher.precision", params.teacher.precision, processes)
     # A second program is told so before it loads the teacher.
     alone = resume.only_writer("cache") if processes.first() else nullcontext(resume.SCRATCH / "cache")
     with alone as scratch:

@@ -1,8 +1,9 @@
 """Larger resolution: the last layer alone is tuned on labelled images, larger, and seen as at test time.
 
-After Touvron et al., "Fixing the train-test resolution discrepancy", arXiv:1906.06423. Where top-1 on the
-validation split is no higher by that, the network of finetune is kept, at its own resolution. Reads
-data/prepare/images/known and data/finetune. Writes data/fixres: weights.safetensors, network.json, history.csv.
+After Touvron et al., "Fixing the train-test resolution discrepancy", arXiv:1906.06423. Where that makes it no better on
+the validation split, as `training.worth` has it, the network of finetune is kept, at its own resolution.
+
+Reads data/prepare/images/known and data/finetune. Writes data/fixres: weights.safetensors, network.json, history.csv.
 Run: python -m pipeline.fixres
 """
 

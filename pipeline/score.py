@@ -68,7 +68,7 @@ NOTHING_KNOWN = Known(np.zeros(0, np.uint64), {})
 
 def run(params: Params) -> None:
     processes = devices.join(params.machine)
-    devices.warn_of_slow("teacher.precision", params.teacher.precision, processes)
+    devices.warn_of_slow("score", "teacher.precision", params.teacher.precision, processes)
     # A second program is told so before it loads the teacher.
     with resume.only_writer("score") if processes.first() else nullcontext():
         bring_up_to_date(params, processes)

@@ -1,5 +1,6 @@
 """Where a process computes, and how it finds the others."""
 
+import platform
 from datetime import timedelta
 
 import pytest
@@ -34,8 +35,13 @@ def test_algorithms_are_chosen_for_a_gpu_alone(monkeypatch):
 )
 def test_bfloat16_on_a_processor_without_it_is_called_slow(monkeypatch, capsys, precision, device, rank, able, said):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
-    devices.warn_of_slow("teacher.precision", precision, devices.Processes(torch.device(device), rank, 2))
-    assert capsys.readouterr().out.startswith("teacher.precision is bfloat16") == said
+    devices.warn_of_slow("cache", "teacher.precision", precision, devices.Processes(torch.device(device), rank, 2))
+    assert capsys.readouterr().out.startswith("cache: warning: teacher.precision is bfloat16") == said
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of another processor's instructions")
+def test_torch_calls_instructions_for_bfloat16_so():
+    assert {*devices.WITH_BFLOAT16} - {"bf16", "sve_bf16"} <= torch.cpu.get_capabilities().keys()
 
 
 @pytest.mark.parametrize(("device", "backend"), [("cuda", "cpu:gloo,cuda:nccl"), ("cpu", "gloo")])

@@ -302,7 +302,7 @@ def test_what_an_epoch_costs_is_told_and_is_not_history(images, tmp_path):
     training = run(images, tmp_path, epochs=2)
     training.on_epoch = lambda epoch, figures: told.append(figures)
     training.train()
-    assert [figures["views"] for figures in told] == [row["views"] for row in training.history] == [32 // 2, 32]
+    assert [figures["images_seen"] for figures in told] == [row["images_seen"] for row in training.history] == [16, 32]
     for figures in told:
         assert figures["images_per_second"] == pytest.approx(8 / figures["step_seconds"])
         assert 0 < figures["data_wait_share"] < 1

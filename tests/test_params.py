@@ -87,7 +87,7 @@ def test_all_that_is_wrong_is_told_in_one_line(data):
         ("views.crop_scale", [0.9, 0.5], "crop_scale"),
         ("views.flip", 1.5, "less than or equal to 1"),
         ("prepare.labelled_root", "~/photos", "labelled_root begins with ~: write the path out"),
-        ("baseline.warmup_epochs", 61, "warmup_epochs, 61, must not be more than epochs, 60"),
+        ("baseline", {"epochs": 60, "warmup_epochs": 61}, "warmup_epochs, 61, must not be more than epochs, 60"),
         ("teacher.mean", [123.675, 116.28, 103.53], "teacher.mean.0: should be less than or equal to 1"),
         ("teacher.std", [0.2, 0.2, 0.2], "set them to null to fit one here"),
         ("register.name", "photos/1", "register.name: should be letters"),

@@ -276,16 +276,15 @@ def test_the_network_before_is_kept_unless_the_trained_one_is_better_on_validati
     assert max(top1(worst)["val_top1"] for top1 in (validate, larger)) < larger(best)["val_top1"]
     assert larger(best) != validate(best)
 
-    def kept_of(before, trained, resolution=24, kept=None):
+    def kept_of(before, trained, kept=None):
         task = SimpleNamespace(
             name="fixres",
-            before=Before("finetune", before, {"resolution": resolution, "kept": kept}),
-            views=SimpleNamespace(images=images, resolution=16),
+            before=Before("finetune", before, {"resolution": 24, "kept": kept}),
+            views=SimpleNamespace(images=images, resolution=32),
         )
         return kept_before(task, [{"val_top1": 1.0, "val_nll": 0.0}, validate(trained)], params, cpu)
 
     assert kept_of(worst, trained=best) is None
-    assert kept_of(worst, trained=worst, resolution=16) is None
     assert "is kept" not in capsys.readouterr().out
     assert kept_of(best, trained=worst, kept={"stage": "distill"})["stage"] == "distill"
     kept = kept_of(best, trained=worst)
@@ -296,25 +295,36 @@ def test_the_network_before_is_kept_unless_the_trained_one_is_better_on_validati
 
 
 @pytest.mark.parametrize(
-    ("top1", "resolution", "nll", "stage"),
+    ("trained", "before", "because", "words"),
     [
-        (0.5, 16, 1.0, None),  # the same network
-        (0.5, 16, 0.9, None),
-        (0.5, 16, 1.1, "distill"),
-        (0.5, 24, 0.9, "distill"),  # right as often, and dearer
-        (0.6, 24, 1.1, None),
-        (0.4, 16, 0.9, "distill"),
-        (0.5, 16, math.nan, "distill"),
+        ((0.5, 16, 1.0), (0.5, 16, 1.0), None, ""),
+        ((0.5, 16, 0.9), (0.5, 16, 1.0), None, ""),
+        ((0.6, 24, 1.1), (0.5, 16, 1.0), None, ""),
+        ((0.5, 16, 0.9), (0.5, 16, math.nan), None, ""),
+        ((0.4, 16, 0.9), (0.5, 16, 1.0), "top1", "0.4000 is below the 0.5000 of distill: its network is kept"),
+        (
+            (0.5, 24, 0.9),
+            (0.5, 16, 1.0),
+            "resolution",
+            "that of distill, which needs 16 pixels a side, not 24",
+        ),
+        ((0.5, 16, 1.1), (0.5, 16, 1.0), "nll", "0.5000 is that of distill, whose NLL is lower"),
+        ((0.5, 16, math.nan), (0.5, 16, 1.0), "nll", "0.5000 is that of distill, whose NLL is lower"),
     ],
 )
 def test_of_networks_right_as_often_the_cheaper_is_kept_then_the_less_surprised(
-    images, monkeypatch, top1, resolution, nll, stage
+    images, monkeypatch, capsys, trained, before, because, words
 ):
-    monkeypatch.setattr(training, "validator", lambda *_: lambda _: {"val_top1": 0.5, "val_nll": 1.0})
-    before = Before("distill", networks.build(MODEL, 4, 0), {"resolution": 16, "kept": None})
-    task = SimpleNamespace(name="finetune", before=before, views=SimpleNamespace(images=images, resolution=resolution))
-    kept = kept_before(task, [{"val_top1": top1, "val_nll": nll}], tiny(), torch.device("cpu"))
-    assert (kept and kept["stage"]) == stage
+    trained, before = (({"val_top1": top1, "val_nll": nll}, side) for top1, side, nll in (trained, before))
+    monkeypatch.setattr(training, "validator", lambda *_: lambda _: before[0])
+    task = SimpleNamespace(
+        name="finetune",
+        before=Before("distill", networks.build(MODEL, 4, 0), {"resolution": before[1], "kept": None}),
+        views=SimpleNamespace(images=images, resolution=trained[1]),
+    )
+    kept = kept_before(task, [trained[0]], tiny(), torch.device("cpu"))
+    assert (kept and kept["because"]) == because
+    assert words in capsys.readouterr().out
 
 
 def test_validation_counts_every_image_once_whatever_a_pass_takes(images, monkeypatch):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pipeline.core.sections import Machine
 
-WITH_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")  # torch's names of what a processor can do
+# Torch's names of instructions for bfloat16.
+WITH_BFLOAT16 = ("amx_bf16", "avx512_bf16", "avx_ne_convert", "bf16", "sve_bf16")
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def choose_algorithms(cudnn_benchmark: bool, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def warn_of_slow(key: str, precision: str, processes: Processes) -> None:
-    """Say once that a processor has no instructions for bfloat16, where it is asked to compute in it.
+def warn_of_slow(stage: str, key: str, precision: str, processes: Processes) -> None:
+    """Say that a processor has no instructions for bfloat16, where a stage is to compute in it.
 
     Args:
         key: the setting that gives the precision.
@@ -85,7 +86,8 @@ def warn_of_slow(key: str, precision: str, processes: Processes) -> None:
     known = torch.cpu.get_capabilities()
     if not any(known.get(name) for name in WITH_BFLOAT16):
         print(
-            f"{key} is bfloat16, for which this processor has no instructions: float32 may take a tenth of the time",
+            f"{stage}: warning: {key} is bfloat16, for which this processor has no instructions: float32 may take a "
+            "tenth of the time",
             flush=True,
         )
 

@@ -1,9 +1,9 @@
 """RandAugment's operations on one image's planes (Cubuk et al., arXiv:1909.13719): the same bytes as PIL's.
 
 Each takes pixels (3, H, W) uint8 and a strength in -1..1 and gives pixels like them; ranges are those of torchvision's
-RandAugment, but shearing moves the corners alike here, where torchvision leaves the one at (0, 0) where it is. On small
-images PIL spends its time on making images and lists of 256 numbers, so that what looks at each value alone is a table
-of bytes here, made of PIL's answer to all 256 values, or as PIL makes it of a histogram.
+RandAugment, but for shearing about the centre, where torchvision shears about the corner (0, 0). On small images PIL
+spends its time on making images and lists of 256 numbers, so that what looks at each value alone is a table of bytes
+here, made of PIL's answer to all 256 values, or as PIL makes it of a histogram.
 """
 
 import functools

@@ -213,7 +213,7 @@ def whole_percent(share: float) -> int:
 
 def apart(one: float, other: float) -> tuple[str, str]:
     """Write two shares as percentages, with one decimal or as many as tell them apart; they are kept with six."""
-    for decimals in range(1, 5):
+    for decimals in range(1, 5) if one != other else (1,):
         texts = charts.percent(one, decimals), charts.percent(other, decimals)
         if texts[0] != texts[1]:
             break
@@ -261,8 +261,10 @@ def curves(networks: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
                 chart = charts.curve(found[name, key], min(figures), max(figures), unit, f"{TITLES[name]}: {label}")
                 panels.append({"label": label, "chart": chart, "last": found[name, key][-1][1], "unit": unit})
         if panels:
-            last = networks[name]["history"][-1]
-            drawn.append({"name": name, "epochs": int(last["epoch"]), "views": last.get("views"), "panels": panels})
+            last = [row for row in networks[name]["history"] if "epoch" in row][-1]
+            drawn.append(
+                {"name": name, "epochs": int(last["epoch"]), "images_seen": last.get("images_seen"), "panels": panels}
+            )
     return drawn
 
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 PROJECT = Path(__file__).parents[3]
 EXAMPLE = "data/digits"  # what stage digits makes
 NOTED = Path(".scratch/preflight.json")  # the networks that were looked at last, and found good
-SMALL_ENOUGH, HIGH = 1e-9, 2.0  # a cache.min_probability that is no matter to NCKD, and a temperature from which it is
+SMALL_ENOUGH = "0.000000001"  # a cache.min_probability that keeps NCKD's gradients
+HIGH = 2.0  # a temperature above which what is less probable than cache.min_probability matters
 CLASSES = 10  # the number makes no difference here, and the images' own is not known yet
 
 
@@ -126,14 +127,15 @@ def warn_of_tails(params: Params) -> None:
     """
     for name in ("distill", "finetune"):
         recipe = getattr(params, name)
-        if recipe.online or params.cache.min_probability <= SMALL_ENOUGH:
+        if recipe.online or params.cache.min_probability <= float(SMALL_ENOUGH):
             continue
         losses = [loss for loss in ("dkd", "nckd") if recipe.loss.get(loss)]
         if losses or recipe.temperature > HIGH:
             why = f"loss {losses[0]}" if losses else f"temperature {recipe.temperature:g}"
             print(
-                f"preflight: {name}.{why} looks at classes that the teacher finds improbable, and the cache stores "
-                f"none below cache.min_probability, {params.cache.min_probability:g}: lower that to {SMALL_ENOUGH:g}",
+                f"preflight: warning: {name}.{why} weighs classes that the teacher finds improbable; of those below "
+                f"cache.min_probability, {params.cache.min_probability:g}, the cache stores only the sum, so gradients "
+                f"may be far off: lower it, to {SMALL_ENOUGH} say, before soft labels are made, or set {name}.online",
                 flush=True,
             )
 

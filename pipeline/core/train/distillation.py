@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.core import digests, networks
+from pipeline.core import devices, digests, networks
 from pipeline.core.data.batches import Batch, Views
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
@@ -113,6 +113,8 @@ def train(
     """
     spec, recipe = ViewSpec.of(params.seed, params.views), getattr(params, name)
     check_compares(name, recipe, len(rows), processes.world)
+    if recipe.online:
+        devices.warn_of_slow(name, "teacher.precision", params.teacher.precision, processes)
     teacher, answers = open_teacher(params, images, recipe.online, processes.device)
     task = training.Task(
         name=name,

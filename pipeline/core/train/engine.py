@@ -228,9 +228,12 @@ class Run:
             raise ValueError(f"weights are not finite {where}, though its loss was; {self._remedy()}")
         self.cost = self.meter.figures(self.order.batch_size)
         epoch = self.step // self.order.steps_per_epoch
-        figures = {"views": self.step * self.order.batch_size, "train_loss": self.losses.stacked().mean().item()}
-        figures |= {"lr": self.optimizer.param_groups[0]["lr"]}
-        figures |= self.validate(self.kept)
+        figures = {
+            "images_seen": self.step * self.order.batch_size,
+            "train_loss": self.losses.stacked().mean().item(),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **self.validate(self.kept),
+        }
         self._set_mode()
         self.losses = finite.Losses()
         self.history.append({"epoch": epoch, **figures})

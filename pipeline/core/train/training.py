@@ -1,10 +1,12 @@
 """What every training stage does around the one loop: open, resume, validate, track, and write the network.
 
 A training stage writes to data/<stage>: the network (`weights.safetensors`, `network.json`) and `history.csv`, an
-epoch a line. Its checkpoints are under .scratch/<stage>, in a folder named after all that went in.
+epoch a line; `images_seen` counts those of all epochs so far, an image anew each time. Its checkpoints are under
+.scratch/<stage>, in a folder named after all that went in.
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,34 +119,44 @@ def train(task: Task, params: Params, processes: Processes) -> None:
         resume.end_run(folder)
 
 
-def kept_before(task: Task, history: engine.History, params: Params, device: torch.device) -> dict[str, Any] | None:
-    """Say whether the network before is kept, since the trained one is no better on the validation split.
+def worth(figures: dict[str, float], resolution: int) -> dict[str, float]:
+    """Give what tells which of two networks is better, first things first; more is better.
 
-    Better is a higher top-1; where these are equal the lower resolution, which costs less, and then the lower NLL.
+    Args:
+        figures: a validator's.
+        resolution: pixels a side, of which fewer cost less.
+    """
+    nll = figures["val_nll"]
+    return {"top1": figures["val_top1"], "resolution": -resolution, "nll": -math.inf if math.isnan(nll) else -nll}
+
+
+def kept_before(task: Task, history: engine.History, params: Params, device: torch.device) -> dict[str, Any] | None:
+    """Say whether the network before is kept, since it is better on the validation split, as `worth` has it.
 
     Args:
         history: of the training; its last epoch says how good the trained network is.
 
     Returns:
-        what the kept network's card says of that; None where the trained one is kept.
+        what the kept network's card says of that; None where the trained one is as good.
     """
     images, before = task.views.images, task.before
     if before is None or not len(images.rows("val")):
         return None
-    resolution = before.card["resolution"]
-    trained, had = history[-1], validator(params, images, resolution, Processes(device))(before.classifier.to(device))
-    worth_of_trained, worth_of_before = (
-        (of["val_top1"], -side, -of["val_nll"]) for of, side in ((trained, task.views.resolution), (had, resolution))
-    )
-    if worth_of_trained >= worth_of_before:
+    side, side_before = task.views.resolution, before.card["resolution"]
+    validate = validator(params, images, side_before, Processes(device))
+    trained, had = worth(history[-1], side), worth(validate(before.classifier.to(device)), side_before)
+    decides = next((key for key in trained if trained[key] != had[key]), None)
+    if decides is None or trained[decides] > had[decides]:
         return None
-    reached, before_it = trained["val_top1"], had["val_top1"]
-    print(
-        f"{task.name}: validation top-1 {reached:.4f} is no better than the {before_it:.4f} of {before.stage}: "
-        "its network is kept"
-    )
+    reason = {
+        "top1": f"below the {had['top1']:.4f} of {before.stage}",
+        "resolution": f"that of {before.stage}, which needs {side_before} pixels a side, not {side}",
+        "nll": f"that of {before.stage}, whose NLL is lower",
+    }
+    print(f"{task.name}: validation top-1 {trained['top1']:.4f} is {reason[decides]}: its network is kept")
     stage = (before.card["kept"] or {}).get("stage", before.stage)  # whose network that is
-    return {"stage": stage, "val_top1": round(before_it, 6), "instead_of": round(reached, 6)}
+    top1 = {"val_top1": round(had["top1"], 6), "instead_of": round(trained["top1"], 6)}
+    return {"stage": stage, **top1, "because": decides}
 
 
 def targets(images: ImageSet, labels: np.ndarray, smoothing: float) -> Callable[[Batch], torch.Tensor]:
@@ -222,7 +234,7 @@ def _run(
     folder: Path,
     on_epoch: Callable[[int, dict[str, float]], None],
 ) -> engine.Run:
-    devices.warn_of_slow(f"{task.name}.precision", recipe.precision, processes)
+    devices.warn_of_slow(task.name, f"{task.name}.precision", recipe.precision, processes)
     order = TrainingOrder(
         task.rows,
         recipe.batch_size,
