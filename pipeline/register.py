@@ -7,6 +7,7 @@ With --if-missing it only looks whether the registry has that version, and regis
 DVC skipped this stage, or took its output from its cache.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import numpy as np
 import yaml
 
 from pipeline.core import atomic, resume, stage
+from pipeline.core.params import load
 from pipeline.core.results import exporting, finished, mlflow_store, onnx_file, registry, tracking
 from pipeline.core.sections import Params
 
@@ -152,7 +154,7 @@ def _publish(
         ):
             if file.exists() or file.name != "dvc.lock":
                 atomic.write_bytes(folder / file.name, file.read_bytes())
-        atomic.write_text(folder / "params.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        atomic.write_text(folder / "params.yaml", _as_written(params))
         text = model_card.in_full(name, card, figures, settings, student.counts, taken, origin, no_onnx)
         atomic.write_text(folder / "README.md", text)
 
@@ -169,6 +171,16 @@ def _publish(
             describe=lambda version: model_card.description(name, version, card, figures, params.teacher.model),
             write=write,
         )
+
+
+def _as_written(params: Params) -> str:
+    """Give params.yaml as it is, since DVC compares values as they are written; as read, where it has changed since."""
+    file = Path("params.yaml")
+    with contextlib.suppress(OSError, ValueError):
+        text = file.read_text(encoding="utf-8")
+        if load(file) == params:
+            return text
+    return yaml.safe_dump(params.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
 
 
 def _write_onnx(file: Path, classifier: "nn.Module", params: Params, student: finished.Student) -> str:
@@ -244,9 +256,10 @@ def _compare(
     margin = params.register_.margin
     promoted = decide(top1, best, margin)
     verb = "beats" if promoted else "does not beat"
-    return promoted, f"top-1 {top1:.4f} {verb} version {champion.version}'s {best:.4f}" + (
-        f" by the margin of {margin:g}" if margin > 0 else ""
-    )
+    by = f" by the margin of {margin:g}" if margin > 0 else ""
+    if champion.tags.get("digest.test") != student.test_digest:
+        by += "; that one had other test images: its score is too good if it learned from some of these"
+    return promoted, f"top-1 {top1:.4f} {verb} version {champion.version}'s {best:.4f}{by}"
 
 
 def _ask(

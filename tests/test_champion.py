@@ -80,7 +80,7 @@ def test_a_champion_of_other_test_images_is_tested_anew(registered, made_project
     registered.student(spoilt=0.5)
     registered.register()
     assert "the champion on these test images" in capfd.readouterr().err
-    assert f"version 1's {expected:.4f}" in registered.versions()[2].tags["decision"]
+    assert f"version 1's {expected:.4f}; that one had other test images" in registered.versions()[2].tags["decision"]
 
 
 def framed(number):
@@ -119,6 +119,7 @@ def test_a_champion_that_was_never_tested_is_tested_now(registered, capfd):
     registered.register()
     assert "the champion on these test images" in capfd.readouterr().err
     assert "does not beat version 1's 1.0000" in registered.versions()[2].tags["decision"]
+    assert "other test images" not in registered.versions()[2].tags["decision"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from images import ROOT
 from student_project import NAME, RESOLUTION, make_network, put_student, write_images
 
 from pipeline import register
@@ -340,3 +341,15 @@ def test_differ():
     assert "differ" in register.differ(np.full_like(logits, np.nan), logits, 1e-4)
     tie = np.array([[1.0, 1.0 + 1e-7]], np.float32)
     assert register.differ(tie[:, ::-1], tie, 1e-4) == ""  # which of two equals is the first says nothing
+
+
+def test_the_settings_of_a_version_are_written_as_they_were_given(tmp_path, monkeypatch):
+    """DVC runs a stage again where `loss: ssld` has become `loss: {ssld: 1.0}`."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    Path("params.yaml").write_text(text, encoding="utf-8")
+    params = settings.load()
+    assert register._as_written(params) == text
+    for later in (text.replace("seed: 0 ", "seed: 1 "), "seed: [", ""):  # edited while the stage runs
+        Path("params.yaml").write_text(later, encoding="utf-8")
+        assert settings.check(yaml.safe_load(register._as_written(params))) == params
