@@ -291,7 +291,7 @@ def test_the_network_before_is_kept_unless_the_trained_one_is_better_on_validati
     assert kept["stage"] == "finetune"
     assert kept["val_top1"] == pytest.approx(larger(best)["val_top1"])
     assert kept["instead_of"] == pytest.approx(validate(worst)["val_top1"])
-    assert "of finetune: its network is kept" in capsys.readouterr().out
+    assert "of finetune: the network of finetune is kept" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,12 @@ def test_the_network_before_is_kept_unless_the_trained_one_is_better_on_validati
         ((0.5, 16, 0.9), (0.5, 16, 1.0), None, ""),
         ((0.6, 24, 1.1), (0.5, 16, 1.0), None, ""),
         ((0.5, 16, 0.9), (0.5, 16, math.nan), None, ""),
-        ((0.4, 16, 0.9), (0.5, 16, 1.0), "top1", "0.4000 is below the 0.5000 of distill: its network is kept"),
+        (
+            (0.4, 16, 0.9),
+            (0.5, 16, 1.0),
+            "top1",
+            "below the 0.5000 of distill: the network of distill is kept",
+        ),
         (
             (0.5, 24, 0.9),
             (0.5, 16, 1.0),

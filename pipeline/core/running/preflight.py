@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PROJECT = Path(__file__).parents[3]
 EXAMPLE = "data/digits"  # what stage digits makes
 NOTED = Path(".scratch/preflight.json")  # the networks that were looked at last, and found good
-SMALL_ENOUGH = "0.000000001"  # a cache.min_probability that keeps NCKD's gradients
+SMALL_ENOUGH = 1e-9  # a cache.min_probability that keeps NCKD's gradients
 HIGH = 2.0  # a temperature above which what is less probable than cache.min_probability matters
 CLASSES = 10  # the number makes no difference here, and the images' own is not known yet
 
@@ -124,18 +124,20 @@ def warn_of_tails(params: Params) -> None:
     """Say where a loss weighs what the cache does not store class by class; a sure teacher's gradient is far off then.
 
     NCKD divides by the probability of all classes but the likeliest, and a high temperature evens probabilities out.
+    SSLD's loss is not named: it weighs what the student finds probable, and that is soon what the teacher does.
     """
     for name in ("distill", "finetune"):
         recipe = getattr(params, name)
-        if recipe.online or params.cache.min_probability <= float(SMALL_ENOUGH):
+        if recipe.online or params.cache.min_probability <= SMALL_ENOUGH:
             continue
         losses = [loss for loss in ("dkd", "nckd") if recipe.loss.get(loss)]
         if losses or recipe.temperature > HIGH:
             why = f"loss {losses[0]}" if losses else f"temperature {recipe.temperature:g}"
             print(
-                f"preflight: warning: {name}.{why} weighs classes that the teacher finds improbable; of those below "
-                f"cache.min_probability, {params.cache.min_probability:g}, the cache stores only the sum, so gradients "
-                f"may be far off: lower it, to {SMALL_ENOUGH} say, before soft labels are made, or set {name}.online",
+                f"preflight: warning: {name}.{why} weighs classes that the teacher finds improbable. Of those below "
+                f"cache.min_probability, {params.cache.min_probability:g}, and beyond cache.top_k the cache stores "
+                f"only the sum, so gradients may be far off. Lower it, to {SMALL_ENOUGH:.9f} say, before soft labels are "
+                f"made, or set {name}.online",
                 flush=True,
             )
 
