@@ -136,8 +136,8 @@ def warn_of_tails(params: Params) -> None:
             print(
                 f"preflight: warning: {name}.{why} weighs classes that the teacher finds improbable. Of those below "
                 f"cache.min_probability, {params.cache.min_probability:g}, and beyond cache.top_k the cache stores "
-                f"only the sum, so gradients may be far off. Lower it, to {SMALL_ENOUGH:.9f} say, before soft labels are "
-                f"made, or set {name}.online",
+                f"only the sum, so gradients may be far off. Lower it, to {SMALL_ENOUGH:.9f} say, before soft labels "
+                f"are made, or set {name}.online",
                 flush=True,
             )
 
