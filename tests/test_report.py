@@ -180,6 +180,12 @@ def test_it_is_told_why_the_network_before_is_kept(reached, before, because, wor
     assert f"{words}: that of finetune is kept" in report.render(**given)
 
 
+def test_a_network_that_was_kept_before_reasons_were_noted_is_shown():
+    given = content()
+    given["networks"]["fixres"]["kept"] = {"stage": "finetune", "val_top1": 0.75, "instead_of": 0.5}
+    assert "50.0 % on the validation split, less than the 75.0 % before" in report.render(**given)
+
+
 def test_what_the_networks_were_given_is_told():
     given = content()
     text = " ".join(Page(report.render(**given)).text.split())
