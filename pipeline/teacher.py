@@ -26,7 +26,7 @@ from pipeline.core.sections import Params
 from pipeline.core.tables import as_csv
 from pipeline.core.train import training
 
-# Of the digits' views that it was fitted to a teacher got 1 % wrong, of others 2.4 %: it is asked about others.
+# Of the digits' views that it was fitted to a teacher got 1 % wrong, of others 2 %: it is asked about others.
 OWN_SEEDS = 2**32  # added to the seed, which is less
 ENOUGH_TO_TRY = 100  # validation images with which a teacher that guesses is told from one that does not
 CHANCE = 0.01  # the probability that one that guesses passes

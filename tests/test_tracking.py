@@ -126,14 +126,16 @@ def test_a_run_that_cannot_be_described_has_failed(monkeypatch):
     assert found.info.status == "FAILED"
 
 
-def test_a_resumed_training_goes_on_in_the_same_run(root):
+def test_a_resumed_training_goes_on_in_the_same_run(root, monkeypatch):
     resume = root / "scratch" / "mlflow-run"
+    monkeypatch.setenv(tracking.FLOW_RUN, "brave-otter")
     with contextlib.suppress(KeyboardInterrupt), tracking.run("distill", {"workers": 0}, {}, resume) as killed:
         killed.log(1, {"loss": 3.0})
         killed.log(2, {"loss": 2.0})
         raise KeyboardInterrupt
     assert look(killed).info.status == "KILLED"
 
+    monkeypatch.setenv(tracking.FLOW_RUN, "calm-heron")
     with tracking.run("distill", {"workers": 2}, {}, resume) as resumed:
         assert look(resumed).info.status == "RUNNING"
         resumed.log(2, {"loss": 2.0})  # the checkpoint was older than the last metric
@@ -144,6 +146,7 @@ def test_a_resumed_training_goes_on_in_the_same_run(root):
     assert found.info.status == "FINISHED"
     assert found.data.params == {"workers": "0"}
     assert found.data.tags["resumed.workers"] == "2"
+    assert found.data.tags["flow_run"] == "calm-heron"  # whose results name this training
 
 
 @pytest.mark.parametrize("kept", ["", "{}", json.dumps({"uri": "sqlite:////elsewhere.db", "run_id": "1"})])

@@ -104,6 +104,8 @@ def run(
     status = "FAILED"
     try:
         tags = {f"digest.{name}": value for name, value in identities.items()} | git_tags()
+        if flow_run := os.environ.get(FLOW_RUN):
+            tags["flow_run"] = flow_run
         with mlflow_store.speaking_plainly(client.tracking_uri):
             _describe(client, tracked.id, flatten(params), tags)
         yield tracked
@@ -163,8 +165,6 @@ def _git(otherwise: str, *arguments: str) -> str | None:
 
 def _start(client: "MlflowClient", stage: str) -> TrackedRun:
     tags = {"stage": stage, "mlflow.source.name": f"python -m pipeline.{stage}", "mlflow.source.type": "LOCAL"}
-    if flow_run := os.environ.get(FLOW_RUN):
-        tags["flow_run"] = flow_run
     made = client.create_run(mlflow_store.experiment(client), run_name=stage, tags=tags)
     return TrackedRun(client, made.info.run_id)
 
