@@ -106,6 +106,14 @@ def open_sources(settings: Prepare) -> list[Source]:
             source = open_source(role, root, inner, opened)
             print(f"prepare: {role}: {len(source.files):,} files in {source.place}", file=sys.stderr, flush=True)
             found.append(source)
+    for path, tree in opened.items():
+        if tree.outdated:
+            print(
+                f"prepare: {path} holds later versions of {len(tree.outdated):,} of its files, which are used, as "
+                f"unpacking would: {names(sorted(set(tree.outdated)))}",
+                file=sys.stderr,
+                flush=True,
+            )
     return found
 
 

@@ -82,7 +82,8 @@ def test_a_zip_archive_without_zip64_may_have_more_entries_than_it_can_say(tmp_p
     listed = whole[at : whole.rindex(b"PK\5\6")] * count
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count % 65_536, count % 65_536, len(listed), at, 0)
     path.write_bytes(whole[:at] + listed + end)
-    assert len(archives.open_archive(path).entries) == count
+    tree = archives.open_archive(path)  # all of one name
+    assert len(tree.entries) + len(tree.outdated) == count
     path.write_bytes(whole[:at] + listed + end.replace(b"\2\0\2\0", b"\3\0\3\0"))
     with pytest.raises(ValueError, match="it should list 3 "):
         archives.open_archive(path)
@@ -163,6 +164,55 @@ def test_links_in_a_tar_archive_are_followed_inside_it(tmp_path):
     images, refused = prepared(tmp_path / "out", path)
     assert refused == [("train/a/gone.png", "train", "unreadable")]
     assert content_of(images) == content_of(prepared(tmp_path / "2", write(tmp_path / "in", files))[0])
+
+
+def test_symbolic_links_in_a_tar_archive_are_followed_from_where_they_stand(tmp_path):
+    files, path = good(), tmp_path / "x.tar"
+    links = {name: f"../../store/{name}" for name in files}
+    links |= {"train/a/again.png": "07.png", "train/a/round.png": "about.png", "train/a/about.png": "round.png"}
+    with tarfile.open(path, "w") as archive:
+        for name, target in links.items():
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            archive.addfile(link)
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"store/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    images, refused = prepared(tmp_path / "out", path)
+    assert set(refused) == {
+        ("train/a/again.png", "train", "duplicate"),
+        ("train/a/round.png", "train", "unreadable"),
+        ("train/a/about.png", "train", "unreadable"),
+    }
+    assert content_of(images) == content_of(prepared(tmp_path / "2", write(tmp_path / "in", files))[0])
+
+
+def test_of_an_updated_archive_the_last_version_of_each_file_is_used(tmp_path, capsys):
+    """As `tar -u` and zip programs that append leave them."""
+    old, new = good(), good(start=100)
+    later = {name: new[name] for name in [*new][:6]}
+    expected = content_of(prepared(tmp_path / "0", write(tmp_path / "in", old | later))[0])
+    tar = as_tar(tmp_path / "x.tar", old)
+    with tarfile.open(tar, "a") as archive:
+        for name, content in later.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        link = tarfile.TarInfo("train/a/link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, next(iter(later)).rpartition("/")[2]
+        archive.addfile(link)
+    zipped = as_zip(tmp_path / "x.zip", old)
+    with zipfile.ZipFile(zipped, "a") as archive:
+        for name, content in later.items():
+            with pytest.warns(UserWarning, match="Duplicate name"):
+                archive.writestr(name, content)
+    capsys.readouterr()
+    for number, (path, refusals) in enumerate({tar: [("train/a/link.png", "train", "duplicate")], zipped: []}.items()):
+        images, refused = prepared(tmp_path / f"out{number}", path)
+        assert refused == refusals
+        assert content_of(images) == expected
+        assert f"{path} holds later versions of 6 of its files, which are used" in capsys.readouterr().err
 
 
 def test_folders_whose_names_are_not_utf8_stay_apart(tmp_path):

@@ -9,7 +9,7 @@ from made_images import encode, picture, png
 from prepare_kit import ODD, SPLITS, as_tar, as_zip, content_of, good, prepared, with_splits, write
 
 from pipeline import prepare as stage_prepare
-from pipeline.core.intake import archives
+from pipeline.core.intake import archives, sources
 
 # --- the same images, whatever holds them ----------------------------------------------------------------------------
 
@@ -230,6 +230,36 @@ def test_a_list_in_an_archive_finds_files_however_their_letters_are_spelt(tmp_pa
     assert (len(images), refused) == (24, [])
     images, refused = prepared(tmp_path / "2", tmp_path / "in.zip", train="étrain")
     assert (len(images), refused) == (24, [])
+
+
+def test_folders_and_listed_files_are_found_however_their_letters_are_spelt(tmp_path):
+    files = {f"é{name[:-4]}ö.png": content for name, content in good().items()}
+    rows = [f"{name},{name.split('/')[1]}" for name in files]
+    listed = {"liste.csv": "\n".join(["file,label", *rows]).encode()}
+    on_disk = {unicodedata.normalize("NFD", name): content for name, content in files.items()}
+    folder = write(tmp_path / "in", on_disk | listed)
+    for number, train in enumerate(("étrain", "liste.csv")):
+        images, refused = prepared(tmp_path / f"out{number}", folder, train=train)
+        assert (len(images), images.classes, refused) == (24, ("a", "b"), [])
+
+
+def test_files_whose_names_differ_in_spelling_alone_stay_apart(tmp_path):
+    names = [unicodedata.normalize(form, "train/a/é.png") for form in ("NFC", "NFD")]
+    two = {name: png(5000 + number) for number, name in enumerate(names)}
+    listed = {"list.csv": "\n".join(["file,label", *(f"{name},{name[6]}" for name in good() | two)]).encode()}
+    for number, train in enumerate(("train", "list.csv")):
+        archive = as_zip(tmp_path / f"{number}.zip", good() | two | listed)
+        images, refused = prepared(tmp_path / f"out{number}", archive, train=train)
+        assert (len(images), refused) == (26, [])
+
+
+def test_files_of_a_list_in_an_archive_are_read_in_the_archives_order(tmp_path):
+    """To go back in a compressed tar archive is to unpack it from its beginning."""
+    files = shuffled(good(), 1)
+    listed = {"list.csv": "\n".join(["file,label", *(f"{name},{name[6]}" for name in good())]).encode()}
+    archive = as_tar(tmp_path / "x.tar.gz", files | listed)
+    source = sources.open_source("train", str(archive), "list.csv", {})
+    assert [file.name for file in source.files] == [*files]
 
 
 def test_linked_folders_are_followed_and_loops_are_not(tmp_path):

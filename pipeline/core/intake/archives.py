@@ -59,11 +59,13 @@ class Tree:
         entries: all but hidden ones.
         hidden: hidden ones that are called like images.
         folders: all but hidden ones, without the root.
+        outdated: names of files of which an archive holds a later one; it alone is in entries.
     """
 
     entries: list[Entry] = field(default_factory=list)
     hidden: list[Entry] = field(default_factory=list)
     folders: set[str] = field(default_factory=set)
+    outdated: list[str] = field(default_factory=list)
 
     def add_folder(self, name: str) -> None:
         """Note a folder and those that it lies in."""
@@ -79,6 +81,13 @@ class Tree:
         elif name.lower().endswith(tuple(SUFFIXES)) and not any(part.startswith(MACOS) for part in name.split("/")):
             self.hidden.append(Entry(name, size, read))
 
+    def keep_last(self) -> None:
+        """Of files of one name keep the last, as unpacking does: `tar -u` adds the new one and leaves the old."""
+        last = {entry.name: entry for entry in self.entries}
+        named = [entry for entry in self.entries if entry.name != NAMELESS]
+        self.outdated = [entry.name for entry in named if entry is not last[entry.name]]
+        self.entries = [entry for entry in self.entries if entry is last[entry.name] or entry.name == NAMELESS]
+
 
 def is_archive(path: Path) -> bool:
     """Tell an archive by its name."""
@@ -93,7 +102,7 @@ def open_archive(path: Path) -> Tree:
     """
     opener = next(opener for suffix, opener in OPENERS.items() if str(path).lower().endswith(suffix))
     try:
-        return opener(path)
+        tree = opener(path)
     except PermissionError:
         raise
     except DAMAGE as error:
@@ -101,6 +110,8 @@ def open_archive(path: Path) -> Tree:
             f"{path}: not a whole archive ({errors.in_a_line(error)}); it may be cut off: compare its size with the "
             "original's, or fetch it again"
         ) from None
+    tree.keep_last()
+    return tree
 
 
 def open_folder(path: Path) -> Tree:
@@ -207,13 +218,14 @@ def _check_zip_count(archive: zipfile.ZipFile) -> None:
 def _open_tar(path: Path) -> Tree:
     tree = Tree()
     archive = tarfile.open(path)  # noqa: SIM115 (it stays open: entries read from it)
-    sizes: dict[str, int] = {}
+    members: dict[str, tarfile.TarInfo] = {}  # by name, for links: to find one, tarfile goes through all
     for member in archive:
         name = plain(member.name)
-        if not member.isdir():  # links to other members included: tarfile follows them
-            sizes[name] = member.size
-            size = sizes.get(plain(member.linkname), 0) if member.islnk() else member.size
-            tree.add(name, size, partial(_from_archive, partial(_tar_member, archive), member))
+        if not member.isdir():
+            if member.islnk():  # another name of a file that stands before it
+                member = members.get(plain(member.linkname), member)
+            members[name] = member
+            tree.add(name, member.size, partial(_from_archive, partial(_tar_member, archive, members), member))
         elif not hidden(name):
             tree.add_folder(name)
     _check_tar_end(path, archive.fileobj, archive.offset)
@@ -237,7 +249,15 @@ def _check_tar_end(path: Path, file: IO[bytes], end: int) -> None:
             )
 
 
-def _tar_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _tar_member(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], member: tarfile.TarInfo) -> bytes:
+    followed = set()
+    while member.issym() or member.islnk():
+        folder = posixpath.dirname(member.name) if member.issym() else ""
+        name = plain(posixpath.join(folder, member.linkname))
+        if name in followed:
+            raise KeyError(name)
+        followed.add(name)
+        member = members[name]
     file = archive.extractfile(member)
     if file is None:
         raise Unreadable("not an image", "not a file")

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from pipeline.core.data.image_files import Unreadable
@@ -166,6 +166,7 @@ def class_names(sources: list[Source]) -> list[str]:
 def _locate(base: Path, inner: str) -> tuple[Path, str]:
     """Split a path into what is on the disk and what is inside an archive there."""
     whole = Path(os.path.normpath(base / inner))
+    whole = _as_spelled(whole) if base.exists() else whole
     for part in (*reversed(whole.parents), whole):
         if archives.is_archive(part) and part.is_file():
             inside = whole.relative_to(part).as_posix()
@@ -182,15 +183,17 @@ def _files(
         if path not in opened:
             opened[path] = archives.open_archive(path)
         tree, above = opened[path], _below(path, base)
-        listed = (*tree.hidden, *tree.entries) if inside.lower().endswith(".csv") else ()
-        entries = {_nfc(entry.name): entry for entry in listed}
-        if _nfc(inside) in entries:
+        listed = [*tree.hidden, *tree.entries] if inside.lower().endswith(".csv") else []
+        entries = {_nfc(entry.name): entry for entry in listed} | {entry.name: entry for entry in listed}
+        if found := entries.get(inside) or entries.get(_nfc(inside)):
             try:
-                content = entries[_nfc(inside)].read()
+                content = found.read()
             except Unreadable as error:
                 raise ValueError(f"{where}: {error}; fetch or make the archive again") from None
             rows = lists.rows(content, where, columns)
-            return _by_list(rows, partial(_in_archive, entries, posixpath.dirname(inside)), above)
+            files, classes = _by_list(rows, partial(_in_archive, entries, posixpath.dirname(inside)), above)
+            places = {entry.read: place for place, entry in enumerate(listed)}  # to go back in a .tar.gz is slow
+            return sorted(files, key=lambda file: places.get(file.read, 0)), classes
         if inside not in tree.folders:  # but it may be there in another spelling
             inside = next((name for name in sorted(tree.folders) if _nfc(name) == _nfc(inside)), inside)
         if inside and inside not in tree.folders:
@@ -198,7 +201,8 @@ def _files(
             raise FileNotFoundError(f"{where}: no such folder or list in the archive{_some(top)}")
         return _by_folder(tree, inside, above)
     if path.suffix.lower() == ".csv":
-        return _by_list(lists.rows(path.read_bytes(), where, columns), partial(_on_disk, path.parent, base, where), "")
+        rows = lists.rows(path.read_bytes(), where, columns)
+        return _by_list(rows, partial(_on_disk, path.parent, base, where, cache(_spellings)), "")
     raise ValueError(f"{where}: not a folder, an archive ({', '.join(archives.OPENERS)}) or a list (.csv)")
 
 
@@ -237,19 +241,36 @@ def _by_list(
     return files, {file.class_name for file in files if file.class_name}
 
 
-def _on_disk(folder: Path, base: Path, where: str, name: str) -> Entry:
+def _on_disk(folder: Path, base: Path, where: str, spellings: Callable[[Path], dict[str, str]], name: str) -> Entry:
     if "\\" in name and not os.path.lexists(folder / name):
         name = name.replace("\\", "/")  # of a list made on Windows
     if not _inside(folder / name, base):
         raise ValueError(f"{where}: {name} lies outside {base}, which is all that DVC watches: {ONE_ROOT}")
-    path = os.path.normpath(folder / name)
+    path = _as_spelled(Path(os.path.normpath(folder / name)), spellings)
     size = os.path.getsize(path) if os.path.isfile(path) else 0
     return Entry(Path(os.path.relpath(path, base)).as_posix(), size, partial(archives.read_file, path))
 
 
 def _in_archive(entries: dict[str, Entry], folder: str, name: str) -> Entry:
     name = archives.plain(posixpath.join(folder, name))
-    return entries.get(_nfc(name)) or Entry(name, 0, partial(archives.no_content, "unreadable", "not in the archive"))
+    missing = Entry(name, 0, partial(archives.no_content, "unreadable", "not in the archive"))
+    return entries.get(name) or entries.get(_nfc(name), missing)
+
+
+def _spellings(folder: Path) -> dict[str, str]:
+    """Give the names in a folder by their one spelling."""
+    try:
+        return {_nfc(name): name for name in sorted(os.listdir(folder))}
+    except OSError:  # no folder
+        return {}
+
+
+def _as_spelled(path: Path, spellings: Callable[[Path], dict[str, str]] = _spellings) -> Path:
+    """Find a path whose accented letters are spelled otherwise on the disk, as in a folder copied from a Mac."""
+    if os.path.lexists(path) or str(path).isascii():
+        return path
+    folder = _as_spelled(path.parent, spellings)
+    return folder / spellings(folder).get(_nfc(path.name), path.name)
 
 
 def _inside(path: Path, base: Path) -> bool:
