@@ -45,7 +45,7 @@ def run(params: Params) -> None:
                 f"{DATA / 'prepare'}: no test image; set prepare.test, or prepare.test_share above 0, in params.yaml"
             )
         for name in NETWORKS:  # before the work, not in the middle of it
-            check_classes(name, networks.read_card(DATA / name), images.classes)
+            networks.check_classes(DATA / name, networks.read_card(DATA / name), images.classes)
         device = devices.join(params.machine).device
         results = {}
         with Progress(len(NETWORKS) * len(rows), "images", "evaluate") as progress:
@@ -68,17 +68,6 @@ def run(params: Params) -> None:
         )
     top1 = figures["student"]["top1"]
     print(f"evaluate: student top-1 {top1:.4f}; see {DATA / 'evaluate' / 'report.html'}", flush=True)
-
-
-def check_classes(name: str, card: dict[str, Any], classes: tuple[str, ...]) -> None:
-    """Raise a ValueError if a network does not know the data's classes, in the data's order."""
-    if tuple(card["classes"]) == tuple(classes):
-        return
-    known = f"{len(card['classes'])} classes" if len(card["classes"]) != len(classes) else "classes of other names"
-    raise ValueError(
-        f"{DATA / name}: the network knows {known}, but {DATA / 'prepare'} has {len(classes)} classes; "
-        f"make it anew from the present data: dvc repro {name}"
-    )
 
 
 @torch.no_grad()

@@ -90,13 +90,17 @@ def scores(images: ImageSet, folder: Path) -> tuple[np.ndarray, np.ndarray, np.n
     The pool's images come first, then validation and test images, both in ascending order of ids.
 
     Raises:
-        ValueError: scoring has not been done, or was done for other images.
+        ValueError: scoring has not been done, or was done for other images, or a file is damaged.
     """
     try:
         ids = np.load(folder / "ids.npy")
         others = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("logits", "embeddings", "thumbnails")]
     except FileNotFoundError:
         raise ValueError(f"{folder}: no scores here; run `dvc repro score`, or `dvc pull`") from None
+    except (EOFError, ValueError) as error:  # cut off, or no such file at all
+        raise ValueError(
+            f"{folder}: a damaged file ({error}); remove {folder}, and run `dvc checkout {folder}`, or `dvc repro`"
+        ) from None
     wanted = np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])
     if not np.array_equal(images.row_of(ids), wanted):
         raise ValueError(f"{folder}: the scores are of other images; run `dvc repro score`")

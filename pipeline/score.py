@@ -32,7 +32,7 @@ from pipeline.core.networks import Classifier
 from pipeline.core.progress import Progress
 from pipeline.core.sections import Params
 
-FOLDER = Path("data/score")
+TEACHER, FOLDER = Path("data/teacher"), Path("data/score")
 SCORED = resume.SCRATCH / "scored"  # what the last run wrote, and answers.json, which says whose answers those are
 PART_IMAGES = 4096  # images scored between two files: what a killed run loses at most
 LARGEST = float(np.finfo(np.float16).max)
@@ -77,7 +77,8 @@ def run(params: Params) -> None:
 def bring_up_to_date(params: Params, processes: Processes) -> None:
     """Score the images that the last run did not; the first of several processes writes data/score, with the others."""
     images = ImageSet(Path("data/prepare/images"))
-    classifier, card = networks.load(Path("data/teacher"), processes.device)
+    classifier, card = networks.load(TEACHER, processes.device)
+    networks.check_classes(TEACHER, card, images.classes)
     network = [card["model"], card["digest"], card["mean"], card["std"], card.get("resized_to")]
     views = [params.views.resolution, params.views.test_crop]
     asked = [*network, params.teacher.precision, *views, *resume.package_versions(), resume.code_digest()]
@@ -119,6 +120,7 @@ def read_known(answers: str) -> Known:
     Args:
         answers: what names the teacher, the views and the code.
     """
+    atomic.restore_folder(SCORED)
     files = {column: SCORED / f"{column}.npy" for column in COLUMNS}
     try:
         noted = json.loads((SCORED / "answers.json").read_text(encoding="utf-8"))

@@ -79,6 +79,13 @@ def test_answers_that_are_not_finite_are_refused_and_large_features_kept_in_rang
     shutil.rmtree(".scratch/score")
 
 
+def test_what_a_run_was_about_to_replace_when_it_was_killed_is_used(cached_project, capsys):
+    go(score)
+    Path(".scratch/scored").rename(".scratch/.scored.old")  # between the two renames
+    go(score)
+    assert capsys.readouterr().out.endswith(" images are scored already, 0 images to ask the teacher about\n")
+
+
 @pytest.mark.parametrize("damaged", ["logits.npy", "answers.json", "ids.npy"])
 def test_damaged_scores_are_asked_for_again(cached_project, capsys, damaged):
     go(score)

@@ -50,8 +50,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside, old = (path.with_name(f".{path.name}.{end}") for end in ("part", "old"))
-    if old.exists() and not path.exists():  # a run was killed between the two renames below
-        os.replace(old, path)
+    restore_folder(path)
     for left in (beside, old):
         shutil.rmtree(left, ignore_errors=True)
     beside.mkdir()
@@ -67,10 +66,16 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
+        restore_folder(path)
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_folder(path: Path) -> None:
+    """Bring a folder back that a run was about to replace when it was killed, between the two renames."""
+    old = path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        os.replace(old, path)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

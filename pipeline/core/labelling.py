@@ -36,10 +36,11 @@ class Labelling:
         """Open the teacher in data/teacher, and the labelled and mined images.
 
         Raises:
-            ValueError: a stage before has not been run; it is named.
+            ValueError: a stage before has not been run, or not with the present images; it is named.
         """
         images = ImageSet(Path("data/prepare/images"))
-        classifier, card = networks.load(Path("data/teacher"), processes.device)
+        classifier, card = networks.load(teaching.TEACHER, processes.device)
+        networks.check_classes(teaching.TEACHER, card, images.classes)
         views = Views(images, ViewSpec.of(params.seed, params.views))
         description, rows = teaching.description(params, card), teaching.training_rows(images)
         return cls(params, processes, classifier, description, views, rows)

@@ -204,3 +204,18 @@ def load(folder: Path, device: str | torch.device = "cpu") -> tuple[Classifier, 
 def read_card(folder: Path) -> dict[str, Any]:
     """Read what `network.json` says of the network in a folder. Raises ValueError as `atomic.read_json` does."""
     return atomic.read_json(folder / "network.json")
+
+
+def check_classes(folder: Path, card: dict[str, Any], classes: tuple[str, ...]) -> None:
+    """Make sure that the network in a folder knows the data's classes, in the data's order.
+
+    Raises:
+        ValueError: it was made before the classes changed.
+    """
+    if tuple(card["classes"]) == tuple(classes):
+        return
+    known = f"{len(card['classes'])} classes" if len(card["classes"]) != len(classes) else "classes of other names"
+    raise ValueError(
+        f"{folder}: the network knows {known}, but data/prepare has {len(classes)} classes; make it anew from the "
+        f"present data: dvc repro {folder.name}"
+    )

@@ -3,15 +3,19 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from pipeline.core import errors
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
 from pipeline.core.networks import Classifier
 from pipeline.core.sections import Params
 from pipeline.core.softlabels import Description, SoftLabels, read_description
+
+TEACHER = Path("data/teacher")
 
 
 def description(params: Params, card: dict) -> Description:
@@ -54,18 +58,26 @@ def training_rows(images: ImageSet) -> np.ndarray:
     """Give the rows, ascending, of the labelled and the mined samples.
 
     Raises:
-        ValueError: see `mined_ids`.
+        ValueError: mining has not been done, or was done with another pool: its images may be test images now.
     """
-    return np.sort(np.concatenate([images.rows("labelled"), images.row_of(mined_ids(Path("data/mine")))]))
+    folder = Path("data/mine")
+    mined = images.row_of(mined_ids(folder))
+    if not np.isin(mined, images.rows("unlabelled")).all():
+        raise ValueError(f"{folder}: some of these are not in the present pool; run `dvc repro mine`")
+    return np.sort(np.concatenate([images.rows("labelled"), mined]))
 
 
 def mined_ids(folder: Path) -> np.ndarray:
     """Give the ids (M,) uint64 of the mined samples, ascending, each once.
 
     Raises:
-        ValueError: mining has not been done.
+        ValueError: mining has not been done, or its file is damaged.
     """
     try:
         return np.unique(pq.read_table(folder / "mined.parquet", columns=["id"])["id"].to_numpy())
     except FileNotFoundError:
         raise ValueError(f"{folder}: no mined.parquet here; run `dvc repro mine`, or `dvc pull`") from None
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{folder}/mined.parquet: {errors.in_a_line(error)}; remove {folder}, and run `dvc checkout {folder}`"
+        ) from None

@@ -1,7 +1,6 @@
 """Distillation: the teacher's answers about a batch, from the cache or the teacher itself, as a loss; and training."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -17,7 +16,7 @@ from pipeline.core.networks import Classifier
 from pipeline.core.sections import HARD, Distill, Params
 from pipeline.core.sharing import images_at_once
 from pipeline.core.softlabels import SoftLabels, dense, make_keys
-from pipeline.core.teaching import answer, description, open_labels
+from pipeline.core.teaching import TEACHER, answer, description, open_labels
 from pipeline.core.train import losses, training
 from pipeline.core.train.engine import Loss
 
@@ -68,13 +67,15 @@ def open_teacher(params: Params, images: ImageSet, asked_online: bool, device: t
     """Give the teacher, and a digest that names its answers.
 
     Raises:
-        ValueError: the cache is not there, not whole, or of another teacher or other views.
+        ValueError: the cache is not there, not whole, or of another teacher or other views; or the teacher knows other
+            classes than the data.
     """
-    folder = Path("data/teacher")
+    card = networks.read_card(TEACHER)
+    networks.check_classes(TEACHER, card, images.classes)
     if asked_online:
-        classifier, card = networks.load(folder, device)
+        classifier, card = networks.load(TEACHER, device)
         return online(classifier, params.teacher.precision), description(params, card).fingerprint
-    labels = open_labels(description(params, networks.read_card(folder)))
+    labels = open_labels(description(params, card))
     return cached(labels, images), labels.description.fingerprint
 
 
