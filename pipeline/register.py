@@ -27,9 +27,11 @@ if TYPE_CHECKING:  # torch and mlflow take seconds to import: --help and --if-mi
 
 DATA = Path("data")
 CHECKED = 5000  # test images, at most, on which the version that is loaded back is compared with what was recorded
-CHECKED_ONNX = 500  # ... on which the ONNX file is compared with the student
+CHECKED_FIRST = 500  # ... on which the student is compared with what was recorded, and the ONNX file with the student
 RECORD = DATA / "register" / "version.json"
 TOLERANCE, TOLERANCE_GPU = 1e-4, 2e-2  # of logits, relative to the largest one; GPUs round to TF32 on the way
+REFUSED = "refused"  # begins the decision about a version that does not predict what was recorded
+EVALUATE_AGAIN = "`dvc repro --force --single-item evaluate`, then `dvc repro`"
 TEXT = "Image classifiers from SSLD distillation. `champion` is the best version so far, `challenger` the latest."
 
 
@@ -37,8 +39,8 @@ def run(params: Params) -> None:
     """Register the student, see whether it is what was evaluated, and promote it if it beats the champion.
 
     Raises:
-        ValueError: an input is missing or does not fit the others, MLflow cannot be used, or the version that was
-            loaded back from the registry does not predict what was recorded.
+        ValueError: an input is missing or does not fit the others, MLflow cannot be used, or the student, or the
+            version that was loaded back from the registry, does not predict what was recorded.
     """
     with resume.only_writer("register"):
         student = finished.read(DATA)
@@ -109,7 +111,7 @@ def top1_by_name(logits: np.ndarray, knows: list[str], labels: np.ndarray, class
 def _register(client: "MlflowClient", params: Params, student: finished.Student, record: dict[str, Any]) -> None:
     name = record["name"]
     version = registry.find(client, name, record["key"])
-    if version is None:
+    if version is None or version.tags.get("decision", "").startswith(REFUSED):  # what that one says may be wrong
         version = _publish(client, params, student, record)
         _say(f"made {_named(version)}")
     else:
@@ -143,10 +145,17 @@ def _publish(
     settings = params.model_dump(mode="json", by_alias=True)
     origin, taken = finished.lineage(record, params, DATA), finished.count_mined(student, params, DATA)
     classifier, _ = networks.load(DATA / "fixres")
+    rows = _some(student.rows, CHECKED_FIRST)
+    answers = _ask(classifier, student, rows, card["resolution"], params.views.test_crop, params, "the student")
+    if difference := differ(answers, _some(student.logits, CHECKED_FIRST), _tolerance(student)):
+        raise ValueError(
+            f"{DATA / 'fixres'}: this student does not predict what data/evaluate recorded ({difference}); run "
+            f"{EVALUATE_AGAIN}"
+        )
 
     def write(folder: Path, **link: str) -> None:
         registry.pack(folder, classifier, card["resolution"], card["classes"], **link)
-        no_onnx = _write_onnx(folder / "student.onnx", classifier, params, student)
+        no_onnx = _write_onnx(folder / "student.onnx", classifier, params, student, rows, answers)
         for file in (
             *(DATA / "fixres" / file for file in ("weights.safetensors", "network.json")),
             *(DATA / "evaluate" / file for file in ("report.html", "metrics.json")),
@@ -183,10 +192,16 @@ def _as_written(params: Params) -> str:
     return yaml.safe_dump(params.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
 
 
-def _write_onnx(file: Path, classifier: "nn.Module", params: Params, student: finished.Student) -> str:
-    """Write the student as ONNX, if that answers as the student does. If not, leave no file and give the reason."""
-    rows, resolution, crop = _some(student.rows, CHECKED_ONNX), student.card["resolution"], params.views.test_crop
-    wanted = _ask(classifier, student, rows, resolution, crop, params, "the student")
+def _write_onnx(
+    file: Path, classifier: "nn.Module", params: Params, student: finished.Student, rows: np.ndarray, wanted: np.ndarray
+) -> str:
+    """Write the student as ONNX, if that answers as the student does. If not, leave no file and give the reason.
+
+    Args:
+        rows: (N,) test images.
+        wanted: (N, C) float32: the student's logits for them.
+    """
+    resolution, crop = student.card["resolution"], params.views.test_crop
     try:
         onnx_file.write(file, classifier, exporting.example(resolution), student.card["classes"])
         found = _ask(onnx_file.load(file), student, rows, resolution, crop, params, file.name)
@@ -213,12 +228,11 @@ def _verified_top1(client: "MlflowClient", version: "ModelVersion", params: Para
     rows, resolution, crop = _some(student.rows, CHECKED), student.card["resolution"], params.views.test_crop
     with registry.loaded(client, version) as model:
         logits = _ask(model, student, rows, resolution, crop, params, "the version loaded back")
-    tolerance = TOLERANCE_GPU if student.evaluated_on_gpu else TOLERANCE
-    if difference := differ(logits, _some(student.logits, CHECKED), tolerance):
-        client.set_model_version_tag(version.name, version.version, "decision", f"refused: {difference}")
+    if difference := differ(logits, _some(student.logits, CHECKED), _tolerance(student)):
+        client.set_model_version_tag(version.name, version.version, "decision", f"{REFUSED}: {difference}")
         raise ValueError(
             f"{_named(version)} was loaded back from the registry, and does not predict what data/evaluate recorded "
-            f"({difference}); run `dvc repro --force --single-item evaluate`, then `dvc repro`"
+            f"({difference}); run {EVALUATE_AGAIN}"
         )
     top1 = top1_by_name(student.logits, student.card["classes"], student.labels, student.images.classes)
     client.set_model_version_tag(version.name, version.version, "top1", repr(top1))
@@ -277,6 +291,10 @@ def _ask(
             found.append(logits.numpy())
             progress.update(len(batch.rows))
     return np.concatenate(found)
+
+
+def _tolerance(student: finished.Student) -> float:
+    return TOLERANCE_GPU if student.evaluated_on_gpu else TOLERANCE
 
 
 def _number(version: "ModelVersion | None") -> str | None:

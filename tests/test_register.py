@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -256,21 +257,34 @@ def test_a_store_of_files_that_does_not_answer_is_not_a_damaged_version(register
 
 
 @pytest.mark.usefixtures("no_onnx")
-def test_a_version_that_predicts_something_else_is_refused(project):
+def test_an_evaluation_of_another_student_is_not_registered(project):
     path = project.data / "evaluate" / "predictions.parquet"
     table = pyarrow.parquet.read_table(path)
     logits = np.stack(table["student_logits"].to_numpy())
     logits[3] += 0.01
     lists = pyarrow.FixedSizeListArray.from_arrays(logits.reshape(-1), 3)
     pyarrow.parquet.write_table(table.set_column(1, "student_logits", lists), path)
-    with pytest.raises(ValueError, match="does not predict what data/evaluate recorded"):
+    with pytest.raises(ValueError, match=r"student does not predict what data/evaluate recorded.*differ by up to 0.01"):
         project.register()
-    assert project.aliases() == {}
-    assert project.versions()[1].tags["decision"].startswith("refused: logits differ by up to 0.01")
+    assert project.versions() == {}
     assert not (project.data / "register").exists()
     (project.data / "evaluate/speed.json").write_text(json.dumps({"device": "cuda"}))  # which rounds more coarsely
     project.register()
     assert project.aliases() == {"champion": 1, "challenger": 1}
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_a_version_that_predicts_something_else_is_refused_for_good(project, monkeypatch):
+    another = nullcontext(lambda pixels: torch.zeros(len(pixels), 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "loaded", lambda *_: another)
+        with pytest.raises(ValueError, match=r"version 1 was loaded back .* does not predict what data/eval"):
+            project.register()
+    assert project.aliases() == {}
+    assert project.versions()[1].tags["decision"].startswith("refused: logits differ by up to ")
+    assert not (project.data / "register").exists()
+    project.register()
+    assert project.aliases() == {"champion": 2, "challenger": 2}
 
 
 def test_a_registry_that_does_not_answer_is_not_one_without_a_champion(project, monkeypatch):
