@@ -245,12 +245,14 @@ def table(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 
 def environment(root: Path) -> dict[str, str]:
     """Give the variables that stages get: this Python first, output at once, the project's MLflow store, the run."""
-    uri = mlflow_store.default_uri(root)
+    uri = given = mlflow_store.default_uri(root)
     if kind := re.match(r"sqlite(\+\w+)?:///", uri):  # a relative path would lead into the workspace
         uri = f"{kind[0]}{root.absolute() / uri.removeprefix(kind[0])}"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     flow_run = {tracking.FLOW_RUN: runtime.flow_run.name or ""}
     project = {"MLFLOW_TRACKING_URI": uri, mlflow_store.PROJECT: str(root.absolute())}
+    if os.environ.get("MLFLOW_REGISTRY_URI") == given:
+        project["MLFLOW_REGISTRY_URI"] = uri
     return os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1"} | project | flow_run
 
 

@@ -312,6 +312,8 @@ def test_a_relative_store_is_the_users_own_in_a_workspace_too(tmp_path, monkeypa
         assert flow.environment(tmp_path)["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite+pysqlite:///mlflow.db")
     assert flow.environment(tmp_path)["MLFLOW_TRACKING_URI"] == f"sqlite+pysqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "sqlite+pysqlite:///mlflow.db")
+    assert flow.environment(tmp_path)["MLFLOW_REGISTRY_URI"] == f"sqlite+pysqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")
     assert flow.environment(tmp_path)["MLFLOW_TRACKING_URI"] == "http://localhost:5000"
 

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from cached_project import go
 
+from pipeline import teacher
 from pipeline.core.results import mlflow_store, tracking
 
 ROOT = Path(__file__).parent.parent
@@ -160,6 +162,15 @@ def test_a_run_that_the_store_does_not_know_is_begun_anew(root, kept):
     resume.write_text(json.dumps({"uri": mlflow_store.default_uri(root), "run_id": "0" * 32}))
     with tracking.run("distill", {}, {}, resume) as another:
         assert another.id != run.id
+
+
+def test_a_training_that_has_ended_and_is_done_again_is_another_run(cached_project):
+    for _ in range(2):
+        go(teacher)  # which is over before a checkpoint is due
+    client = mlflow_store.connect()
+    runs = client.search_runs([mlflow_store.experiment(client)])
+    assert [run.info.run_name for run in runs] == ["teacher", "teacher"]
+    assert all("val_top1" in run.data.metrics for run in runs)
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED")])

@@ -32,6 +32,7 @@ from pipeline.core.train.engine import Loss
 from pipeline.core.train.order import EVERY_REPLICA, TrainingOrder
 
 DATA = Path("data")
+MLFLOW_RUN = "mlflow-run"  # a file beside a checkpoint: the MLflow run that goes on with it
 WORTH_SAYING = 0.1  # share of the images that an epoch leaves out
 GPU_PIXELS = 256 * 224**2  # of images that a GPU is asked about at once in validation
 
@@ -99,11 +100,13 @@ def train(task: Task, params: Params, processes: Processes) -> None:
         _run(task, recipe, params, processes, folder, lambda epoch, figures: None)
         return
     with resume.only_writer(task.name):
+        if (folder / resume.ENDED).exists() and not checkpoints.files(folder):  # it is trained again, from its start
+            (folder / MLFLOW_RUN).unlink(missing_ok=True)
         resume.begin_run(folder)
         devices.wait_for_all(processes)
         described = {f"{task.name}.{key}": value for key, value in recipe.model_dump().items()}
         described |= {"seed": params.seed, "model": task.model, "images": len(task.rows)}
-        with tracking.run(task.name, described, identities, folder / "mlflow-run") as tracked:
+        with tracking.run(task.name, described, identities, folder / MLFLOW_RUN) as tracked:
             history = _run(task, recipe, params, processes, folder, tracked.log).history
             kept = kept_before(task, history, params, processes.device)
             if kept:
