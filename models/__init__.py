@@ -97,7 +97,8 @@ def build(name: str, num_classes: int = 1000, pretrained: bool = False, **kwargs
         if is_own(name):
             hint = "it takes (pretrained=False, num_classes=1000, **kwargs), as timm calls it, and gives a network"
             raise ValueError(f"{name} cannot be built ({type(error).__name__}: {reason}): {hint}") from None
-        if not pretrained or not isinstance(error, OSError | RuntimeError):
+        failed_to_load = isinstance(error, OSError | RuntimeError) or type(error).__module__.startswith("httpx")
+        if not pretrained or not failed_to_load:
             raise
         raise ValueError(f"{name}: its pretrained weights cannot be had (no network?): {reason}") from None
 

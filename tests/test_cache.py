@@ -13,7 +13,7 @@ import torch
 from cached_project import go, settings
 from images import write_folder
 
-from pipeline import audit, cache, mine, prepare, score, teacher
+from pipeline import audit, cache, distill, mine, prepare, score, teacher
 from pipeline.core import labelling, networks, recheck, softlabels, teaching
 from pipeline.core.data.batches import Views
 from pipeline.core.data.dataset import ImageSet
@@ -268,6 +268,13 @@ def test_an_audit_finds_the_teachers_answers_and_notices_others(cached_project, 
     assert ended.value.code == 1
     assert "wrong: sample " in capsys.readouterr().out
     assert len(audit.audit(params, share=0.01, seed=0).same) == min(audit.LEAST_VIEWS, stored_views())
+
+
+def test_a_high_temperature_over_classes_that_are_not_stored_is_warned_of(cached_project, capsys):
+    for temperature in (4.0, 1.0):
+        go(cache, distill, **{"cache.top_k": 2, "distill.temperature": temperature, "distill.epochs": 1})
+        warned = "temperature 4 weighs all 4 classes, of which the cache stores the 2 most" in capsys.readouterr().out
+        assert warned == (temperature == 4.0)
 
 
 def test_what_the_coding_loses_is_not_wrong_and_what_is_no_number_is():

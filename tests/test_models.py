@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import httpx2
 import pytest
 import timm
 import torch
@@ -139,6 +140,16 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest(wrong, nearest):
 def test_weights_that_timm_lacks_are_not_replaced_by_others(name):
     with pytest.raises(ValueError, match="import_paddle"):
         models.build(name, pretrained=True)
+
+
+@pytest.mark.parametrize("error", [httpx2.ReadError("reset by peer"), httpx2.ProxyError("407"), OSError("none")])
+def test_a_download_that_fails_is_an_error_of_a_line(monkeypatch, error):
+    def create(*_, **__):
+        raise error
+
+    monkeypatch.setattr(timm, "create_model", create)
+    with pytest.raises(ValueError, match=f"^resnet18: its pretrained weights cannot be had .*: {error}$"):
+        models.build("resnet18", pretrained=True)
 
 
 @pytest.mark.parametrize("name", OWN)

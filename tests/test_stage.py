@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from images import ROOT, tiny
+from torch._inductor import config as inductor
 
 from pipeline import baseline
 from pipeline.core import resume, signals, stage
@@ -211,6 +212,16 @@ def test_what_cannot_be_computed_the_same_way_every_time_is_named(said):
         torch.use_deterministic_algorithms(False)
     assert line == (
         "distill: error: put_ does not have a deterministic implementation: set machine.deterministic to false\n"
+    )
+
+
+def test_a_missing_compiler_is_a_line(said):
+    with inductor.patch({"cpp.cxx": ("/nonexistent/g++",)}):
+        line = said(lambda: torch.compile(lambda x: x.sin() + 1)(torch.ones(8)))
+    assert re.fullmatch(
+        r"distill: error: the network cannot be compiled \(InvalidCxxCompiler: No working C\+\+ compiler found .*"
+        r"g\+\+.*\): set machine.compile to false\n",
+        line,
     )
 
 

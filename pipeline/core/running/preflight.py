@@ -17,7 +17,7 @@ from pipeline.core import atomic, errors, stage
 from pipeline.core.intake import sources
 from pipeline.core.params import load, parse
 from pipeline.core.running import commands
-from pipeline.core.sections import TIMM, Params
+from pipeline.core.sections import HIGH_TEMPERATURE, TIMM, Params
 from pipeline.core.sharing import images_at_once
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ PROJECT = Path(__file__).parents[3]
 EXAMPLE = "data/digits"  # what stage digits makes
 NOTED = Path(".scratch/preflight.json")  # the networks that were looked at last, and found good
 SMALL_ENOUGH = 1e-9  # a cache.min_probability that keeps NCKD's gradients
-HIGH = 2.0  # a temperature above which what is less probable than cache.min_probability matters
 CLASSES = 10  # the number makes no difference here, and the images' own is not known yet
 
 
@@ -131,7 +130,7 @@ def warn_of_tails(params: Params) -> None:
         if recipe.online or params.cache.min_probability <= SMALL_ENOUGH:
             continue
         losses = [loss for loss in ("dkd", "nckd") if recipe.loss.get(loss)]
-        if losses or recipe.temperature > HIGH:
+        if losses or recipe.temperature > HIGH_TEMPERATURE:
             why = f"loss {losses[0]}" if losses else f"temperature {recipe.temperature:g}"
             print(
                 f"preflight: warning: {name}.{why} weighs classes that the teacher finds improbable. Of those below "
