@@ -27,6 +27,7 @@ from pipeline.core.sections import Params
 from pipeline.core.softlabels import Description, SoftLabels, shards, writing
 from pipeline.core.softlabels.keys import find_double
 from pipeline.core.softlabels.records import Records
+from pipeline.core.teaching import warn_of_top_k
 
 FOLDER = Path("data/cache")
 RECHECKED = 64  # stored views that each run asks the teacher about again
@@ -49,6 +50,8 @@ def bring_up_to_date(params: Params, processes: Processes, scratch: Path) -> Non
         scratch: the stage's scratch folder, for labels of other teachers and this run's lists.
     """
     labelling = Labelling.of(params, processes)
+    if processes.first():
+        warn_of_top_k("cache", params, labelling.description.num_classes)
     keys_at, missing_at = scratch / keys_file(labelling), scratch / "missing.bin"
     if processes.first():
         list_missing(labelling, scratch, keys_at, missing_at)

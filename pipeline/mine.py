@@ -85,22 +85,25 @@ def run(params: Params) -> None:
 
 
 def scores(images: ImageSet, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Read ids (N,), logits (N, C), embeddings (N, D) and thumbnails (N, 32, 32), all but the ids memory-mapped.
+    """Read ids (N,), logits (N, C), embeddings (N, D) and thumbnails (N, 32, 32), memory-mapped.
 
     The pool's images come first, then validation and test images, both in ascending order of ids.
 
     Raises:
         ValueError: scoring has not been done, or was done for other images, or a file is damaged.
     """
-    try:
-        ids = np.load(folder / "ids.npy")
-        others = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("logits", "embeddings", "thumbnails")]
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: no scores here; run `dvc repro score`, or `dvc pull`") from None
-    except (EOFError, ValueError) as error:  # cut off, or no such file at all
-        raise ValueError(
-            f"{folder}: a damaged file ({error}); remove {folder}, and run `dvc checkout {folder}`, or `dvc repro`"
-        ) from None
+    columns = []
+    for name in ("ids", "logits", "embeddings", "thumbnails"):
+        file = folder / f"{name}.npy"
+        try:
+            columns.append(np.load(file, mmap_mode="r"))
+        except FileNotFoundError:
+            raise ValueError(f"{folder}: no scores here; run `dvc repro score`, or `dvc pull`") from None
+        except (EOFError, ValueError) as error:
+            raise ValueError(
+                f"{file}: damaged ({error}); remove {folder}, and run `dvc checkout {folder}`, or `dvc repro`"
+            ) from None
+    ids, *others = columns
     wanted = np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])
     if not np.array_equal(images.row_of(ids), wanted):
         raise ValueError(f"{folder}: the scores are of other images; run `dvc repro score`")

@@ -107,10 +107,10 @@ def open_sources(settings: Prepare) -> list[Source]:
             print(f"prepare: {role}: {len(source.files):,} files in {source.place}", file=sys.stderr, flush=True)
             found.append(source)
     for path, tree in opened.items():
-        if tree.outdated:
+        if tree.repeated:
             print(
-                f"prepare: {path} holds later versions of {len(tree.outdated):,} of its files, which are used, as "
-                f"unpacking would: {names(sorted(set(tree.outdated)))}",
+                f"prepare: {path} holds {tree.repeated:,} of its files more than once, as after `tar -u`: the last of "
+                "each is used, as unpacking would",
                 file=sys.stderr,
                 flush=True,
             )

@@ -30,7 +30,6 @@ CHECKED = 5000  # test images, at most, on which the version that is loaded back
 CHECKED_FIRST = 500  # ... on which the student is compared with what was recorded, and the ONNX file with the student
 RECORD = DATA / "register" / "version.json"
 TOLERANCE, TOLERANCE_GPU = 1e-4, 2e-2  # of logits, relative to the largest one; GPUs round to TF32 on the way
-REFUSED = "refused"  # begins the decision about a version that does not predict what was recorded
 EVALUATE_AGAIN = "`dvc repro --force --single-item evaluate`, then `dvc repro`"
 TEXT = "Image classifiers from SSLD distillation. `champion` is the best version so far, `challenger` the latest."
 
@@ -111,7 +110,7 @@ def top1_by_name(logits: np.ndarray, knows: list[str], labels: np.ndarray, class
 def _register(client: "MlflowClient", params: Params, student: finished.Student, record: dict[str, Any]) -> None:
     name = record["name"]
     version = registry.find(client, name, record["key"])
-    if version is None or version.tags.get("decision", "").startswith(REFUSED):  # what that one says may be wrong
+    if version is None:
         version = _publish(client, params, student, record)
         _say(f"made {_named(version)}")
     else:
@@ -229,7 +228,7 @@ def _verified_top1(client: "MlflowClient", version: "ModelVersion", params: Para
     with registry.loaded(client, version) as model:
         logits = _ask(model, student, rows, resolution, crop, params, "the version loaded back")
     if difference := differ(logits, _some(student.logits, CHECKED), _tolerance(student)):
-        client.set_model_version_tag(version.name, version.version, "decision", f"{REFUSED}: {difference}")
+        client.set_model_version_tag(version.name, version.version, "decision", f"{registry.REFUSED}: {difference}")
         raise ValueError(
             f"{_named(version)} was loaded back from the registry, and does not predict what data/evaluate recorded "
             f"({difference}); run {EVALUATE_AGAIN}"

@@ -272,9 +272,12 @@ def test_an_audit_finds_the_teachers_answers_and_notices_others(cached_project, 
 
 def test_a_high_temperature_over_classes_that_are_not_stored_is_warned_of(cached_project, capsys):
     for temperature in (4.0, 1.0):
-        go(cache, distill, **{"cache.top_k": 2, "distill.temperature": temperature, "distill.epochs": 1})
-        warned = "temperature 4 weighs all 4 classes, of which the cache stores the 2 most" in capsys.readouterr().out
-        assert warned == (temperature == 4.0)
+        for stage in (cache, distill):
+            go(stage, **{"cache.top_k": 2, "distill.temperature": temperature, "distill.epochs": 1})
+            warned = (
+                "temperature 4 weighs all 4 classes, of which the cache stores the 2 most" in capsys.readouterr().out
+            )
+            assert warned == (temperature == 4.0)
 
 
 def test_what_the_coding_loses_is_not_wrong_and_what_is_no_number_is():

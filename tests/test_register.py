@@ -185,7 +185,8 @@ def test_a_student_is_looked_for_under_its_own_name(registered):
 
 
 def test_the_newest_whole_version_of_a_student_is_found(monkeypatch):
-    versions = [SimpleNamespace(version=str(number)) for number in (9, 10, 11, 2)]
+    versions = [SimpleNamespace(version=str(number), tags={}) for number in (9, 10, 11, 2, 12)]
+    versions[-1].tags["decision"] = "refused: logits differ"
     client = SimpleNamespace(search_model_versions=lambda _: versions, get_model_version=lambda name, number: number)
     monkeypatch.setattr(registry, "is_whole", lambda _, version: version.version != "11")
     assert registry.find(client, NAME, "key") == "10"
@@ -285,6 +286,9 @@ def test_a_version_that_predicts_something_else_is_refused_for_good(project, mon
     assert not (project.data / "register").exists()
     project.register()
     assert project.aliases() == {"champion": 2, "challenger": 2}
+    mlflow_store.connect().delete_model_version(NAME, "2")
+    project.register(if_missing=True)
+    assert project.aliases() == {"champion": 3, "challenger": 3}
 
 
 def test_a_registry_that_does_not_answer_is_not_one_without_a_champion(project, monkeypatch):

@@ -241,6 +241,9 @@ def test_folders_and_listed_files_are_found_however_their_letters_are_spelt(tmp_
     for number, train in enumerate(("étrain", "liste.csv")):
         images, refused = prepared(tmp_path / f"out{number}", folder, train=train)
         assert (len(images), images.classes, refused) == (24, ("a", "b"), [])
+    (folder / unicodedata.normalize("NFD", "étrain") / "val").mkdir()
+    with pytest.raises(ValueError, match=r"^prepare\.val: .* lies in .*, whose folders are classes of prepare\.train"):
+        prepared(tmp_path / "mixed", folder, train="étrain", val="étrain/val")
 
 
 def test_files_whose_names_differ_in_spelling_alone_stay_apart(tmp_path):

@@ -215,7 +215,8 @@ def test_what_cannot_be_computed_the_same_way_every_time_is_named(said):
     )
 
 
-def test_a_missing_compiler_is_a_line(said):
+def test_a_missing_compiler_is_a_line(said, monkeypatch):
+    monkeypatch.setattr(stage, "load", lambda path: tiny(**{"machine.compile": True}))
     with inductor.patch({"cpp.cxx": ("/nonexistent/g++",)}):
         line = said(lambda: torch.compile(lambda x: x.sin() + 1)(torch.ones(8)))
     assert re.fullmatch(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from cached_project import go
 
-from pipeline import cache, distill, mine, prepare, score
+from pipeline import cache, distill, fixres, mine, prepare, score
 
 
 def test_mined_images_that_have_left_the_pool_are_not_learned_from(cached_project):
@@ -28,6 +28,16 @@ def test_a_teacher_of_other_classes_is_not_asked(cached_project):
             ValueError, match=r"^data/teacher: the network knows classes of other names.*repro teacher$"
         ):
             go(stage)
+
+
+def test_a_student_of_other_classes_is_not_trained_further(cached_project):
+    go(distill)
+    shutil.copytree("data/distill", "data/finetune")
+    for split in ("train", "val", "test"):
+        Path("photos", split, "square").rename(Path("photos", split, "a square"))
+    go(prepare)
+    with pytest.raises(ValueError, match=r"^data/finetune: the network knows classes of other names.*repro finetune$"):
+        go(fixres, **{"fixres.resolution": 16})
 
 
 @pytest.mark.parametrize("left", [0, 50])

@@ -148,7 +148,7 @@ def test_a_resumed_training_goes_on_in_the_same_run(root, monkeypatch):
     assert found.info.status == "FINISHED"
     assert found.data.params == {"workers": "0"}
     assert found.data.tags["resumed.workers"] == "2"
-    assert found.data.tags["flow_run"] == "calm-heron"  # whose results name this training
+    assert found.data.tags["flow_run"] == "calm-heron"  # whose results these are
 
 
 @pytest.mark.parametrize("kept", ["", "{}", json.dumps({"uri": "sqlite:////elsewhere.db", "run_id": "1"})])

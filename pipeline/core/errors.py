@@ -38,6 +38,11 @@ def in_a_line(error: BaseException) -> str:
     return " ".join(words.split()) or type(error).__name__
 
 
+def of_compiler(error: BaseException) -> bool:
+    """Tell an error of torch.compile, as where there is no C++ compiler."""
+    return type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
+
+
 def left_alone(error: BaseException) -> bool:
     """Whether an error says that another process is not there any more, as gloo, NCCL and torch's store say it."""
     return (

@@ -27,8 +27,8 @@ Range = tuple[Positive, Positive]
 Spread = Annotated[float, Field(gt=0, le=1)]
 TIMM = "timm"  # in the place of a file of weights: timm's pretrained ones
 HARD = "hard"  # hard labels, as a loss that is weighed beside those against the teacher
-# the names of losses.DISTILLATION; importing that would load torch, which takes seconds
 HIGH_TEMPERATURE = 2.0  # above it, losses weigh classes that the teacher finds improbable
+# the names of losses.DISTILLATION; importing that would load torch, which takes seconds
 LOSSES = (
     "ssld", "js", "kl", "cross_entropy", "dkd", "tckd", "nckd", "dist", "dist_inter", "dist_intra", HARD
 )  # fmt: skip

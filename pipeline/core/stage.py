@@ -148,8 +148,8 @@ def _explained(error: Exception, params: Params | None, name: str) -> tuple[str,
         words = f"out of memory{_whats_there_to_halve(params, name)}"
     elif "does not have a deterministic implementation" in str(error):
         words = f"{str(error).partition(',')[0]}: set machine.deterministic to false"
-    elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        words = f"the network cannot be compiled ({str(error).splitlines()[0]}): set machine.compile to false"
+    elif params.machine.compile and errors.of_compiler(error):
+        words = f"the network cannot be compiled ({errors.in_a_line(error)[:200]}): set machine.compile to false"
     elif "parameters that were not used in producing loss" in str(error):  # DistributedDataParallel's
         words = "the network has weights that take no part in its logits: set machine.processes to 1, or take them out"
     elif errors.left_alone(error):

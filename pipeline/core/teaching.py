@@ -12,7 +12,7 @@ from pipeline.core import errors
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
 from pipeline.core.networks import Classifier
-from pipeline.core.sections import Params
+from pipeline.core.sections import HIGH_TEMPERATURE, Params
 from pipeline.core.softlabels import Description, SoftLabels, read_description
 
 TEACHER = Path("data/teacher")
@@ -54,6 +54,27 @@ def open_labels(wanted: Description) -> SoftLabels:
     return SoftLabels(folder, wanted)
 
 
+def warn_of_top_k(
+    stage: str, params: Params, classes: int, learners: tuple[str, ...] = ("distill", "finetune")
+) -> None:
+    """Say where a high temperature evens out what the cache does not store class by class.
+
+    Args:
+        stage: which says so.
+        classes: how many there are.
+        learners: the stages whose temperature to look at.
+    """
+    for name in learners:
+        recipe = getattr(params, name)
+        if recipe.temperature > HIGH_TEMPERATURE and classes > params.cache.top_k and not recipe.online:
+            print(
+                f"{stage}: warning: {name}.temperature {recipe.temperature:g} weighs all {classes:,} classes, of which "
+                f"the cache stores the {params.cache.top_k} most probable (cache.top_k), and of the others only the "
+                f"sum, so gradients may be far off: set {name}.online, or a temperature of {HIGH_TEMPERATURE:g} at most",
+                flush=True,
+            )
+
+
 def training_rows(images: ImageSet) -> np.ndarray:
     """Give the rows, ascending, of the labelled and the mined samples.
 
@@ -77,7 +98,10 @@ def mined_ids(folder: Path) -> np.ndarray:
         return np.unique(pq.read_table(folder / "mined.parquet", columns=["id"])["id"].to_numpy())
     except FileNotFoundError:
         raise ValueError(f"{folder}: no mined.parquet here; run `dvc repro mine`, or `dvc pull`") from None
+    except PermissionError:
+        raise
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
-            f"{folder}/mined.parquet: {errors.in_a_line(error)}; remove {folder}, and run `dvc checkout {folder}`"
+            f"{folder}/mined.parquet: {errors.in_a_line(error)}; remove {folder}, and run `dvc checkout {folder}`, or "
+            "`dvc repro`"
         ) from None

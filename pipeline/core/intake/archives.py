@@ -59,13 +59,13 @@ class Tree:
         entries: all but hidden ones.
         hidden: hidden ones that are called like images.
         folders: all but hidden ones, without the root.
-        outdated: names of files of which an archive holds a later one; it alone is in entries.
+        repeated: names that an archive holds several files of; the last of each is in entries.
     """
 
     entries: list[Entry] = field(default_factory=list)
     hidden: list[Entry] = field(default_factory=list)
     folders: set[str] = field(default_factory=set)
-    outdated: list[str] = field(default_factory=list)
+    repeated: int = 0
 
     def add_folder(self, name: str) -> None:
         """Note a folder and those that it lies in."""
@@ -84,8 +84,7 @@ class Tree:
     def keep_last(self) -> None:
         """Of files of one name keep the last, as unpacking does: `tar -u` adds the new one and leaves the old."""
         last = {entry.name: entry for entry in self.entries}
-        named = [entry for entry in self.entries if entry.name != NAMELESS]
-        self.outdated = [entry.name for entry in named if entry is not last[entry.name]]
+        self.repeated = len({entry.name for entry in self.entries if entry is not last[entry.name]} - {NAMELESS})
         self.entries = [entry for entry in self.entries if entry is last[entry.name] or entry.name == NAMELESS]
 
 
@@ -221,10 +220,10 @@ def _open_tar(path: Path) -> Tree:
     members: dict[str, tarfile.TarInfo] = {}  # by name, for links: to find one, tarfile goes through all
     for member in archive:
         name = plain(member.name)
+        if member.islnk():  # another name of a file that stands before it
+            member = members.get(plain(member.linkname), member)
+        members[name] = member
         if not member.isdir():
-            if member.islnk():  # another name of a file that stands before it
-                member = members.get(plain(member.linkname), member)
-            members[name] = member
             tree.add(name, member.size, partial(_from_archive, partial(_tar_member, archive, members), member))
         elif not hidden(name):
             tree.add_folder(name)
@@ -252,12 +251,12 @@ def _check_tar_end(path: Path, file: IO[bytes], end: int) -> None:
 def _tar_member(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], member: tarfile.TarInfo) -> bytes:
     followed = set()
     while member.issym() or member.islnk():
-        folder = posixpath.dirname(member.name) if member.issym() else ""
-        name = plain(posixpath.join(folder, member.linkname))
-        if name in followed:
+        folder = posixpath.dirname(plain(member.name)) if member.issym() else ""
+        name = posixpath.normpath(posixpath.join(folder, member.linkname))
+        if name in followed or name.startswith("../"):  # a loop, or a way out of the archive
             raise KeyError(name)
         followed.add(name)
-        member = members[name]
+        member = members[plain(name)]
     file = archive.extractfile(member)
     if file is None:
         raise Unreadable("not an image", "not a file")

@@ -127,7 +127,7 @@ def check_apart(role: str, root: Path, inner: str, train: Path) -> None:
     """
     path, inside = _locate(root, inner)
     is_folder = path.is_dir() or (inside and not inside.lower().endswith(".csv"))
-    above, whole = Path(os.path.normpath(train)), path / inside
+    above, whole = _as_spelled(Path(os.path.normpath(train))), path / inside
     if not is_folder or above not in whole.parents or (inside and above in path.parents):
         return  # the last: an archive among the classes' folders is none of them, nor what is in it
     if not archives.hidden(whole.relative_to(above).as_posix()):
@@ -166,7 +166,7 @@ def class_names(sources: list[Source]) -> list[str]:
 def _locate(base: Path, inner: str) -> tuple[Path, str]:
     """Split a path into what is on the disk and what is inside an archive there."""
     whole = Path(os.path.normpath(base / inner))
-    whole = _as_spelled(whole) if base.exists() else whole
+    whole = _as_spelled(whole) if base.exists() else whole  # the root itself is named as it is spelled
     for part in (*reversed(whole.parents), whole):
         if archives.is_archive(part) and part.is_file():
             inside = whole.relative_to(part).as_posix()
@@ -253,8 +253,8 @@ def _on_disk(folder: Path, base: Path, where: str, spellings: Callable[[Path], d
 
 def _in_archive(entries: dict[str, Entry], folder: str, name: str) -> Entry:
     name = archives.plain(posixpath.join(folder, name))
-    missing = Entry(name, 0, partial(archives.no_content, "unreadable", "not in the archive"))
-    return entries.get(name) or entries.get(_nfc(name), missing)
+    found = entries.get(name) or entries.get(_nfc(name))
+    return found or Entry(name, 0, partial(archives.no_content, "unreadable", "not in the archive"))
 
 
 def _spellings(folder: Path) -> dict[str, str]:
@@ -267,7 +267,7 @@ def _spellings(folder: Path) -> dict[str, str]:
 
 def _as_spelled(path: Path, spellings: Callable[[Path], dict[str, str]] = _spellings) -> Path:
     """Find a path whose accented letters are spelled otherwise on the disk, as in a folder copied from a Mac."""
-    if os.path.lexists(path) or str(path).isascii():
+    if str(path).isascii() or os.path.lexists(path):
         return path
     folder = _as_spelled(path.parent, spellings)
     return folder / spellings(folder).get(_nfc(path.name), path.name)

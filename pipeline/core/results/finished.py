@@ -51,7 +51,7 @@ def read(data: Path) -> Student:
 
     Raises:
         ValueError: something is missing, or the evaluation is of other images or classes. That it is of another
-            student is seen when the version is loaded back.
+            student is seen when that one is asked, before a version is made.
     """
     (images, prepared), card = open_known(data), atomic.read_json(data / "fixres" / "network.json")
     figures, speed = (atomic.read_json(data / "evaluate" / name) for name in ("metrics.json", "speed.json"))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # torch and mlflow take seconds to import: looking a version 
     from torch import nn
 
 KEY = "key"  # the tag that says which student a version is
+REFUSED = "refused"  # begins the tag `decision` of a version that did not predict what was recorded
 
 
 def pack(folder: Path, network: "nn.Module", resolution: int, classes: list[str], **link: str) -> None:
@@ -111,9 +112,10 @@ def publish(
 
 
 def find(client: "MlflowClient", name: str, key: str) -> "ModelVersion | None":
-    """Find the newest version of a registered model with this key whose files are still there."""
+    """Find the newest version of a registered model with this key that was not refused, its files still there."""
     versions = client.search_model_versions(f"name = '{name}' and tags.{KEY} = '{key}'")
-    whole = [version for version in versions if is_whole(client, version)]
+    taken = [version for version in versions if not version.tags.get("decision", "").startswith(REFUSED)]
+    whole = [version for version in taken if is_whole(client, version)]
     # A search does not give the aliases.
     return client.get_model_version(name, max(whole, key=lambda v: int(v.version)).version) if whole else None
 

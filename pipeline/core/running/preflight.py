@@ -134,7 +134,7 @@ def warn_of_tails(params: Params) -> None:
             why = f"loss {losses[0]}" if losses else f"temperature {recipe.temperature:g}"
             print(
                 f"preflight: warning: {name}.{why} weighs classes that the teacher finds improbable. Of those below "
-                f"cache.min_probability, {params.cache.min_probability:g}, and beyond cache.top_k the cache stores "
+                f"cache.min_probability, {params.cache.min_probability:g}, the cache stores "
                 f"only the sum, so gradients may be far off. Lower it, to {SMALL_ENOUGH:.9f} say, before soft labels "
                 f"are made, or set {name}.online",
                 flush=True,

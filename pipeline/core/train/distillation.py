@@ -13,10 +13,10 @@ from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
 from pipeline.core.devices import Processes
 from pipeline.core.networks import Classifier
-from pipeline.core.sections import HARD, HIGH_TEMPERATURE, Distill, Params
+from pipeline.core.sections import HARD, Distill, Params
 from pipeline.core.sharing import images_at_once
 from pipeline.core.softlabels import SoftLabels, dense, make_keys
-from pipeline.core.teaching import TEACHER, answer, description, open_labels
+from pipeline.core.teaching import TEACHER, answer, description, open_labels, warn_of_top_k
 from pipeline.core.train import losses, training
 from pipeline.core.train.engine import Loss
 
@@ -95,20 +95,6 @@ def check_compares(name: str, recipe: Distill, images: int, world: int) -> None:
         )
 
 
-def warn_of_top_k(name: str, temperature: float, classes: int, top_k: int) -> None:
-    """Say where a high temperature evens out what the cache does not store class by class.
-
-    `preflight.warn_of_tails`, which does not know the number of classes, says so of cache.min_probability.
-    """
-    if temperature > HIGH_TEMPERATURE and classes > top_k:
-        print(
-            f"{name}: warning: {name}.temperature {temperature:g} weighs all {classes:,} classes, of which the cache "
-            f"stores the {top_k} most probable (cache.top_k), and of the others only the sum, so gradients may be far "
-            f"off. Raise cache.top_k, before soft labels are made, or set {name}.online",
-            flush=True,
-        )
-
-
 def train(
     name: Literal["distill", "finetune"],
     params: Params,
@@ -131,7 +117,7 @@ def train(
     if recipe.online:
         devices.warn_of_slow(name, "teacher.precision", params.teacher.precision, processes)
     elif processes.first():
-        warn_of_top_k(name, recipe.temperature, len(images.classes), params.cache.top_k)
+        warn_of_top_k(name, params, len(images.classes), (name,))
     teacher, answers = open_teacher(params, images, recipe.online, processes.device)
     task = training.Task(
         name=name,

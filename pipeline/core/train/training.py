@@ -32,7 +32,7 @@ from pipeline.core.train.engine import Loss
 from pipeline.core.train.order import EVERY_REPLICA, TrainingOrder
 
 DATA = Path("data")
-MLFLOW_RUN = "mlflow-run"  # a file beside a checkpoint: the MLflow run that goes on with it
+RUN_FILE = "mlflow-run"  # beside a checkpoint: which MLflow run a training that goes on from it goes on in
 WORTH_SAYING = 0.1  # share of the images that an epoch leaves out
 GPU_PIXELS = 256 * 224**2  # of images that a GPU is asked about at once in validation
 
@@ -87,10 +87,13 @@ def train(task: Task, params: Params, processes: Processes) -> None:
     """Train a stage's network, from its checkpoint where there is one, and write data/<stage>.
 
     Raises:
-        ValueError: the network does not take the resolution, or the loss is not finite any more.
+        ValueError: the network does not take the resolution, the one before knows other classes, or the loss is not
+            finite any more.
     """
     images = task.views.images
     check_takes(task.classifier, task.model, task.views.resolution, len(images.classes))
+    if task.before:
+        networks.check_classes(DATA / task.before.stage, task.before.card, images.classes)
     recipe: TrainingRecipe = getattr(params, task.name)
     start = task.before.card["digest"] if task.before else networks.digest(task.classifier)
     identities = {"data": images.digest, **task.identities, "start": start}
@@ -101,12 +104,12 @@ def train(task: Task, params: Params, processes: Processes) -> None:
         return
     with resume.only_writer(task.name):
         if (folder / resume.ENDED).exists() and not checkpoints.files(folder):  # it is trained again, from its start
-            (folder / MLFLOW_RUN).unlink(missing_ok=True)
+            (folder / RUN_FILE).unlink(missing_ok=True)
         resume.begin_run(folder)
         devices.wait_for_all(processes)
         described = {f"{task.name}.{key}": value for key, value in recipe.model_dump().items()}
         described |= {"seed": params.seed, "model": task.model, "images": len(task.rows)}
-        with tracking.run(task.name, described, identities, folder / MLFLOW_RUN) as tracked:
+        with tracking.run(task.name, described, identities, folder / RUN_FILE) as tracked:
             history = _run(task, recipe, params, processes, folder, tracked.log).history
             kept = kept_before(task, history, params, processes.device)
             if kept:
