@@ -274,9 +274,7 @@ def test_a_high_temperature_over_classes_that_are_not_stored_is_warned_of(cached
     for temperature in (4.0, 1.0):
         for stage in (cache, distill):
             go(stage, **{"cache.top_k": 2, "distill.temperature": temperature, "distill.epochs": 1})
-            warned = (
-                "temperature 4 weighs all 4 classes, of which the cache stores the 2 most" in capsys.readouterr().out
-            )
+            warned = "temperature 4 weighs all 4 classes, of which the cache stores the 2" in capsys.readouterr().out
             assert warned == (temperature == 4.0)
 
 

@@ -70,7 +70,7 @@ def warn_of_top_k(
             print(
                 f"{stage}: warning: {name}.temperature {recipe.temperature:g} weighs all {classes:,} classes, of which "
                 f"the cache stores the {params.cache.top_k} most probable (cache.top_k), and of the others only the "
-                f"sum, so gradients may be far off: set {name}.online, or a temperature of {HIGH_TEMPERATURE:g} at most",
+                f"sum, so gradients may be far off: set {name}.online, or a temperature up to {HIGH_TEMPERATURE:g}",
                 flush=True,
             )
 
