@@ -200,6 +200,10 @@ WRONG = {
     ),
     "grey": (lambda **_: Grey(10), "does not take images of 16 pixels: *channel*"),
     "a view of maps": (lambda **_: View(10), "fails on black images of 16 pixels (RuntimeError: view size is not *"),
+    "ends in a softmax": (
+        lambda **_: Own(10, lambda logits: logits.softmax(1)),
+        "answers with probabilities, not with logits: leave out the softmax at its end",
+    ),
     "depends on values": (
         lambda **_: ByValues(10),
         "cannot be asked without computing (*): what it does must not depend on values of pixels*",

@@ -8,6 +8,7 @@ import torch
 import yaml
 from images import tiny
 
+import models
 from pipeline.core import networks, params
 from pipeline.core.running import preflight
 
@@ -92,7 +93,38 @@ def test_networks_and_weights_are_looked_at_before_anything_runs(data, tmp_path,
         preflight.check(params.check(data), tmp_path)
 
 
-def test_a_teacher_may_see_larger_images_and_start_from_timms_weights(data, tmp_path):
+def test_timms_weights_are_fetched_before_anything_runs(data, tmp_path, monkeypatch):
+    build, fetched = models.build, []
+
+    def without_network(name, pretrained=False, **kwargs):
+        if pretrained:
+            fetched.append(name)
+            raise ValueError(f"{name}: its pretrained weights cannot be had")
+        return build(name, **kwargs)
+
+    monkeypatch.setattr(models, "build", without_network)
+    for section, model, key, instead in (
+        ("teacher", "resnet18", "source", "checkpoint, and bring the file"),
+        ("student", "resnet34", "init", "a file of weights, or to null"),
+    ):
+        before = dict(data[section])
+        data[section] |= {"model": model, key: "timm"}
+        words = (
+            f"^{section}.{key}: {model}: its pretrained weights cannot be had; without a network, set it to {instead}$"
+        )
+        with pytest.raises(ValueError, match=words):
+            preflight.check(params.check(data), tmp_path)
+        data[section] = before
+    assert fetched == ["resnet18", "resnet34"]
+    data["student"] |= {"model": "resnet34", "init": "timm"}
+    for stage in ("baseline", "distill"):  # which are the ones that start from them
+        (tmp_path / "data" / stage).mkdir(parents=True)
+    preflight.check(params.check(data), tmp_path)
+    assert fetched == ["resnet18", "resnet34"]
+
+
+def test_a_teacher_may_see_larger_images_and_start_from_timms_weights(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "_fetch", lambda key, model: None)
     data["teacher"] |= {"model": "vit_tiny_patch16_384", "resolution": 384, "init": "timm"}
     data["student"]["init"] = "timm"
     preflight.check(params.check(data), tmp_path)

@@ -7,10 +7,10 @@ import random
 import pytest
 
 from pipeline.core.intake import refusals
-from pipeline.core.intake.refusals import FURTHER_FRAMES, HIDDEN, Refusal
+from pipeline.core.intake.refusals import DUPLICATE, FURTHER_FRAMES, HIDDEN, Refusal
 
 SOURCES = ("train", "val", "unlabelled")
-REASONS = ("truncated", "duplicate", HIDDEN, FURTHER_FRAMES)
+REASONS = ("truncated", DUPLICATE, HIDDEN, FURTHER_FRAMES)
 
 
 def some(count: int, seed: int) -> list[Refusal]:
@@ -21,19 +21,33 @@ def some(count: int, seed: int) -> list[Refusal]:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_no_source_may_have_a_larger_share_of_files_refused_than_allowed(seed):
-    """Hidden files are no part of it: refused, but no fault of the images. A file is kept if a frame of it is used."""
+    """Hidden files are no part of it, nor the pool's duplicates: refused, but no fault of the images.
+
+    A file is kept if a frame of it is used.
+    """
     refused, files = some(30, seed), dict.fromkeys(SOURCES, 10 + seed) | {"test": 0}
     shares = {}
     for source in SOURCES:
         reasons = [each.reason for each in refused if each.source == source]
-        bad = sum(reason in ("truncated", "duplicate") for reason in reasons)
-        shares[source] = (bad, files[source] - reasons.count("hidden"))
+        harmless = (HIDDEN, DUPLICATE) if source == "unlabelled" else (HIDDEN,)
+        bad = sum(reason in {"truncated", DUPLICATE} - {*harmless} for reason in reasons)
+        shares[source] = (bad, files[source] - sum(reasons.count(reason) for reason in harmless))
     for source, (bad, seen) in shares.items():
         others = max(other / count for name, (other, count) in shares.items() if name != source)
         refusals.check_share(files, refused, max(bad / seen, others))
         if bad / seen > others:
             with pytest.raises(ValueError, match=rf"^prepare\.{source}: {bad} of {seen} files were refused \("):
                 refusals.check_share(files, refused, bad / seen - 1e-9)
+
+
+def test_the_first_file_refused_is_named_with_its_fault():
+    refused = [
+        Refusal("train", ".x.png", HIDDEN, "a dot"),
+        Refusal("train", "a/1.png", DUPLICATE, "same bytes as b/2.png"),
+    ]
+    words = r"\(duplicate 1, such as a/1\.png: same bytes as b/2\.png\)"
+    with pytest.raises(ValueError, match=words):
+        refusals.check_share({"train": 4}, refused, 0.2)
 
 
 def test_a_source_of_hidden_files_alone_is_no_reason_to_stop():

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from pipeline.core.data.dataset import id_of, rank
 from pipeline.core.data.image_files import Unreadable
-from pipeline.core.intake.refusals import Refusal
+from pipeline.core.intake.refusals import DUPLICATE, Refusal
 from pipeline.core.intake.sources import SourceFile
 
 ROLES = ("test", "val", "train", "unlabelled")  # where an image stands in several, it stays in the first
@@ -244,7 +244,7 @@ def one_of_each(parts: Parts, stored: dict[str, Stored]) -> tuple[Parts, list[Re
             kept[part].append(each)
         for _, each in group[1:]:
             detail = f"of {group[0][1].file.name}, once both are encoded anew"
-            refusals.append(refuse(each, "duplicate", detail))
+            refusals.append(refuse(each, DUPLICATE, detail))
     return kept, refusals
 
 
@@ -273,4 +273,4 @@ def _held_out(ranks: list[int], shares: dict[str, float]) -> tuple[int, int]:
 
 
 def _duplicate(found: Found, kept: Found) -> Refusal:
-    return refuse(found, "duplicate", f"same bytes as {kept.file.name} in {kept.role}")
+    return refuse(found, DUPLICATE, f"same bytes as {kept.file.name} in {kept.role}")

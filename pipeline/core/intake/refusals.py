@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pipeline.core import tables
 
 HIDDEN = "hidden"  # the one reason that is no fault of the images: many programs keep hidden ones of their own
+DUPLICATE = "duplicate"  # in the pool no fault either: a labelled image stays, and of equal ones the first
 FURTHER_FRAMES = "further frames"  # the one reason for which the file itself is kept
 
 
@@ -37,7 +38,7 @@ def in_words(counts: Counter[str]) -> str:
 
 
 def check_share(files: dict[str, int], refusals: list[Refusal], most: float) -> None:
-    """Stop where too large a share of a source was refused.
+    """Stop where too large a share of a source was refused, harmless files aside.
 
     Args:
         files: how many files of each source were looked at.
@@ -49,11 +50,14 @@ def check_share(files: dict[str, int], refusals: list[Refusal], most: float) -> 
     """
     for source, count in files.items():
         counts = reasons(refusals, source)
-        seen = count - counts.pop(HIDDEN, 0)
+        harmless = (HIDDEN, DUPLICATE) if source == "unlabelled" else (HIDDEN,)
+        seen = count - sum(counts.pop(reason, 0) for reason in harmless)
         if seen and counts.total() / seen > most:
+            first = next(each for each in refusals if each.source == source and each.reason in counts)
+            such_as = f", such as {first.file}: {first.detail}" if first.detail else ""
             raise ValueError(
-                f"prepare.{source}: {counts.total():,} of {seen:,} files were refused ({in_words(counts)}), a larger "
-                f"share than prepare.max_refused_share allows ({most}): mend the images, or raise it"
+                f"prepare.{source}: {counts.total():,} of {seen:,} files were refused ({in_words(counts)}{such_as}), a "
+                f"larger share than prepare.max_refused_share allows ({most}): mend them, take them out, or raise it"
             )
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PROJECT = Path(__file__).parents[3]
 EXAMPLE = "data/digits"  # what stage digits makes
 NOTED = Path(".scratch/preflight.json")  # the networks that were looked at last, and found good
+MADE_OF = {"teacher": ("teacher",), "student": ("baseline", "distill")}  # stages that start from each one's weights
 SMALL_ENOUGH = 1e-9  # a cache.min_probability that keeps NCKD's gradients
 CLASSES = 10  # the number makes no difference here, and the images' own is not known yet
 
@@ -153,7 +154,7 @@ def check_networks(params: Params, root: Path) -> None:
     with contextlib.suppress(OSError, ValueError):  # no note, or none that can be read
         if json.loads((root / NOTED).read_text(encoding="utf-8")) == note:
             return
-    _look_at(asked, params)
+    _look_at(asked, params, root)
     with contextlib.suppress(OSError):  # another run writes its own: no matter
         atomic.write_json(root / NOTED, note)
 
@@ -178,7 +179,7 @@ def _made_by() -> list[str]:
     return [version("timm"), version("torch"), hashlib.sha256(code).hexdigest()]
 
 
-def _look_at(asked: Asked, params: Params) -> None:
+def _look_at(asked: Asked, params: Params, root: Path) -> None:
     import torch  # with timm, it takes seconds to load
 
     import models
@@ -203,13 +204,28 @@ def _look_at(asked: Asked, params: Params) -> None:
         with _named("student.model"):
             check_exports(built["student"], student, resolution)
     for key in asked.from_timm:
-        model = getattr(params, key.partition(".")[0]).model
+        who = key.partition(".")[0]
+        model = getattr(params, who).model
         if not models.has_pretrained(model):
             raise ValueError(f"{key}: timm has no pretrained weights of {model}")
+        if not all((root / "data" / name).exists() for name in MADE_OF[who]):
+            _fetch(key, model)
     for stage_name, numbers in asked.lr_multipliers.items():
         if numbers is not None:
             with _named(stage_name):
                 optimizers.multipliers_and_weights(built["student"].network, getattr(params, stage_name))
+
+
+def _fetch(key: str, model: str) -> None:
+    """Have timm download weights before anything runs, and not after hours; it keeps them for the stages."""
+    import models
+
+    try:
+        models.build(model, pretrained=True)
+    except ValueError as error:
+        words = str(error).rstrip(".")
+        instead = "checkpoint, and bring the file" if key == "teacher.source" else "a file of weights, or to null"
+        raise ValueError(f"{key}: {words}; without a network, set it to {instead}") from None
 
 
 def check_own_file(project: Path) -> None:
@@ -255,7 +271,7 @@ def show_black_images(classifier: "Classifier", name: str, resolution: int) -> N
     """Ask a network of one's own about two black images, as the stages do: its weights and maps are channels-last.
 
     Raises:
-        ValueError: it fails.
+        ValueError: it fails, or answers with probabilities.
     """
     import torch
 
@@ -263,10 +279,12 @@ def show_black_images(classifier: "Classifier", name: str, resolution: int) -> N
     black = torch.zeros(2, 3, resolution, resolution).to(memory_format=torch.channels_last)
     try:
         with torch.inference_mode():
-            classifier.embed(black)
+            logits, _ = classifier.embed(black)
     except Exception as error:  # whatever its code may raise
         words = f"{type(error).__name__}: {errors.in_a_line(error)}"
         raise ValueError(f"{name} fails on black images of {resolution} pixels ({words}); see models/own.py") from None
+    if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones(2), atol=1e-3):
+        raise ValueError(f"{name} answers with probabilities, not with logits: leave out the softmax at its end")
 
 
 def check_exports(student: "Classifier", name: str, resolution: int) -> None:
