@@ -50,6 +50,15 @@ def test_the_first_file_refused_is_named_with_its_fault():
         refusals.check_share({"train": 4}, refused, 0.2)
 
 
+def test_a_pool_of_copies_alone_is_refused_and_one_with_an_image_of_its_own_is_not():
+    refused = [Refusal("unlabelled", f"{at}.png", DUPLICATE) for at in range(3)]
+    refused += [Refusal("unlabelled", ".x.png", HIDDEN)]
+    refusals.check_share({"unlabelled": 5}, refused, 0.0)
+    refusals.check_share({"unlabelled": 1}, refused[-1:], 0.0)
+    with pytest.raises(ValueError, match=r"^prepare\.unlabelled: all files are copies of other sources' images; null"):
+        refusals.check_share({"unlabelled": 4}, refused, 0.0)
+
+
 def test_a_source_of_hidden_files_alone_is_no_reason_to_stop():
     refusals.check_share({"train": 1}, [Refusal("train", ".x.png", HIDDEN)], 0.0)
 

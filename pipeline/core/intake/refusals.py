@@ -46,11 +46,13 @@ def check_share(files: dict[str, int], refusals: list[Refusal], most: float) -> 
         most: the largest share allowed.
 
     Raises:
-        ValueError: a source, its share, and how often each reason was given.
+        ValueError: a source, its share, and how often each reason was given; or the pool has nothing of its own.
     """
     for source, count in files.items():
         counts = reasons(refusals, source)
         harmless = (HIDDEN, DUPLICATE) if source == "unlabelled" else (HIDDEN,)
+        if source == "unlabelled" and 0 < counts[DUPLICATE] == count - counts[HIDDEN]:
+            raise ValueError(f"prepare.{source}: all files are copies of other sources' images; null is for none")
         seen = count - sum(counts.pop(reason, 0) for reason in harmless)
         if seen and counts.total() / seen > most:
             first = next(each for each in refusals if each.source == source and each.reason in counts)

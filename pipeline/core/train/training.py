@@ -32,7 +32,7 @@ from pipeline.core.train.engine import Loss
 from pipeline.core.train.order import EVERY_REPLICA, TrainingOrder
 
 DATA = Path("data")
-RUN_FILE = "mlflow-run"  # beside a checkpoint: which MLflow run a training that goes on from it goes on in
+RUN_FILE = "mlflow-run"  # beside a checkpoint: names the MLflow run that a resumed training goes on in
 WORTH_SAYING = 0.1  # share of the images that an epoch leaves out
 GPU_PIXELS = 256 * 224**2  # of images that a GPU is asked about at once in validation
 
