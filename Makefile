@@ -24,7 +24,7 @@ install: .venv/installed  ## install everything, pinned and with hashes, into .v
 repro: .venv/installed  ## run the whole pipeline: images in, a registered student out
 	@$(BIN)/python -m pipeline.core.running.preflight
 	@! grep -q '^  labelled_root: data/digits ' params.yaml || \
-	  echo "The embedded example takes 5 to 10 minutes on two CPU cores the first time; stages that are up to date take none."
+	  echo "The embedded example takes 6 to 12 minutes on two CPU cores the first time; stages that are up to date take none."
 	$(BIN)/dvc --wait-for-lock repro
 	$(BIN)/python -m pipeline.register --if-missing
 	@echo "Done. The report: data/evaluate/report.html. The registry: make ui. Top-1: $(BIN)/dvc metrics show"
