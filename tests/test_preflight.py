@@ -10,7 +10,7 @@ from images import tiny
 
 import models
 from pipeline.core import networks, params
-from pipeline.core.running import preflight
+from pipeline.core.running import preflight, timm_weights
 
 
 def test_a_folder_without_git_is_refused(tmp_path):
@@ -117,14 +117,18 @@ def test_timms_weights_are_fetched_before_anything_runs(data, tmp_path, monkeypa
         data[section] = before
     assert fetched == ["resnet18", "resnet34"]
     data["student"] |= {"model": "resnet34", "init": "timm"}
-    for stage in ("baseline", "distill"):  # which are the ones that start from them
+    for stage in ("baseline", "distill"):
         (tmp_path / "data" / stage).mkdir(parents=True)
-    preflight.check(params.check(data), tmp_path)
-    assert fetched == ["resnet18", "resnet34"]
+    for init in (None, "timm"):  # what they were made from
+        made = {"params": {"params.yaml": {"student": {"model": "resnet34", "init": init}}}}
+        (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": {"baseline": made, "distill": made}}))
+        with contextlib.nullcontext() if init else pytest.raises(ValueError, match="cannot be had"):
+            preflight.check(params.check(data), tmp_path)
+    assert fetched == ["resnet18", "resnet34", "resnet34"]
 
 
 def test_a_teacher_may_see_larger_images_and_start_from_timms_weights(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "_fetch", lambda key, model: None)
+    monkeypatch.setattr(timm_weights, "fetch", lambda *_: None)
     data["teacher"] |= {"model": "vit_tiny_patch16_384", "resolution": 384, "init": "timm"}
     data["student"]["init"] = "timm"
     preflight.check(params.check(data), tmp_path)

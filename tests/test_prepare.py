@@ -239,7 +239,7 @@ def test_the_stage_stops_in_one_line_and_leaves_the_list(tmp_path):
     done = stage(tmp_path, labelled_root="in")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("prepare: error: prepare.train: 5 of 13 files were refused (zero bytes 5)")
+    assert last.startswith("prepare: error: prepare.train: 5 of 13 files were refused (zero bytes 5, such as train/a/")
     assert ".scratch/prepare/refused.csv" in last
     assert "Traceback" not in done.stderr
     assert (tmp_path / ".scratch/prepare/refused.csv").read_text().count("zero bytes") == 5

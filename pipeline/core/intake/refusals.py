@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from pipeline.core import tables
 
-HIDDEN = "hidden"  # the one reason that is no fault of the images: many programs keep hidden ones of their own
-DUPLICATE = "duplicate"  # in the pool no fault either: a labelled image stays, and of equal ones the first
+HIDDEN = "hidden"  # no fault of the images: many programs keep hidden ones of their own
+DUPLICATE = "duplicate"  # in the source unlabelled no fault either: a labelled image stays, and of equal ones the first
 FURTHER_FRAMES = "further frames"  # the one reason for which the file itself is kept
 
 
@@ -50,13 +50,13 @@ def check_share(files: dict[str, int], refusals: list[Refusal], most: float) -> 
     """
     for source, count in files.items():
         counts = reasons(refusals, source)
-        harmless = (HIDDEN, DUPLICATE) if source == "unlabelled" else (HIDDEN,)
-        if source == "unlabelled" and 0 < counts[DUPLICATE] == count - counts[HIDDEN]:
-            raise ValueError(f"prepare.{source}: all files are copies of other sources' images; null is for none")
-        seen = count - sum(counts.pop(reason, 0) for reason in harmless)
+        seen = count - counts.pop(HIDDEN, 0)
+        copies = counts.pop(DUPLICATE, 0) if source == "unlabelled" else 0
+        if copies and copies + counts.total() == seen:
+            raise ValueError(f"prepare.{source}: holds nothing but copies of other sources' images; null is for none")
         if seen and counts.total() / seen > most:
             first = next(each for each in refusals if each.source == source and each.reason in counts)
-            such_as = f", such as {first.file}: {first.detail}" if first.detail else ""
+            such_as = f", such as {first.file}{f': {first.detail}' if first.detail else ''}"
             raise ValueError(
                 f"prepare.{source}: {counts.total():,} of {seen:,} files were refused ({in_words(counts)}{such_as}), a "
                 f"larger share than prepare.max_refused_share allows ({most}): mend them, take them out, or raise it"

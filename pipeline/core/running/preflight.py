@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pipeline.core import atomic, errors, stage
 from pipeline.core.intake import sources
 from pipeline.core.params import load, parse
-from pipeline.core.running import commands
+from pipeline.core.running import commands, timm_weights
 from pipeline.core.sections import HIGH_TEMPERATURE, TIMM, Params
 from pipeline.core.sharing import images_at_once
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 PROJECT = Path(__file__).parents[3]
 EXAMPLE = "data/digits"  # what stage digits makes
 NOTED = Path(".scratch/preflight.json")  # the networks that were looked at last, and found good
-MADE_OF = {"teacher": ("teacher",), "student": ("baseline", "distill")}  # stages that start from each one's weights
 SMALL_ENOUGH = 1e-9  # a cache.min_probability that keeps NCKD's gradients
 CLASSES = 10  # the number makes no difference here, and the images' own is not known yet
 
@@ -57,6 +56,7 @@ def check(params: Params, root: Path) -> None:
 
         devices.join(params.machine)
     check_networks(params, root)
+    timm_weights.fetch(params, root, _asked(params).from_timm)
 
 
 def check_git(root: Path) -> None:
@@ -154,7 +154,7 @@ def check_networks(params: Params, root: Path) -> None:
     with contextlib.suppress(OSError, ValueError):  # no note, or none that can be read
         if json.loads((root / NOTED).read_text(encoding="utf-8")) == note:
             return
-    _look_at(asked, params, root)
+    _look_at(asked, params)
     with contextlib.suppress(OSError):  # another run writes its own: no matter
         atomic.write_json(root / NOTED, note)
 
@@ -179,7 +179,7 @@ def _made_by() -> list[str]:
     return [version("timm"), version("torch"), hashlib.sha256(code).hexdigest()]
 
 
-def _look_at(asked: Asked, params: Params, root: Path) -> None:
+def _look_at(asked: Asked, params: Params) -> None:
     import torch  # with timm, it takes seconds to load
 
     import models
@@ -204,28 +204,13 @@ def _look_at(asked: Asked, params: Params, root: Path) -> None:
         with _named("student.model"):
             check_exports(built["student"], student, resolution)
     for key in asked.from_timm:
-        who = key.partition(".")[0]
-        model = getattr(params, who).model
+        model = getattr(params, key.partition(".")[0]).model
         if not models.has_pretrained(model):
             raise ValueError(f"{key}: timm has no pretrained weights of {model}")
-        if not all((root / "data" / name).exists() for name in MADE_OF[who]):
-            _fetch(key, model)
     for stage_name, numbers in asked.lr_multipliers.items():
         if numbers is not None:
             with _named(stage_name):
                 optimizers.multipliers_and_weights(built["student"].network, getattr(params, stage_name))
-
-
-def _fetch(key: str, model: str) -> None:
-    """Have timm download weights before anything runs, and not after hours; it keeps them for the stages."""
-    import models
-
-    try:
-        models.build(model, pretrained=True)
-    except ValueError as error:
-        words = str(error).rstrip(".")
-        instead = "checkpoint, and bring the file" if key == "teacher.source" else "a file of weights, or to null"
-        raise ValueError(f"{key}: {words}; without a network, set it to {instead}") from None
 
 
 def check_own_file(project: Path) -> None:
@@ -283,7 +268,7 @@ def show_black_images(classifier: "Classifier", name: str, resolution: int) -> N
     except Exception as error:  # whatever its code may raise
         words = f"{type(error).__name__}: {errors.in_a_line(error)}"
         raise ValueError(f"{name} fails on black images of {resolution} pixels ({words}); see models/own.py") from None
-    if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones(2), atol=1e-3):
+    if (logits >= 0).all() and torch.allclose(logits.float().sum(1), torch.ones(2), atol=1e-3):
         raise ValueError(f"{name} answers with probabilities, not with logits: leave out the softmax at its end")
 
 
