@@ -106,7 +106,9 @@ def test_hidden_images_are_listed_and_a_list_may_name_them(tmp_path):
         assert images.classes == ("a", "b")
         hidden = [(f"{train}/.net/{at:02d}.png", "train", "hidden") for at in range(20)]
         assert sorted(each for each in refused if each[2] != "zero bytes") == hidden
-        with pytest.raises(ValueError, match=r"2 of 26 files were refused \(zero bytes 2\), a larger share"):
+        with pytest.raises(
+            ValueError, match=r"2 of 26 files were refused \(zero bytes 2, such as \S*train/a/bad0\.png\), "
+        ):
             prepared(tmp_path / f"{at} less", root, train=train, max_refused_share=0.06)
     for train in ("list.csv", "x.zip/list.csv"):
         images, refused = prepared(tmp_path / train.replace("/", " "), root, train=train, max_refused_share=0.2)
