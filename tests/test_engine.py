@@ -5,6 +5,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 from concurrent.futures import ProcessPoolExecutor
@@ -149,7 +150,7 @@ def test_what_keeps_a_checkpoint_from_being_read_does_not_remove_it(tmp_path, mo
 
 def test_a_checkpoint_that_cannot_be_written_leaves_those_before(tmp_path):
     checkpoints.save(tmp_path, 1, {"step": 1}, keep=1)
-    with pytest.raises(AttributeError):
+    with pytest.raises((AttributeError, pickle.PicklingError)):  # the latter from Python 3.14 on
         checkpoints.save(tmp_path, 2, {"step": lambda: 2}, keep=1)
     assert checkpoints.load(tmp_path) == {"step": 1}
     assert len(list(tmp_path.iterdir())) == 1

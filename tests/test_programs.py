@@ -129,10 +129,12 @@ def test_torchruns_processes_start_deaf_to_ctrl_c():
         assert another.submit(start).result() == "True\n"
 
 
-def test_a_python_without_the_projects_packages_is_told_in_a_line(tmp_path):
-    ended = plan_with_torch(tmp_path, "", "-S")  # no site-packages: as another Python than .venv's
+def test_a_python_without_the_projects_packages_is_told_in_a_line():
+    other = sys._base_executable  # that .venv was made of; without its packages
+    command = [other, "-S", "-m", "pipeline.plan", "digits"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
-    assert ended.stderr.startswith(f"plan: error: {sys.executable} does not have ")
+    assert ended.stderr.startswith(f"plan: error: {other} does not have ")
     assert ended.stderr.endswith(
         ": activate the project's environment (`. .venv/bin/activate`), which `make install` makes\n"
     )

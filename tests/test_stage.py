@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch._inductor import config as inductor
 
 from pipeline import baseline
 from pipeline.core import resume, signals, stage
+from pipeline.core.data import batches
 
 CHANGES = {
     "machine.checkpoint_seconds": 0,
@@ -173,35 +175,35 @@ def test_of_several_processes_one_says_what_has_ended_them(said, tmp_path, monke
 
 
 class Fatal(torch.utils.data.Dataset):
-    """Kills the worker process that is asked for a sample."""
+    """Does something in the worker process that is asked for a batch, which is of a megabyte."""
 
-    def __init__(self, signum):
-        self.signum = signum
+    def __init__(self, work):
+        self.work = work
 
-    def __len__(self):
-        return 4
+    def __getitem__(self, batch):
+        self.work()
+        return torch.zeros(2**20, dtype=torch.uint8)
 
-    def __getitem__(self, index):
-        os.kill(os.getpid(), self.signum)
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def short_of_room():
+    """Let files, as which batches are handed over, be of a kilobyte."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
 
 
 @pytest.mark.parametrize(
-    ("signum", "words"),
+    ("work", "words"),
     [
-        (
-            signal.SIGKILL,
-            r"distill: cut short: DataLoader worker \(pid \d+\) is killed by signal: Killed\. Where mem",
-        ),
-        (
-            signal.SIGSEGV,
-            r"distill: cut short: DataLoader worker \(pid \d+\) is killed by signal: Segmentation",
-        ),
-        (signal.SIGBUS, r"distill: error: worker processes are out of shared memory: set machine.workers to fewer"),
+        (killed, r"distill: cut short: DataLoader worker \(pid\(s\) \d+\) exited unexpectedly: where memory is short"),
+        (short_of_room, r"distill: error: worker processes have no shared memory: .* too large .*: set machine"),
     ],
 )
-def test_a_worker_process_that_is_killed_is_a_line(said, signum, words):
+def test_a_worker_process_that_fails_is_a_line(said, work, words):
     """But for one without shared memory it is not the stage's own error: the flow, and torchrun, start it again."""
-    assert re.match(words, said(lambda: list(torch.utils.data.DataLoader(Fatal(signum), num_workers=1))))
+    assert re.match(words, said(lambda: list(batches.load(Fatal(work), [0], 1, torch.device("cpu")))))
 
 
 def test_what_cannot_be_computed_the_same_way_every_time_is_named(said):

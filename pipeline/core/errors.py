@@ -22,7 +22,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def out_of_shared_memory(error: BaseException) -> bool:
     """Whether an error of torch's DataLoader says that a worker process found no room to hand its batch over."""
-    words = workers_words(error)
+    words = str(error)
     return isinstance(error, RuntimeError) and "DataLoader worker" in words and "shared memory" in words
 
 
@@ -54,11 +54,5 @@ def left_alone(error: BaseException) -> bool:
 
 def worker_lost(error: BaseException) -> bool:
     """Whether an error of torch's DataLoader says that a worker process was killed, by no fault of the settings."""
-    words = workers_words(error)
-    killed = "exited unexpectedly" in words or "killed by signal" in words
-    return isinstance(error, RuntimeError) and "DataLoader worker" in words and killed
-
-
-def workers_words(error: BaseException) -> str:
-    """What torch's DataLoader says of a worker: that of the signal's own error, which it hides behind another."""
-    return str(error.__cause__ if isinstance(error.__cause__, RuntimeError) else error)
+    words = str(error)
+    return isinstance(error, RuntimeError) and "DataLoader worker" in words and "exited unexpectedly" in words

@@ -143,7 +143,8 @@ def _explained(error: Exception, params: Params | None, name: str) -> tuple[str,
         return mark, words
     fewer = f"set machine.workers to fewer (now {params.machine.workers}), 0 for none"
     if errors.out_of_shared_memory(error):
-        words = f"worker processes are out of shared memory: {fewer}, or give a container more (docker run --shm-size)"
+        said = errors.in_a_line(error)
+        words = f"worker processes have {said}: {fewer}, or give a container more (docker run --shm-size)"
     elif errors.out_of_memory(error):
         words = f"out of memory{_whats_there_to_halve(params, name)}"
     elif "does not have a deterministic implementation" in str(error):
@@ -155,7 +156,7 @@ def _explained(error: Exception, params: Params | None, name: str) -> tuple[str,
     elif errors.left_alone(error):
         mark, words = errors.LEFT_ALONE, f"another process of this run has ended ({error})"
     elif errors.worker_lost(error):
-        mark, words = errors.CUT_SHORT, f"{errors.workers_words(error)} Where memory is short, {fewer}"
+        mark, words = errors.CUT_SHORT, f"{error}: where memory is short, {fewer}"
     return mark, " ".join(words.split())
 
 

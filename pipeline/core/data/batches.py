@@ -136,6 +136,7 @@ def load(
         prefetch_factor=4 if workers else None,
         pin_memory=device.type == "cuda",
         multiprocessing_context="forkserver" if workers else None,
+        collate_fn=_into_shared_memory if workers else None,
         persistent_workers=again and workers > 0,
         worker_init_fn=_end_with_program if workers else None,
     )
@@ -166,6 +167,21 @@ def _start_server() -> None:
         forkserver.ensure_running()
     finally:
         signal.signal(signal.SIGINT, heard)
+
+
+def _into_shared_memory(batch: Batch | Tensor | tuple[Tensor, ...]) -> Batch | Tensor | tuple[Tensor, ...]:
+    """Move a worker's tensors to where the program reads them.
+
+    The queue would do so, in a thread of which no error comes out: where there is no room, the program waited for ever.
+    """
+    parts = vars(batch).values() if isinstance(batch, Batch) else batch if isinstance(batch, tuple) else (batch,)
+    for part in parts:
+        if isinstance(part, Tensor):
+            try:
+                part.share_memory_()
+            except RuntimeError as error:
+                raise RuntimeError(f"no shared memory: {error}") from None
+    return batch
 
 
 def _end_with_program(number: int) -> None:
