@@ -70,13 +70,11 @@ def open_teacher(params: Params, images: ImageSet, asked_online: bool, device: t
         ValueError: the cache is not there, not whole, or of another teacher or other views; or the teacher knows other
             classes than the data.
     """
-    card = networks.read_card(TEACHER)
+    classifier, card = networks.load(TEACHER, device) if asked_online else (None, networks.read_card(TEACHER))
     networks.check_classes(TEACHER, card, images.classes)
-    if asked_online:
-        classifier, card = networks.load(TEACHER, device)
-        return online(classifier, params.teacher.precision), description(params, card).fingerprint
-    labels = open_labels(description(params, card))
-    return cached(labels, images), labels.description.fingerprint
+    wanted = description(params, card)
+    teacher = online(classifier, params.teacher.precision) if classifier else cached(open_labels(wanted), images)
+    return teacher, wanted.fingerprint
 
 
 def check_compares(name: str, recipe: Distill, images: int, world: int) -> None:

@@ -159,9 +159,10 @@ def kept_before(task: Task, history: engine.History, params: Params, device: tor
         "resolution": f"that of {before.stage}, which needs {side_before} pixels a side, not {side}",
         "nll": f"that of {before.stage}, whose NLL is lower",
     }
-    said = f"{task.name}: validation top-1 {trained['top1']:.4f} is {reason[decides]}"
-    print(f"{said}: the network of {before.stage} is kept")
     stage = (before.card["kept"] or {}).get("stage", before.stage)  # whose network that is
+    whose = before.stage if stage == before.stage else f"{before.stage}, which is {stage}'s,"
+    said = f"{task.name}: validation top-1 {trained['top1']:.4f} is {reason[decides]}"
+    print(f"{said}: the network of {whose} is kept")
     top1 = {"val_top1": round(had["top1"], 6), "instead_of": round(trained["top1"], 6)}
     return {"stage": stage, **top1, "because": decides}
 
