@@ -6,7 +6,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 # DVC asks for a name; a container's user may have none.
-export LOGNAME ?= $(shell id -un 2>/dev/null)
+export LOGNAME ?= $(firstword $(shell id -un 2>/dev/null; id -u))
 
 .DEFAULT_GOAL := help
 .PHONY: help install repro recipe plan test lint flow serve ui lock clean

@@ -307,7 +307,14 @@ def main() -> int:
                 serve(url, arguments.name)
                 return 1  # it does not end by itself
             print(f"Prefect's pages, while this runs: {url.removesuffix('/api')}", flush=True)
-            return 0 if ssld(changes, arguments.stages, return_state=True).is_completed() else 1
+            try:
+                return 0 if ssld(changes, arguments.stages, return_state=True).is_completed() else 1
+            except Exception:
+                if prefect_server.answers(url):
+                    raise
+                raise ValueError(
+                    f"no Prefect server answers at {url} any more; the same command goes on from what stages have done"
+                ) from None
 
 
 if __name__ == "__main__":

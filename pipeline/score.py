@@ -31,9 +31,8 @@ from pipeline.core.mining.thumbnails import thumbnails
 from pipeline.core.networks import Classifier
 from pipeline.core.progress import Progress
 from pipeline.core.sections import Params
-from pipeline.core.teaching import TEACHER
 
-FOLDER = Path("data/score")
+TEACHER, FOLDER = Path("data/teacher"), Path("data/score")  # not teaching.py's: it imports soft labels' code
 SCORED = resume.SCRATCH / "scored"  # what the last run wrote, and answers.json, which says whose answers those are
 PART_IMAGES = 4096  # images scored between two files: what a killed run loses at most
 LARGEST = float(np.finfo(np.float16).max)

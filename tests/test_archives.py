@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import os
+import resource
 import struct
 import tarfile
 import zipfile
@@ -105,6 +107,20 @@ def with_odd_names(path: Path, files: dict[str, bytes]) -> Path:
         for name, content in files.items():
             archive.writestr(OddZipInfo(name), content)
     return path
+
+
+def test_that_no_more_files_can_be_opened_is_no_fault_of_a_file(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0))
+    archive = as_zip(tmp_path / "x.zip", good())
+    free, limits = os.dup(0), resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        for read, file in ((archives.read_file, tmp_path / "a.png"), (archives.open_archive, archive)):
+            with pytest.raises(OSError, match="Too many open files"):
+                read(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_names_in_a_zip_archive_that_are_empty_or_hold_a_zero_byte(tmp_path):

@@ -97,6 +97,34 @@ def test_workers_end_with_a_program_that_is_killed(tmp_path, monkeypatch):
     assert psutil.wait_procs(below, timeout=20)[1] == []
 
 
+def test_a_stage_that_ends_leaves_no_worker(tmp_path, monkeypatch):
+    prepared(tmp_path, monkeypatch)
+    ends = PROGRAM.partition("    workers")[0] + (
+        "    it = iter(load(CleanViews(images, 16, 1.0), batches, 1, torch.device('cpu')))\n"
+        "    next(it)\n    print('begun', flush=True)\n    input()\n    stage._exit(3)\n"
+    )
+    (tmp_path / "ends.py").write_text("from pipeline.core import stage\n" + ends)
+    program = subprocess.Popen(
+        [sys.executable, "-m", "ends"],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert program.stdout.readline() == "begun\n"
+    below = psutil.Process(program.pid).children(recursive=True)
+    worker = next(process for process in below if process.ppid() != program.pid)
+    worker.suspend()  # it does not see by itself that the program has ended
+    try:
+        program.communicate("\n", timeout=60)
+        assert program.returncode == 3
+        assert psutil.wait_procs(below, timeout=20)[1] == []
+    finally:
+        if worker.is_running():
+            worker.kill()
+
+
 def test_partners_are_labelled_and_named(images):
     views = Views(images, ViewSpec.of(0, tiny(**{"views.mix_probability": 1.0}).views))
     rows = images.rows("unlabelled")

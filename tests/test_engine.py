@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import resource
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
@@ -154,6 +155,19 @@ def test_a_checkpoint_that_cannot_be_written_leaves_those_before(tmp_path):
         checkpoints.save(tmp_path, 2, {"step": lambda: 2}, keep=1)
     assert checkpoints.load(tmp_path) == {"step": 1}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_is_named_where_a_checkpoint_finds_no_room(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match=f"{re.escape(str(tmp_path))}: a checkpoint cannot be written; [0-9,]+ MB are free there"
+        ):
+            checkpoints.save(tmp_path, 1, {"step": torch.zeros(2**20)}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 4])  # even parts, uneven ones, two images each

@@ -31,9 +31,13 @@ def test_an_error_of_the_system_names_its_file_first(tmp_path):
 
 @pytest.mark.parametrize(
     "words",
-    ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"],
+    [
+        "Caught _ArrayMemoryError in DataLoader worker process 0.\nUnable to allocate 9 TiB",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
 )
-def test_cudas_libraries_are_out_of_memory_in_their_own_words(words):
+def test_libraries_are_out_of_memory_in_their_own_words(words):
     assert errors.out_of_memory(RuntimeError(words))
 
 

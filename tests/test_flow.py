@@ -6,6 +6,7 @@ Everything here shares one server: it takes some ten seconds to start.
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def test_a_server_whose_port_is_taken_starts_on_another(server, monkeypatch):
             prefect_server._start(port, lambda: None)
         url = prefect_server._start(port, lambda: None, tries=2)
     assert str(port) not in url
-    assert prefect_server._answers(url)
+    assert prefect_server.answers(url)
 
 
 def test_a_run_is_dvcs_graph(run, client, tmp_path, monkeypatch):
@@ -323,6 +324,24 @@ def test_help_names_the_commands():
     shown = subprocess.run(command, cwd=Path(toy_project.ROOT), env=os.environ, capture_output=True, text=True).stdout
     assert "python -m pipeline.flow serve" in shown
     assert "prefect deployment run ssld/local" in shown
+
+
+def test_a_server_that_is_gone_is_one_line(monkeypatch):
+    def lost(*arguments, **options):
+        raise RuntimeError("All connection attempts failed")
+
+    monkeypatch.setattr(sys, "argv", ["flow"])
+    monkeypatch.setattr(prefect_server, "ready", lambda port, meanwhile: "http://127.0.0.1:9/api")
+    monkeypatch.setattr(flow, "ssld", lost)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    try:
+        with pytest.raises(
+            SystemExit, match=r"^flow: error: no Prefect server answers at http://127\.0\.0\.1:9/api any"
+        ):
+            flow.main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("option", [["-S", "seed=1"], ["--recipe", "cifar10"], ["--stages", "mine"]])

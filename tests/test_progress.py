@@ -1,5 +1,8 @@
 """Progress lines, and what a step of a training costs."""
 
+import contextlib
+import os
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +53,20 @@ def test_before_the_second_work_no_rate_is_told(clock, capsys):
         "train: 10/1,000 images (1 %)",
         "train: 110/1,000 images (11 %), 20/s, 44 s left",
     ]
+
+
+def test_that_nobody_reads_its_last_line_hides_no_ctrl_c(clock, monkeypatch):
+    reads, writes = os.pipe()
+    os.close(reads)  # as where Ctrl-C ends `tee`, too
+    nobody = open(writes, "w")  # noqa: SIM115  closing it fails, too
+    monkeypatch.setattr(sys, "stderr", nobody)
+    with pytest.raises(KeyboardInterrupt), Progress(1000, "images", "train") as bar:
+        bar.update(10)
+        raise KeyboardInterrupt
+    with pytest.raises(BrokenPipeError), Progress(1000, "images", "train") as bar:
+        bar.update(10)
+    with contextlib.suppress(BrokenPipeError):
+        nobody.close()
 
 
 def test_of_no_work_and_of_other_processes_nothing_is_said(clock, capsys):

@@ -1,12 +1,14 @@
 """The registry's versions: found again, read, and named where their files or the store fail."""
 
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from student_project import NAME
 
+from pipeline.core import networks
 from pipeline.core.results import mlflow_store, registry
 
 
@@ -24,6 +26,15 @@ def test_the_newest_whole_version_of_a_student_is_found(monkeypatch):
     client = SimpleNamespace(search_model_versions=lambda _: versions, get_model_version=lambda name, number: number)
     monkeypatch.setattr(registry, "is_whole", lambda _, version: version.version != "11")
     assert registry.find(client, NAME, "key") == "10"
+
+
+def test_a_network_that_the_disk_has_no_room_for_is_not_packed(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2_000_000))
+    network = networks.build("test_resnet", 3, seed=0).eval()
+    with pytest.raises(
+        OSError, match=f"^{re.escape(str(tmp_path))}: 2 MB are free, and packing the student takes up to 5 MB"
+    ):
+        registry.pack(tmp_path / "model", network, 32, ["a", "b", "c"])
 
 
 @pytest.mark.usefixtures("no_onnx")

@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,26 @@ def test_a_profile_is_of_stages_that_train(monkeypatch, name, trains):
     assert [params.machine.profile_steps for params in ran] == [stage.PROFILE_STEPS] * trains
 
 
+def too_many_files():
+    raise RuntimeError("Too many open files. Communication with the workers is no longer possible.")  # torch's words
+
+
+def too_long_a_path():
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"/tmp/{'x' * 120}")
+
+
+@pytest.mark.parametrize(
+    ("work", "words"),
+    [
+        (too_many_files, r"distill: error: too many files are open: raise the limit \(ulimit -n\), or set machine.*\n"),
+        (too_long_a_path, r"distill: error: AF_UNIX path too long: set TMPDIR to a folder with a shorter path\n"),
+    ],
+)
+def test_what_a_machine_lacks_is_told_with_what_to_do(said, work, words):
+    assert re.fullmatch(words, said(work))
+
+
 @pytest.mark.parametrize("fill", [torchs_error, gpus_error, pythons_error])
 def test_out_of_memory_names_what_to_halve(fill, said):
     assert said(fill) == (
@@ -189,6 +210,19 @@ def killed():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def with_files_open():
+    """Open files until no more can be, and close two: enough to make a batch, and too few to hand it over."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    with contextlib.suppress(OSError):
+        while True:
+            HELD.append(os.open(os.devnull, os.O_RDONLY))
+    for descriptor in HELD[-2:]:
+        os.close(descriptor)
+
+
+HELD = []
+
+
 def short_of_room():
     """Let files, as which batches are handed over, be of a kilobyte."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
@@ -197,10 +231,12 @@ def short_of_room():
 @pytest.mark.parametrize(
     ("work", "words"),
     [
-        (killed, r"distill: cut short: DataLoader worker \(pid\(s\) \d+\) exited unexpectedly: where memory is short"),
+        (killed, r"distill: cut short: DataLoader worker \(pid\(s\) \d+\) exited unexpectedly, for a reason above"),
+        (with_files_open, r"distill: cut short: DataLoader worker \(pid\(s\) \d+\) exited unexpectedly, for a reason"),
         (short_of_room, r"distill: error: worker processes have no shared memory: .* too large .*: set machine"),
     ],
 )
+@pytest.mark.skipif(sys.platform != "linux", reason="torch hands batches over in another way there")
 def test_a_worker_process_that_fails_is_a_line(said, work, words):
     """But for one without shared memory it is not the stage's own error: the flow, and torchrun, start it again."""
     assert re.match(words, said(lambda: list(batches.load(Fatal(work), [0], 1, torch.device("cpu")))))

@@ -232,6 +232,16 @@ def test_a_lock_file_that_a_killed_dvc_left_damaged_is_named(tmp_path):
         dvc.outdated(toy)
 
 
+def test_a_damaged_site_cache_of_dvcs_is_one_line(tmp_path):
+    toy = toy_project.make(tmp_path)
+    dvc.share_cache(toy, toy, tmp_path / "notes")
+    dvc.outdated(toy)
+    for database in (tmp_path / "notes").rglob("cache.db"):
+        database.write_bytes(b"damaged" * 1000)
+    with pytest.raises(ValueError, match=r"^DVC in .*toy: file is not a database: its site cache .* may be deleted$"):
+        dvc.outdated(toy)
+
+
 def test_graph_of_a_broken_project_is_one_line(tmp_path):
     toy = toy_project.make(tmp_path)
     (toy / "dvc.yaml").write_text("stages: {prepare: {comand: x}}")

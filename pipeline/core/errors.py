@@ -3,13 +3,20 @@
 A stage that ends with an error says it in one line, STAGE: MARK: WORDS, on stderr.
 """
 
+import errno
 import os
 
 # Marks of that line. A stage that refuses would do so again; one that ends with another of them the flow starts again,
 # as torchrun does.
 REFUSED, LEFT_ALONE, CUT_SHORT = "error", "left alone", "cut short"
 
-OUT_OF_MEMORY = ("out of memory", "allocate memory", "alloc_failed", "allocation_failed")  # the latter two of CUDA
+OUT_OF_MEMORY = (
+    "out of memory",
+    "allocate memory",
+    "alloc_failed",  # CUDA's, as the next
+    "allocation_failed",
+    "unable to allocate",  # NumPy's in a worker process
+)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -24,6 +31,16 @@ def out_of_shared_memory(error: BaseException) -> bool:
     """Whether an error of torch's DataLoader says that a worker process found no room to hand its batch over."""
     words = str(error)
     return isinstance(error, RuntimeError) and "DataLoader worker" in words and "shared memory" in words
+
+
+def too_many_open_files(error: BaseException) -> bool:
+    """Whether an error says that a process has as many files open as it may; of a worker process a RuntimeError."""
+    return isinstance(error, OSError | RuntimeError) and "Too many open files" in str(error)
+
+
+def of_machine(error: BaseException) -> bool:
+    """Whether an error says something of this machine (too many open files, no memory), and nothing of the file."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def in_a_line(error: BaseException) -> str:
@@ -53,6 +70,6 @@ def left_alone(error: BaseException) -> bool:
 
 
 def worker_lost(error: BaseException) -> bool:
-    """Whether an error of torch's DataLoader says that a worker process was killed, by no fault of the settings."""
+    """Whether an error of torch's DataLoader says that a worker process was killed, or ended with a line of its own."""
     words = str(error)
     return isinstance(error, RuntimeError) and "DataLoader worker" in words and "exited unexpectedly" in words

@@ -43,7 +43,11 @@ class Progress:
 
     def __exit__(self, exception: type[BaseException] | None, *rest: object) -> None:
         if self.said != self.done or sys.stderr.isatty():
-            self._say(ended=True)
+            try:
+                self._say(ended=True)
+            except OSError:
+                if exception is None:  # else it would hide what has ended the work: Ctrl-C ends `tee`, too
+                    raise
 
     def update(self, count: int = 1) -> None:
         """Add `count` units of finished work.

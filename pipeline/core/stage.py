@@ -113,7 +113,7 @@ def _stopped(name: str, resumes: Resumes) -> None:
     if os.environ.get("SSLD_TRACEBACK") and sys.exc_info()[0]:
         traceback.print_exc()
     if not _error_is_told() and os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{name}: stopped; the same command {then}", file=sys.stderr, flush=True)
+        _say(f"{name}: stopped; the same command {then}")
     _exit(130)
 
 
@@ -124,10 +124,15 @@ def _say_what_ended_it(name: str, mark: str, words: str) -> None:
     refused = mark == errors.REFUSED
     tells = _tell_others() if refused else not _error_is_told()
     if tells:
-        sys.stderr.write(f"{name}: {mark}: {words}\n")  # at once: print writes the end of a line apart
-        sys.stderr.flush()
+        _say(f"{name}: {mark}: {words}")
     if tells and refused:
         _end_torchrun()
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it any more, as where Ctrl-C has ended `tee`, too
+        sys.stderr.write(f"{line}\n")  # at once: print writes the end of a line apart
+        sys.stderr.flush()
 
 
 def _explained(error: Exception, params: Params | None, name: str) -> tuple[str, str]:
@@ -142,7 +147,10 @@ def _explained(error: Exception, params: Params | None, name: str) -> tuple[str,
     if params is None:
         return mark, words
     fewer = f"set machine.workers to fewer (now {params.machine.workers}), 0 for none"
-    if errors.out_of_shared_memory(error):
+    if errors.too_many_open_files(error):
+        of_workers = f", or {fewer}" if isinstance(error, RuntimeError) else ""
+        words = f"too many files are open: raise the limit (ulimit -n){of_workers}"
+    elif errors.out_of_shared_memory(error):
         said = errors.in_a_line(error)
         words = f"worker processes have {said}: {fewer}, or give a container more (docker run --shm-size)"
     elif errors.out_of_memory(error):
@@ -153,10 +161,12 @@ def _explained(error: Exception, params: Params | None, name: str) -> tuple[str,
         words = f"the network cannot be compiled ({errors.in_a_line(error)[:200]}): set machine.compile to false"
     elif "parameters that were not used in producing loss" in str(error):  # DistributedDataParallel's
         words = "the network has weights that take no part in its logits: set machine.processes to 1, or take them out"
+    elif "AF_UNIX path too long" in words:
+        words += ": set TMPDIR to a folder with a shorter path"
     elif errors.left_alone(error):
         mark, words = errors.LEFT_ALONE, f"another process of this run has ended ({error})"
     elif errors.worker_lost(error):
-        mark, words = errors.CUT_SHORT, f"{error}: where memory is short, {fewer}"
+        mark, words = errors.CUT_SHORT, f"{error}, for a reason above or for want of memory: {fewer}"
     return mark, " ".join(words.split())
 
 
@@ -172,11 +182,15 @@ def _whats_there_to_halve(params: Params, name: str) -> str:
 
 def _exit(code: int) -> None:
     """End at once, without Python's clearing up, and kill worker processes: new ones do not see yet that this ends."""
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads it any more
+        if not code:
+            raise
     try:
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if "resource_tracker" not in " ".join(process.cmdline()):  # it clears up after us
+                if "resource_tracker import main" not in " ".join(process.cmdline()):  # it clears up after us
                     process.kill()
     finally:
         os._exit(code)

@@ -57,7 +57,9 @@ def load(network: nn.Module, file: Path, built_as: tuple[str, int] | None = None
         raise ValueError(f"{file}: no such file") from None
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error.strerror or error}") from None
-    except (SafetensorError, RuntimeError, EOFError) as error:
+    except (SafetensorError, RuntimeError, EOFError, MemoryError) as error:
+        if errors.out_of_memory(error):
+            raise
         raise ValueError(f"{file}: cannot be read as weights: {_words(error)}") from None
     except Exception as error:  # torch.load raises pickle's many errors: whatever it is, the file is refused
         raise ValueError(

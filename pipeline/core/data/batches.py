@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, queues
 from typing import Literal
 
 import joblib
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.core import errors
 from pipeline.core.data import views
 from pipeline.core.data.dataset import ImageSet
 from pipeline.core.data.views import ViewSpec
@@ -138,7 +139,7 @@ def load(
         multiprocessing_context="forkserver" if workers else None,
         collate_fn=_into_shared_memory if workers else None,
         persistent_workers=again and workers > 0,
-        worker_init_fn=_end_with_program if workers else None,
+        worker_init_fn=_prepare_worker if workers else None,
     )
 
 
@@ -172,7 +173,7 @@ def _start_server() -> None:
 def _into_shared_memory(batch: Batch | Tensor | tuple[Tensor, ...]) -> Batch | Tensor | tuple[Tensor, ...]:
     """Move a worker's tensors to where the program reads them.
 
-    The queue would do so, in a thread of which no error comes out: where there is no room, the program waited for ever.
+    Else the queue does so, in a thread whose errors say less.
     """
     parts = vars(batch).values() if isinstance(batch, Batch) else batch if isinstance(batch, tuple) else (batch,)
     for part in parts:
@@ -184,8 +185,11 @@ def _into_shared_memory(batch: Batch | Tensor | tuple[Tensor, ...]) -> Batch | T
     return batch
 
 
-def _end_with_program(number: int) -> None:
-    """Have this worker process end as the program does that it serves, however that ends; the server waits for both."""
+def _prepare_worker(number: int) -> None:
+    """Have this worker process end as the program does that it serves, however that ends; the server waits for both.
+
+    It also ends where it cannot hand a batch over: the thread that does so would drop the batch and go on.
+    """
     program = multiprocessing.parent_process()
     assert program is not None
 
@@ -194,6 +198,15 @@ def _end_with_program(number: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    queues.Queue._on_queue_feeder_error = staticmethod(_end_with_error)
+
+
+def _end_with_error(error: Exception, batch: object) -> None:
+    try:
+        sys.stderr.write(f"a worker process cannot hand over what it has: {errors.in_a_line(error)}\n")
+        sys.stderr.flush()
+    finally:
+        os._exit(1)
 
 
 @torch.inference_mode()

@@ -105,6 +105,8 @@ def open_archive(path: Path) -> Tree:
     except PermissionError:
         raise
     except DAMAGE as error:
+        if errors.of_machine(error):
+            raise
         raise ValueError(
             f"{path}: not a whole archive ({errors.in_a_line(error)}); it may be cut off: compare its size with the "
             "original's, or fetch it again"
@@ -132,6 +134,7 @@ def read_file(path: Path | str) -> bytes:
 
     Raises:
         Unreadable: it is not there, or may not be read.
+        OSError: too many files are open, or no memory is left.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
@@ -139,6 +142,8 @@ def read_file(path: Path | str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
+        if errors.of_machine(error):
+            raise
         broken = os.path.islink(path) and not os.path.exists(path)
         raise Unreadable("unreadable", "broken link" if broken else f"{error.strerror}".lower()) from None
 
@@ -269,6 +274,8 @@ def _from_archive(read: Callable[..., bytes], member: zipfile.ZipInfo | tarfile.
     except KeyError:
         raise Unreadable("unreadable", "broken link") from None
     except DAMAGE as error:
+        if errors.of_machine(error):
+            raise
         raise Unreadable("unreadable", f"in the archive: {' '.join(str(error).split())}") from None
 
 

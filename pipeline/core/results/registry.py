@@ -6,6 +6,7 @@ beside them, whatever the stage adds: the weights as safetensors, the network's 
 
 import json
 import os
+import shutil
 import tempfile
 import time
 import warnings
@@ -37,6 +38,9 @@ def pack(folder: Path, network: "nn.Module", resolution: int, classes: list[str]
         resolution: R.
         classes: their names.
         link: model_id, run_id and artifact_path of the logged model that this is for.
+
+    Raises:
+        OSError: the disk has too little room for it.
     """
     import mlflow.pytorch
     import torch
@@ -49,6 +53,8 @@ def pack(folder: Path, network: "nn.Module", resolution: int, classes: list[str]
     logits = TensorSpec(np.dtype(np.float32), (-1, len(classes)))
     metadata = {"input": "RGB pixels, 0 to 255, as they are", "output": "logits", "classes": classes}
     model = Model(metadata=metadata, model_uuid=link.get("model_id"), **link)
+    weights = sum(tensor.nbytes for tensor in network.state_dict().values())
+    _check_room(folder.parent, 3 * weights)  # beside the program lie the weights, and those of the ONNX file
     with exporting.without_stack_traces():
         mlflow.pytorch.save_model(
             small_maps.exportable(network),
@@ -63,6 +69,15 @@ def pack(folder: Path, network: "nn.Module", resolution: int, classes: list[str]
     # An exported program stays on the device it was exported on; pyfunc would insist on CUDA where there is one.
     model.flavors["python_function"]["config"]["device"] = "cpu"
     model.save(str(folder / "MLmodel"))
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:  # torch's writer ends the process where the disk is full
+        raise OSError(
+            f"{folder}: {free / 1e6:,.0f} MB are free, and packing the student takes up to {needed / 1e6:,.0f} MB: set "
+            "TMPDIR to a folder on another disk"
+        )
 
 
 def publish(

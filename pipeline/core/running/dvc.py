@@ -1,6 +1,7 @@
 """DVC, as the flow needs it: the graph of stages, which of them are not up to date, and the command that runs one."""
 
 import os
+import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dvc.exceptions import DvcException
 from dvc.lock import LockError
 from dvc.repo import Repo
 from dvc.rwlock import RWLockFileCorruptedError
+from dvc_data.hashfile.build import IgnoreInCollectedDirError
 
 if TYPE_CHECKING:
     from dvc.stage import Stage
@@ -144,7 +146,14 @@ def _repo(folder: Path) -> Iterator[Repo]:
     except RWLockFileCorruptedError:  # one that was killed as it wrote it
         file = folder / ".dvc/tmp/rwlock"
         raise ValueError(f"DVC in {folder}: {file} is damaged: delete it, when no other DVC is at work here") from None
-    except DvcException as error:
+    except sqlite3.Error as error:
+        advice = (
+            "wait for the DVC that is at work"
+            if "locked" in str(error)
+            else "its site cache (`dvc doctor` names the folder) is damaged, or that disk is full; it may be deleted"
+        )
+        raise ValueError(f"DVC in {folder}: {error}: {advice}") from None
+    except (DvcException, IgnoreInCollectedDirError) as error:
         raise ValueError(f"DVC in {folder}: {' '.join(str(error).split())}") from None
 
 

@@ -40,7 +40,7 @@ def ready(port: int = 0, meanwhile: Callable[[], None] = lambda: None) -> str:
     """
     _ask_no_proxy_for_this_machine()
     url = prefect.settings.PREFECT_API_URL.value() or _served()
-    if url and _answers(url):
+    if url and answers(url):
         meanwhile()
         return url
     if url:
@@ -102,11 +102,11 @@ def _start(port: int, meanwhile: Callable[[], None], tries: int = 1) -> str:
         atexit.register(programs.end, server.pid)
         meanwhile()
         deadline = time.monotonic() + PATIENCE
-        while not (answers := _answers(url)) and server.poll() is None and time.monotonic() < deadline:
+        while not (there := answers(url)) and server.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
     if server.poll() is not None and tries > 1:  # another program may have taken the port meanwhile
         return _start(_free_port(port + 1), lambda: None, tries - 1)
-    if not answers or server.poll() is not None:
+    if not there or server.poll() is not None:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         named = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
         said = " ".join(named[-1:] or lines[-3:]).strip() or "it said nothing"
@@ -120,7 +120,8 @@ def _ask_no_proxy_for_this_machine() -> None:
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [named, "127.0.0.1", "localhost"]))
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a Prefect server answers at an API's address."""
     try:
         with urlopen(f"{url}/health", timeout=5) as answer:
             return answer.status == 200

@@ -5,6 +5,7 @@ so that damage is seen before anything is read.
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
         os.replace(beside, folder / f"{step:09d}-{digests.of_file(beside)[:DIGITS]}.pt")
         atomic.flush(folder)
     except RuntimeError as error:  # torch.save says so of a full disk
-        raise OSError(f"{folder}: a checkpoint cannot be written: {str(error).splitlines()[0]}") from None
+        free = f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there"
+        raise OSError(f"{folder}: a checkpoint cannot be written; {free} ({str(error).splitlines()[0]})") from None
     finally:
         beside.unlink(missing_ok=True)
     keep_last(folder, keep)
