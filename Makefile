@@ -5,7 +5,7 @@ PORT ?= 5000
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
-# DVC asks for a name; a container's user may have none.
+# DVC asks for a name; a container's user may have none, and no home for uv's cache.
 export LOGNAME ?= $(firstword $(shell id -un 2>/dev/null; id -u))
 
 .DEFAULT_GOAL := help
@@ -20,7 +20,7 @@ install: .venv/installed  ## install everything, pinned and with hashes, into .v
 	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 15) or sys.exit("Python 3.11 to 3.14 is needed, this is %d.%d: make PYTHON=python3.14 ..." % v[:2])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.txt
-	$(BIN)/uv pip install --python $(BIN)/python --require-hashes --compile-bytecode -r requirements.txt
+	$(BIN)/uv $(shell test -w "$$HOME" || echo --no-cache) pip install --python $(BIN)/python --require-hashes --compile-bytecode -r requirements.txt
 	touch $@
 
 repro: .venv/installed  ## run the whole pipeline: images in, a registered student out
