@@ -1,13 +1,11 @@
-"""The training loop's machinery: checkpoints, accumulation, several processes, figures, traces."""
+"""The training loop's machinery: resuming, accumulation, several processes, figures, traces."""
 
 import datetime
 import gzip
 import json
 import multiprocessing
 import os
-import pickle
 import re
-import resource
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
@@ -134,40 +132,6 @@ def test_where_all_checkpoints_are_damaged_the_run_starts_anew(images, tmp_path,
     assert "going on" not in said.out
     assert len(anew.history) == 1
     assert checkpoints.load(tmp_path)["step"] == 1  # the damaged one did not outlive the good one
-
-
-def test_what_keeps_a_checkpoint_from_being_read_does_not_remove_it(tmp_path, monkeypatch):
-    for step in (1, 2):
-        checkpoints.save(tmp_path, step, {"step": step}, keep=2)
-
-    def full(*_, **__):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-
-    monkeypatch.setattr(torch, "load", full)
-    with pytest.raises(RuntimeError, match="allocate memory"):
-        checkpoints.load(tmp_path)
-    assert len(checkpoints.files(tmp_path)) == 2
-
-
-def test_a_checkpoint_that_cannot_be_written_leaves_those_before(tmp_path):
-    checkpoints.save(tmp_path, 1, {"step": 1}, keep=1)
-    with pytest.raises((AttributeError, pickle.PicklingError)):  # the latter from Python 3.14 on
-        checkpoints.save(tmp_path, 2, {"step": lambda: 2}, keep=1)
-    assert checkpoints.load(tmp_path) == {"step": 1}
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_full_disk_is_named_where_a_checkpoint_finds_no_room(tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
-    try:
-        with pytest.raises(
-            OSError, match=f"{re.escape(str(tmp_path))}: a checkpoint cannot be written; [0-9,]+ MB are free there"
-        ):
-            checkpoints.save(tmp_path, 1, {"step": torch.zeros(2**20)}, keep=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 4])  # even parts, uneven ones, two images each
