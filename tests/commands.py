@@ -1,11 +1,13 @@
 """Commands that tests run in a project of their own."""
 
+import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ENVIRONMENT = {
@@ -37,6 +39,17 @@ def wait_until(condition: Callable[[], bool], seconds: float, every: float = 0.1
     while not condition():
         assert time.monotonic() < end
         time.sleep(every)
+
+
+@contextlib.contextmanager
+def at_most(kind: int, most: int) -> Iterator[None]:
+    """Let this process have no more than so much of something (resource.RLIMIT_...)."""
+    limits = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, limits)
 
 
 def launch(stage: str) -> str:

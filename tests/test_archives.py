@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from commands import at_most
 from made_images import png, with_flipped_bit
 from prepare_kit import as_tar, as_zip, content_of, good, prepared, write
 
@@ -112,15 +113,11 @@ def with_odd_names(path: Path, files: dict[str, bytes]) -> Path:
 def test_that_no_more_files_can_be_opened_is_no_fault_of_a_file(tmp_path):
     (tmp_path / "a.png").write_bytes(png(0))
     archive = as_zip(tmp_path / "x.zip", good())
-    free, limits = os.dup(0), resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
     os.close(free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
-    try:
-        for read, file in ((archives.read_file, tmp_path / "a.png"), (archives.open_archive, archive)):
-            with pytest.raises(OSError, match="Too many open files"):
-                read(file)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for read, file in ((archives.read_file, tmp_path / "a.png"), (archives.open_archive, archive)):
+        with at_most(resource.RLIMIT_NOFILE, free), pytest.raises(OSError, match="Too many open files"):
+            read(file)
 
 
 def test_names_in_a_zip_archive_that_are_empty_or_hold_a_zero_byte(tmp_path):

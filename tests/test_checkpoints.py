@@ -6,6 +6,7 @@ import resource
 
 import pytest
 import torch
+from commands import at_most
 
 from pipeline.core.train import checkpoints
 
@@ -32,13 +33,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_those_before(tmp_path):
 
 
 def test_a_full_disk_is_named_where_a_checkpoint_finds_no_room(tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
-    try:
-        with pytest.raises(
-            OSError, match=f"{re.escape(str(tmp_path))}: a checkpoint cannot be written; [0-9,]+ MB are free there"
-        ):
-            checkpoints.save(tmp_path, 1, {"step": torch.zeros(2**20)}, keep=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    words = f"{re.escape(str(tmp_path))}: a checkpoint cannot be written; [0-9,]+ MB are free there"
+    with at_most(resource.RLIMIT_FSIZE, 1024), pytest.raises(OSError, match=words):
+        checkpoints.save(tmp_path, 1, {"step": torch.zeros(2**20)}, keep=1)
     assert not list(tmp_path.iterdir())
