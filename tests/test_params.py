@@ -100,6 +100,8 @@ def test_all_that_is_wrong_is_told_in_one_line(data):
         ("views.crop_scale", [0.1, 0.5, 1.0], "views.crop_scale: should be 2 numbers, not 3"),
         ("distill.online", 2, "distill.online: should be true or false, not 2"),
         ("teacher.model", 5, "teacher.model: should be text, not 5"),
+        ("student.model", True, "student.model: should be text, not True"),
+        ("teacher.source", True, "'fit', 'timm' or 'checkpoint', not True"),
         ("distill.epochs", 2.5, "distill.epochs: should be a whole number, not 2.5"),
         ("teacher.checkpoint", "mine.safetensors", "set source to checkpoint, or checkpoint to null"),
         ("student.init", "", "student.init: should not be empty"),

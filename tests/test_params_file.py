@@ -1,5 +1,6 @@
 """params.yaml with changes: written as DVC and the stages read it, and a wrong change named."""
 
+import io
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import pytest
 import toy_project
 import yaml
 from dvc.utils.hydra import apply_overrides
+from ruamel.yaml import YAML
 
 from pipeline import recipes
 from pipeline.core import params
@@ -55,6 +57,14 @@ def test_what_is_not_changed_stays_as_it_is_spelt(tmp_path, spelt):
     (tmp_path / "params.yaml").write_text(before)
     params_file.write(tmp_path, tmp_path, {"seed": 5})
     assert (tmp_path / "params.yaml").read_text() == before.replace("\nseed: 0 ", "\nseed: 5 ")
+
+
+def test_it_leaves_ruamels_own_writing_alone(tmp_path):
+    """DVC writes with ruamel in the same process."""
+    params_file.write(toy_project.ROOT, tmp_path, {"seed": 5})
+    text = io.StringIO()
+    YAML().dump({"lr": 5e-05}, text)
+    assert text.getvalue() == "lr: 5e-05\n"
 
 
 def test_it_is_utf_8_in_any_locale(tmp_path):

@@ -9,7 +9,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
+    ValidatorFunctionWrapHandler,
     WrapValidator,
     field_validator,
     model_validator,
@@ -39,15 +39,14 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    @field_validator("*", mode="before")
+    @field_validator("*", mode="wrap")
     @classmethod
-    def _no_number_is_true(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse what pydantic would take for 1 or 0."""
-        if cls.model_fields[str(info.field_name)].annotation is bool:
-            return value
-        for each in value if isinstance(value, list) else [value]:
+    def _no_number_is_true(cls, value: Any, look: ValidatorFunctionWrapHandler) -> Any:
+        """Refuse what pydantic takes for 1 or 0."""
+        checked = look(value)
+        for each in value if isinstance(value, list) else [] if checked is value else [value]:
             _refuse_bool(each)
-        return value
+        return checked
 
 
 def _refuse_bool(value: Any) -> None:

@@ -49,9 +49,7 @@ def write(root: Path, folder: Path, changes: dict[str, Any]) -> None:
     """
     text = YAML()
     text.width, text.preserve_quotes = 4096, True
-    text.representer.add_representer(str, _text)
-    text.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
-    text.representer.add_representer(float, lambda to, it: to.represent_scalar("tag:yaml.org,2002:float", _decimal(it)))
+    text.Representer = _Representer
     document, wanted = text.load((root / "params.yaml").read_text(encoding="utf-8")), changed(root, changes)
     for name, section in wanted.items():
         _replace(document, name, section)
@@ -88,15 +86,25 @@ def _on_one_line(values: list[Any] | dict[str, Any]) -> CommentedSeq | Commented
     return line
 
 
-def _decimal(value: float) -> str:
-    """Write a number without an exponent, which not every reader of YAML takes for one: to PyYAML, 7e-05 is a text."""
-    return np.format_float_positional(value, trim="0")
+class _Representer(RoundTripRepresenter):
+    """How values are written: a class of its own, since what is added to ruamel's counts for all that it writes."""
+
+    def number(self, value: float) -> ScalarNode:
+        """Write it without an exponent, which not every reader of YAML takes for one: to PyYAML, 7e-05 is a text."""
+        return self.represent_scalar("tag:yaml.org,2002:float", np.format_float_positional(value, trim="0"))
+
+    def text(self, value: str) -> ScalarNode:
+        """Write it in quotes where without them it would be read as something else."""
+        try:
+            read = params.parse(value)
+        except ValueError:
+            read = None
+        return self.represent_scalar("tag:yaml.org,2002:str", value, style=None if read == value else '"')
+
+    def null(self, _: None) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
 
 
-def _text(to: RoundTripRepresenter, value: str) -> ScalarNode:
-    """Write a text; in quotes where without them it would be read as something else."""
-    try:
-        read = params.parse(value)
-    except ValueError:
-        read = None
-    return to.represent_scalar("tag:yaml.org,2002:str", value, style=None if read == value else '"')
+_Representer.add_representer(float, _Representer.number)
+_Representer.add_representer(str, _Representer.text)
+_Representer.add_representer(type(None), _Representer.null)
