@@ -45,9 +45,14 @@ def test_torch_calls_instructions_for_bfloat16_so():
 
 
 @pytest.mark.parametrize(("device", "backend"), [("cuda", "cpu:gloo,cuda:nccl"), ("cpu", "gloo")])
+@pytest.mark.skipif(not torch.distributed.is_nccl_available(), reason="no NCCL on this system")
 def test_what_lies_in_the_hosts_memory_is_sent_from_there(monkeypatch, device, backend):
     asked, waits = [], []
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: asked.append(backend))
+
+    def init(backend, timeout, pg_options):
+        asked.append((backend, getattr(pg_options, "lazy_init", None)))
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
     monkeypatch.setattr(torch.distributed, "set_timeout", waits.append)
     for name, value in {"is_available": True, "device_count": 2, "set_device": None}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *arguments, value=value: value)
@@ -55,5 +60,5 @@ def test_what_lies_in_the_hosts_memory_is_sent_from_there(monkeypatch, device, b
         monkeypatch.setenv(name, value)
     joined = devices.join(tiny(**{"machine.device": device}).machine)
     assert (joined.rank, joined.world, joined.device.type) == (1, 2, device)
-    assert asked == [backend]
+    assert asked == [(backend, True if device == "cuda" else None)]
     assert waits == [timedelta(days=7)]  # for those that work on; to find each other takes no such time

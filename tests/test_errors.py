@@ -1,9 +1,10 @@
 """What errors of the system, of torch and of worker processes mean, and how they are told in a line."""
 
 import pytest
+from images import tiny
 from torch._utils import ExceptionWrapper
 
-from pipeline.core import errors
+from pipeline.core import errors, stage
 
 
 def test_what_worker_processes_say_is_one_line():
@@ -27,6 +28,22 @@ def test_an_error_of_the_system_names_its_file_first(tmp_path):
     assert str(tmp_path / "photos") in errors.in_a_line(error.value)
     assert str(tmp_path / "images") in errors.in_a_line(error.value)
     assert errors.in_a_line(OSError("image file is truncated")) == "image file is truncated"
+
+
+@pytest.mark.parametrize(
+    ("words", "for_good"),
+    [
+        ("Failed to initialize NCCL communicator: invalid usage. Failed to initialize any NET plugin", True),
+        ("Failed to initialize NCCL communicator: remote process exited or there was a network error", False),
+        ("NCCL AllReduce failed: remote process exited or there was a network error", False),
+    ],
+)
+def test_an_nccl_that_cannot_connect_is_told_from_a_process_that_has_ended(monkeypatch, words, for_good):
+    monkeypatch.setenv("RANK", "0")
+    assert errors.no_nccl(RuntimeError(words)) == for_good
+    assert stage._explained(RuntimeError(words), tiny(), "distill")[0] == (
+        errors.REFUSED if for_good else errors.LEFT_ALONE
+    )
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,13 @@ def test_out_of_memory_names_what_to_halve(fill, said):
     )
 
 
+def test_out_of_memory_names_nothing_to_halve_of_a_teacher_that_is_taken(said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["teacher"])
+    taken = tiny(**{"teacher.source": "timm", "machine.device": "auto"})
+    monkeypatch.setattr(stage, "load", lambda path: taken)
+    assert said(gpus_error) == "teacher: error: out of memory: set machine.device to cpu\n"
+
+
 def pressed():
     raise KeyboardInterrupt
 

@@ -283,7 +283,8 @@ def test_validation_counts_every_image_once_whatever_a_pass_takes(images, monkey
 
 
 @pytest.mark.parametrize(
-    ("device", "resolution", "batches"), [("cpu", 32, 1), ("cuda", 32, 98), ("cuda", 224, 2), ("cuda", 320, 1)]
+    ("device", "resolution", "batches"),
+    [("cpu", 32, 1), ("cuda", 32, 49), ("cuda", 112, 4), ("cuda", 224, 1), ("cuda", 320, 1)],
 )
 def test_a_gpu_is_asked_about_as_many_images_as_have_so_many_pixels(device, resolution, batches):
     assert batches_a_pass(torch.device(device), resolution) == batches

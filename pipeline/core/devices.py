@@ -56,8 +56,12 @@ def join(machine: Machine) -> Processes:
         device = f"cuda:{local}"
     if not dist.is_initialized():
         # What lies in the host's memory, a checkpoint, is sent from there: a GPU need not hold it once more.
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))  # who has not come by then will not come
+        backend, options = "gloo", None
+        if device.startswith("cuda"):
+            backend, options = "cpu:gloo,cuda:nccl", dist.ProcessGroupNCCL.Options()
+            options.lazy_init = True  # NCCL connects the GPUs in training stages alone, which exchange gradients
+        # Who has not come by then will not come.
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), pg_options=options)
         # Shards are dealt out in advance, so one process may wait hours for another.
         dist.set_timeout(timedelta(days=7))
     return Processes(torch.device(device), rank, world)

@@ -69,6 +69,16 @@ def left_alone(error: BaseException) -> bool:
     )
 
 
+def no_nccl(error: BaseException) -> bool:
+    """Whether an error says that NCCL cannot connect the GPUs here, and would not at another try."""
+    words = str(error)
+    return (
+        isinstance(error, RuntimeError)
+        and "Failed to initialize NCCL" in words
+        and "remote process exited" not in words
+    )
+
+
 def worker_lost(error: BaseException) -> bool:
     """Whether an error of torch's DataLoader says that a worker process was killed, or ended with a line of its own."""
     words = str(error)

@@ -21,7 +21,7 @@ import psutil
 from pipeline import STARTED_BY
 from pipeline.core import errors, signals
 from pipeline.core.params import load
-from pipeline.core.sections import Machine, Params, TrainingRecipe
+from pipeline.core.sections import Machine, Params, Teacher, TrainingRecipe
 
 TORCHRUN = "SSLD_TORCHRUN"  # the variable that names torchrun's process to those that it starts, for it may have ended
 PROFILE_STEPS = 10  # that --profile traces
@@ -163,6 +163,11 @@ def _explained(error: Exception, params: Params | None, name: str) -> tuple[str,
         words = "the network has weights that take no part in its logits: set machine.processes to 1, or take them out"
     elif "AF_UNIX path too long" in words:
         words += ": set TMPDIR to a folder with a shorter path"
+    elif errors.no_nccl(error):
+        words = (
+            f"NCCL cannot connect the GPUs ({errors.in_a_line(error)[:300]}): NCCL_DEBUG=INFO tells why; a container "
+            "may need more shared memory (docker run --shm-size); machine.processes: 1 does without"
+        )
     elif errors.left_alone(error):
         mark, words = errors.LEFT_ALONE, f"another process of this run has ended ({error})"
     elif errors.worker_lost(error):
@@ -172,6 +177,8 @@ def _explained(error: Exception, params: Params | None, name: str) -> tuple[str,
 
 def _whats_there_to_halve(params: Params, name: str) -> str:
     section = getattr(params, name, None)
+    if isinstance(section, Teacher) and section.source != "fit":  # it is only tried on validation images
+        return ": set machine.device to cpu" if params.machine.device != "cpu" else ""
     if isinstance(section, TrainingRecipe):
         return (
             f": halve {name}.batch_size (now {section.batch_size}); or, for the same batches, double {name}.accumulate "
