@@ -26,15 +26,15 @@ from typing import Any
 from pipeline.core import atomic, resume, stage
 from pipeline.core.data import dataset
 from pipeline.core.data.image_files import Unreadable
-from pipeline.core.intake import archives, choose, image_shards, journal
-from pipeline.core.intake.archives import Tree
+from pipeline.core.intake import choose, image_shards, journal
 from pipeline.core.intake.choose import Found, Parts, Pictures, Stored
 from pipeline.core.intake.examined import Examined
 from pipeline.core.intake.image_shards import Sample
+from pipeline.core.intake.inputs import Inputs
 from pipeline.core.intake.reading import add_pictures, read_all
 from pipeline.core.intake.reencoding import ENCODED, Reencoded
 from pipeline.core.intake.refusals import FURTHER_FRAMES, Refusal, as_csv, check_share, in_words, reasons
-from pipeline.core.intake.sources import Source, check_apart, class_names, names, open_source
+from pipeline.core.intake.sources import Source, class_names, names
 from pipeline.core.progress import Progress
 from pipeline.core.sections import LEAST_TO_LEARN, Params, Prepare
 
@@ -46,10 +46,11 @@ def run(params: Params) -> None:
     settings = params.prepare
     warnings.filterwarnings("ignore", module="PIL")  # damaged metadata says nothing about the pixels
     with resume.only_writer("prepare") as scratch, listed_on_error(scratch / "refused.csv") as refusals:
-        sources = open_sources(settings)
-        warn_of_links({settings.labelled_root, settings.unlabelled_root})
+        inputs = Inputs.of(settings)
+        inputs.warn_of_links()
         with atomic.replacing_folder(OUT) as folder:
-            summary = prepare(sources, folder, scratch, settings, params.seed, refusals)
+            summary = prepare(inputs.sources, folder, scratch, settings, params.seed, refusals)
+            inputs.check_unchanged()
         journal.remove(scratch, ENCODED)  # it is in place now
     tell(summary, params.mine.rank_by)
 
@@ -92,42 +93,6 @@ def without(summary: dict[str, Any]) -> dict[str, list[str]]:
     has = {split: set(of_split["classes"]) for split, of_split in summary["splits"].items()}
     lacks = {split: sorted(has["labelled"] - has[split]) for split in ("val", "test")}
     return {split: missing for split, missing in lacks.items() if missing}
-
-
-def open_sources(settings: Prepare) -> list[Source]:
-    """List the files of every source that the settings name."""
-    opened: dict[Path, Tree] = {}
-    found = []
-    for role in ("train", "val", "test", "unlabelled"):
-        root = settings.unlabelled_root if role == "unlabelled" else settings.labelled_root
-        inner = getattr(settings, role)
-        if inner is not None:
-            check_apart(role, Path(root), inner, Path(settings.labelled_root, settings.train))
-            source = open_source(role, root, inner, opened)
-            print(f"prepare: {role}: {len(source.files):,} files in {source.place}", file=sys.stderr, flush=True)
-            found.append(source)
-    for path, tree in opened.items():
-        if tree.repeated:
-            print(
-                f"prepare: {path} holds {tree.repeated:,} of its files more than once, as after `tar -u`: the last of "
-                "each is used, as unpacking would",
-                file=sys.stderr,
-                flush=True,
-            )
-    return found
-
-
-def warn_of_links(roots: set[str]) -> None:
-    """Say which folders of images DVC does not look into."""
-    for root in sorted(roots):
-        links = [link.relative_to(root).as_posix() for link in archives.links_out(Path(root))]
-        if links := [link for link in links if not archives.hidden(link)]:
-            print(
-                f"prepare: warning: DVC does not look into linked folders outside of {root}: {names(links)}; when "
-                "images change there, run `dvc repro --force --single-item prepare`, or copy the folders",
-                file=sys.stderr,
-                flush=True,
-            )
 
 
 def prepare(

@@ -16,6 +16,7 @@ from pyarrow import feather
 
 from pipeline import prepare as stage_prepare
 from pipeline.core.data.dataset import ImageSet
+from pipeline.core.intake.inputs import Inputs
 from pipeline.core.sections import Prepare
 
 SETTINGS = {  # section `prepare` of params.yaml, whatever the user's says
@@ -57,7 +58,7 @@ def prepared(
     folder.mkdir(parents=True)
     scratch = folder.with_name(f"{folder.name} scratch")
     scratch.mkdir(exist_ok=True)
-    stage_prepare.prepare(stage_prepare.open_sources(settings), folder, scratch, settings, seed, [])
+    stage_prepare.prepare(Inputs.of(settings).sources, folder, scratch, settings, seed, [])
     with (folder / "refused.csv").open() as file:
         rows = [(row["file"], row["source"], row["reason"]) for row in csv.DictReader(file)]
     return ImageSet(folder / "images"), rows

@@ -158,7 +158,7 @@ def test_files_are_read_in_the_order_of_their_sources(tmp_path, monkeypatch):
 
         return replace(found, files=[noting(file) for file in found.files])
 
-    monkeypatch.setattr("pipeline.prepare.open_source", listing)
+    monkeypatch.setattr("pipeline.core.intake.inputs.open_source", listing)
     prepared(tmp_path / "out", write(tmp_path / "in", with_splits()), **SPLITS, **SMALLER)
     assert len(read) == 2 * len(with_splits())
     assert read[len(read) // 2 :] == read[: len(read) // 2]

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 from made_images import encode, picture, png
-from prepare_kit import ODD, SPLITS, as_tar, as_zip, content_of, good, prepared, with_splits, write
+from prepare_kit import ODD, SETTINGS, SPLITS, as_tar, as_zip, content_of, good, prepared, with_splits, write
 
-from pipeline import prepare as stage_prepare
 from pipeline.core.intake import archives, sources
+from pipeline.core.intake.inputs import Inputs
+from pipeline.core.sections import Prepare
 
 # --- the same images, whatever holds them ----------------------------------------------------------------------------
 
@@ -289,5 +290,6 @@ def test_a_folder_that_dvc_does_not_look_into_is_named(tmp_path, capsys):
     assert len(images) == 24
     (root / ".hidden").symlink_to(tmp_path / "else")
     capsys.readouterr()
-    stage_prepare.warn_of_links({str(whole)})
+    settings = SETTINGS | {"labelled_root": str(whole), "unlabelled_root": str(whole)}
+    Inputs.of(Prepare(**settings)).warn_of_links()
     assert f"DVC does not look into linked folders outside of {whole}: 'train/b'; when" in capsys.readouterr().err

@@ -6,7 +6,9 @@ A stage file ends with `if __name__ == "__main__": stage.main(run, __doc__)`, wh
 import argparse
 import atexit
 import contextlib
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -19,7 +21,7 @@ from typing import Literal
 import psutil
 
 from pipeline import STARTED_BY
-from pipeline.core import errors, signals
+from pipeline.core import errors, recorded, signals
 from pipeline.core.params import load
 from pipeline.core.sections import Machine, Params, Teacher, TrainingRecipe
 
@@ -60,10 +62,10 @@ def main(
     try:
         signal.signal(signal.SIGTERM, signals.stop)
         signals.hear_ctrl_c()
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             signals.where_not_heard(PATIENCE, lambda: _stopped(name, resumes))
         _die_with_parents()
-        _run(arguments, name, resumes)
+        _run(arguments, name, resumes, as_dvc_does=arguments.run is run and arguments.params == recorded.SETTINGS)
         if _is_started_by_dvc_or_torchrun():
             _leave()
     except (KeyboardInterrupt, Exception) as error:
@@ -75,11 +77,16 @@ def main(
         _stopped(name, resumes)
 
 
-def _run(arguments: argparse.Namespace, name: str, resumes: Resumes) -> None:
-    """Run a stage with its settings; an error that is not the code's ends the process with a line."""
+def _run(arguments: argparse.Namespace, name: str, resumes: Resumes, as_dvc_does: bool) -> None:
+    """Run a stage with its settings; an error that is not the code's ends the process with a line.
+
+    Args:
+        as_dvc_does: it runs as dvc.yaml has it, so that DVC records what it makes.
+    """
     params = None
     try:
-        params = load(arguments.params)
+        _check_launcher(resumes)
+        params, began = load(arguments.params), recorded.Recorded.now(name)
         if arguments.profile:
             machine = params.machine.model_copy(update={"profile_steps": PROFILE_STEPS})
             params = params.model_copy(update={"machine": machine})
@@ -90,6 +97,8 @@ def _run(arguments: argparse.Namespace, name: str, resumes: Resumes) -> None:
             from pipeline.core import devices
 
             devices.leave()
+        if as_dvc_does and os.environ.get("RANK", "0") == "0":  # of several processes one looks
+            recorded.check(name, began)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if signals.stopping():
             raise
@@ -99,6 +108,20 @@ def _run(arguments: argparse.Namespace, name: str, resumes: Resumes) -> None:
             raise
         _say_what_ended_it(name, mark, words)
         _exit(1)
+
+
+def _check_launcher(resumes: Resumes) -> None:
+    """Make sure that torchrun started this process if RANK says so, and that the stage is one to share.
+
+    Raises:
+        ValueError: it did not, or it is not.
+    """
+    if "RANK" not in os.environ:
+        return
+    if lacking := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise ValueError(f"RANK is set, but not {', '.join(lacking)}, as torchrun sets them: unset it, or use torchrun")
+    if resumes != "shared" and os.environ["WORLD_SIZE"] != "1":
+        raise ValueError("this stage runs in one process: start it without torchrun")
 
 
 def _trains(name: str) -> bool:
@@ -121,11 +144,10 @@ def _say_what_ended_it(name: str, mark: str, words: str) -> None:
     """Say, in one process of several, what has ended the stage, and let torchrun start no process again in vain."""
     if os.environ.get("SSLD_TRACEBACK"):
         traceback.print_exc()
-    refused = mark == errors.REFUSED
-    tells = _tell_others() if refused else not _error_is_told()
+    tells = not _error_is_told() if mark == errors.LEFT_ALONE else _tell_others()
     if tells:
         _say(f"{name}: {mark}: {words}")
-    if tells and refused:
+    if tells and mark == errors.REFUSED:
         _end_torchrun()
 
 
@@ -169,7 +191,8 @@ def _explained(error: Exception, params: Params | None, name: str) -> tuple[str,
             "may need more shared memory (docker run --shm-size); machine.processes: 1 does without"
         )
     elif errors.left_alone(error):
-        mark, words = errors.LEFT_ALONE, f"another process of this run has ended ({error})"
+        said = "" if "gloo/" in str(error) else f" ({errors.in_a_line(error)[:300]})"  # gloo's says nothing to a user
+        mark, words = errors.LEFT_ALONE, f"another process of this run has ended{said}"
     elif errors.worker_lost(error):
         mark, words = errors.CUT_SHORT, f"{error}, for a reason above or for want of memory: {fewer}"
     return mark, " ".join(words.split())
@@ -199,6 +222,8 @@ def _exit(code: int) -> None:
             with contextlib.suppress(psutil.Error):
                 if "resource_tracker import main" not in " ".join(process.cmdline()):  # it clears up after us
                     process.kill()
+        if folder := multiprocessing.current_process()._config.get("tempdir"):  # of workers' sockets
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
         os._exit(code)
 
@@ -227,13 +252,23 @@ def _die_with_parents() -> None:
         watched = int(os.environ.setdefault("SSLD_DVC_PROCESS", str(parent)))
 
     def watch() -> None:
-        while os.getppid() == parent and psutil.pid_exists(watched):
+        while os.getppid() == parent and _runs(watched):
             time.sleep(0.5)
+        if watched != parent and os.getppid() == parent:  # torchrun's, which would start the processes again
+            os.kill(parent, signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # a clean stop if the main thread is listening
         time.sleep(3)
         os._exit(143)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _runs(number: int) -> bool:
+    """Whether a process of this number is there, and is more than a note for its parent that it has ended."""
+    try:
+        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _tell_others() -> bool:
