@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from pipeline.core import atomic, resume, stage
+from pipeline.core import atomic, recorded, resume, stage
 from pipeline.core.params import load
 from pipeline.core.results import exporting, finished, mlflow_store, onnx_file, registry, tracking
 from pipeline.core.sections import Params
@@ -38,9 +38,11 @@ def run(params: Params) -> None:
     """Register the student, see whether it is what was evaluated, and promote it if it beats the champion.
 
     Raises:
-        ValueError: an input is missing or does not fit the others, MLflow cannot be used, or the student, or the
-            version that was loaded back from the registry, does not predict what was recorded.
+        ValueError: an input is missing or does not fit the others, settings were edited after a stage had run, MLflow
+            cannot be used, or the student, or the version that was loaded back from the registry, does not predict what
+            was recorded.
     """
+    recorded.check_lock(without=("digits", "register"))
     with resume.only_writer("register"):
         student = finished.read(DATA)
         record = finished.describe(student, params.register_.name, params.views.test_crop)
@@ -67,10 +69,11 @@ def run_if_missing(params: Params) -> None:
     where = mlflow_store.shown(client.tracking_uri)
     with mlflow_store.speaking_plainly(client.tracking_uri):
         version = registry.find(client, record["name"], record["key"])
-    if version is not None:
+        champion = version and _champion(client, record["name"])
+    if version is not None and champion is not None:
         _say(f"{_named(version)} is in the registry ({where}); nothing to do")
         return
-    _say(f"the registry ({where}) lacks this version; registering it")
+    _say(f"the registry ({where}) lacks {'a champion' if version else 'this version; registering it'}")
     if finished.describe(finished.read(DATA), params.register_.name, params.views.test_crop) != record:
         raise ValueError(f"{RECORD}: describes another student than data/fixres holds; run `dvc repro`")
     run(params)
@@ -117,18 +120,22 @@ def _register(client: "MlflowClient", params: Params, student: finished.Student,
         _say(f"{_named(version)} is this student already; no new version")
     top1 = _verified_top1(client, version, params, student)
     client.set_registered_model_alias(name, "challenger", version.version)
-    champion = registry.by_alias(client, name, "champion")
+    champion = _champion(client, name)
     while True:
         if _number(champion) == version.version:
             _say(f"{_named(version)} is the champion already")
             return
-        promoted, why = _compare(client, params, student, top1, champion)
-        present = registry.by_alias(client, name, "champion")
+        best = champion or registry.best(client, name, without=version)
+        promoted, why = _compare(client, params, student, top1, best)
+        present = _champion(client, name)
         if not promoted or _number(present) == _number(champion):
             break
         champion = present  # of somebody who registered elsewhere meanwhile
     if promoted:
         client.set_registered_model_alias(name, "champion", version.version)
+    elif champion is None:
+        client.set_registered_model_alias(name, "champion", best.version)
+        _say(f"{_named(best)} is the champion now: there was none, and it is the best of those that are there")
     decision = f"{'promoted' if promoted else 'not promoted'}: {why}"
     client.set_model_version_tag(name, version.version, "decision", decision)
     _say(f"{_named(version)} {'is the champion now' if promoted else 'stays challenger'}: {why}")
@@ -239,24 +246,31 @@ def _verified_top1(client: "MlflowClient", version: "ModelVersion", params: Para
     return top1
 
 
+def _champion(client: "MlflowClient", name: str) -> "ModelVersion | None":
+    """Give the champion; None where there is none, as after it was deleted in MLflow, or its files are gone."""
+    champion = registry.by_alias(client, name, "champion")
+    if champion and not registry.is_whole(client, champion):
+        _say(f"of the champion before, version {champion.version}, the files are gone")
+        return None
+    return champion
+
+
 def _compare(
     client: "MlflowClient", params: Params, student: finished.Student, top1: float, champion: "ModelVersion | None"
 ) -> tuple[bool, str]:
-    """Say whether the challenger replaces the champion, and why.
+    """Say whether the challenger replaces the champion, and why; without a champion, the best of the other versions.
 
     A champion that was tested on other images is tested anew, on these. One that knows classes which the challenger
     lacks is not replaced, whatever its top-1: who relies on it would miss them.
     """
     if champion is None:
-        return True, f"top-1 {top1:.4f}, and there was no champion before"
-    if not registry.is_whole(client, champion):
-        return True, f"top-1 {top1:.4f}; of the champion before, version {champion.version}, the files are gone"
+        return True, f"top-1 {top1:.4f}, and there is no other to compare it with"
     card = registry.card_of(client, champion)
     lost = sorted(set(card["classes"]) - set(student.images.classes))
     if lost:
         return False, (
-            f"the champion, version {champion.version}, knows {len(lost)} classes that this one lacks (such as "
-            f"{lost[0]!r}); give this one another register.name, or set the alias by hand"
+            f"version {champion.version} knows classes that this one lacks ({len(lost)}, such as {lost[0]!r}); "
+            "give this one another register.name, or set the alias by hand"
         )
     if champion.tags.get("digest.test") == student.test_digest and "top1" in champion.tags:
         best = float(champion.tags["top1"])

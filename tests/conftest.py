@@ -1,7 +1,9 @@
 """What several test files are given."""
 
+import contextlib
 import shutil
 import signal
+import sqlite3
 
 import pytest
 import yaml
@@ -106,10 +108,12 @@ def made_registered(made_project, tmp_path_factory):
 
 @pytest.fixture
 def registered(made_project, made_registered, tmp_path, monkeypatch):
-    """A copy of the project with its student registered, as the working folder."""
+    """A copy of the project with its student registered, as the working folder; what it registers lies beside it."""
     import student_project
 
     shutil.copytree(made_registered, tmp_path, dirs_exist_ok=True)
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as store:
+        store.execute("UPDATE experiments SET artifact_location = ?", ((tmp_path / "mlartifacts").as_uri(),))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     return student_project.Project(tmp_path, made_project.pixels)

@@ -155,7 +155,7 @@ def test_a_champion_that_knows_a_class_without_test_images_is_not_replaced(proje
     first, second = (project.versions()[number] for number in (1, 2))
     assert first.tags["digest.test"] == second.tags["digest.test"]
     assert project.aliases() == {"champion": 1, "challenger": 2}
-    assert "lacks (such as 'owl')" in second.tags["decision"]
+    assert "knows classes that this one lacks (1, such as 'owl')" in second.tags["decision"]
 
 
 @pytest.mark.usefixtures("no_onnx")
@@ -166,6 +166,30 @@ def test_a_champion_whose_files_are_gone_is_replaced_and_said_to_be(project, cap
     project.register()
     assert project.aliases() == {"champion": 2, "challenger": 2}
     assert "of the champion before, version 1, the files are gone" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_where_the_champion_was_deleted_the_best_of_the_others_takes_its_place(project, capfd):
+    tops = []
+    for spoilt in (0.0, 1.0, 100.0):
+        tops.append(project.student(spoilt=spoilt))
+        project.register()
+    assert tops == sorted(tops, reverse=True)
+    mlflow_store.connect().delete_model_version(NAME, "1")
+    assert "champion" not in project.aliases()
+    capfd.readouterr()
+    project.register(if_missing=True)  # of the third, which is there
+    assert project.aliases() == {"champion": 2, "challenger": 3}
+    said = capfd.readouterr().out
+    assert "lacks a champion" in said
+    assert "version 2 is the champion now: there was none, and it is the best of those that are there" in said
+    assert "not promoted" in project.versions()[3].tags["decision"]
+
+    mlflow_store.connect().delete_model_version(NAME, "2")
+    assert project.student(spoilt=0.0) == 1.0
+    project.register()
+    assert project.aliases() == {"champion": 4, "challenger": 4}
+    assert "beats version 3's" in project.versions()[4].tags["decision"]
 
 
 @pytest.mark.parametrize(

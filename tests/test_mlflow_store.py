@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -201,6 +202,25 @@ def test_a_moved_project_is_told_that_its_versions_files_are_not_beside_it(root,
         mlflow_store.experiment(mlflow_store.connect(after), after)
     subprocess.run(str(told.value).split("`")[1], shell=True, check=True)
     assert mlflow_store.experiment(mlflow_store.connect(after), after)
+
+
+def test_a_copied_project_does_not_write_among_the_files_of_the_first(root, tmp_path, monkeypatch):
+    first, copy = tmp_path / "first", tmp_path / "copy"
+    shutil.copytree(root, first)
+    one = mlflow_store.experiment(mlflow_store.connect(first), first)
+    shutil.copytree(first, copy)
+    with pytest.raises(ValueError, match=f"belong into {first}, not beside it, as in a copy of the project") as told:
+        mlflow_store.experiment(mlflow_store.connect(copy), copy)
+    address = re.search("MLFLOW_TRACKING_URI=(.*?);", str(told.value))[1]
+    with monkeypatch.context() as context:
+        context.setenv("MLFLOW_TRACKING_URI", address)
+        assert mlflow_store.experiment(mlflow_store.connect(copy), copy) == one
+    (copy / "mlflow.db").rename(copy / "old.db")
+    client = mlflow_store.connect(copy)
+    assert (
+        client.get_experiment(mlflow_store.experiment(client, copy)).artifact_location
+        == (copy / "mlartifacts").as_uri()
+    )
 
 
 def test_a_database_s_files_are_the_project_s_also_of_a_run_in_a_workspace(root, tmp_path, monkeypatch):

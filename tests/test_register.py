@@ -92,7 +92,7 @@ def test_a_version_leads_back_and_has_everything_beside_it(project, capfd):
         }.items()
     )
     assert len(version.tags["digest.params"]) == 64
-    assert "no champion" in version.tags["decision"]
+    assert "no other to compare it with" in version.tags["decision"]
     assert "distilled from ResNet152_vd" in version.description
     run = client.get_run(version.run_id)
     assert run.info.status == "FINISHED"

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 if TYPE_CHECKING:  # mlflow takes seconds to import: what does not use it must not wait for it
     from mlflow import MlflowClient
 
-EXPERIMENT = "ssld"
+EXPERIMENT, ARTIFACTS = "ssld", "mlartifacts"
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages then show what belongs to training
 SQLITE = "sqlite:///"
 PROJECT = "SSLD_PROJECT"  # the variable that names the project to stages in a workspace, which is removed afterwards
@@ -93,7 +93,8 @@ def experiment(client: "MlflowClient", root: Path = Path(".")) -> str:
     """Give the id of the one experiment that all runs belong to; it is made where it is missing.
 
     Raises:
-        ValueError: it was deleted; or the files of its runs and versions were left behind when the project moved.
+        ValueError: it was deleted; or the files of its runs and versions are not beside a local store, which was moved
+            or copied.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.utils.file_utils import local_file_uri_to_path
@@ -115,12 +116,21 @@ def experiment(client: "MlflowClient", root: Path = Path(".")) -> str:
             f"MLFLOW_TRACKING_URI={shlex.quote(where)} {command}"
         )
     place = found.artifact_location
-    here = place.startswith("file:") and not is_server(client.tracking_uri)
-    if here and not (folder := Path(local_file_uri_to_path(place)).parent).exists():
+    if not place.startswith("file:") or is_server(client.tracking_uri):
+        return found.experiment_id
+    folder = Path(local_file_uri_to_path(place)).parent
+    if not folder.exists():
         raise ValueError(
             f"MLflow at {where}: the files of its versions belong into {folder}, which is gone, as after a move of the "
             f"project: move it back, or link it from there (`ln -s {shlex.quote(str(Path(root).resolve()))} "
             f"{shlex.quote(str(folder))}`), or begin a new registry elsewhere (MLFLOW_TRACKING_URI)"
+        )
+    made_here = client.tracking_uri.startswith(SQLITE) and place == (folder / ARTIFACTS).as_uri()
+    if made_here and not folder.samefile((file := _sqlite_file(client.tracking_uri)).parent):
+        raise ValueError(
+            f"MLflow at {where}: the files of its versions belong into {folder}, not beside it, as in a copy of the "
+            f"project: for a registry of its own move {file} away; to go on in that one set "
+            f"MLFLOW_TRACKING_URI=sqlite:///{folder}/mlflow.db; or, if the project was moved from there, move it back"
         )
     return found.experiment_id
 
@@ -169,7 +179,7 @@ def _artifacts(uri: str, root: Path) -> str | None:
         return None
     root = Path(os.environ.get(PROJECT, root)).resolve()
     beside = _sqlite_file(uri).parent if uri.startswith(SQLITE) else root
-    return (beside / "mlartifacts").as_uri()
+    return (beside / ARTIFACTS).as_uri()
 
 
 def _make_sqlite(uri: str) -> None:

@@ -135,6 +135,17 @@ def find(client: "MlflowClient", name: str, key: str) -> "ModelVersion | None":
     return client.get_model_version(name, max(whole, key=lambda v: int(v.version)).version) if whole else None
 
 
+def best(client: "MlflowClient", name: str, without: "ModelVersion") -> "ModelVersion | None":
+    """Find the version of the highest top-1, its files still there, other than one; of equals the newest."""
+    others = [
+        version
+        for version in client.search_model_versions(f"name = '{name}'")
+        if "top1" in version.tags and version.version != without.version
+    ]
+    others.sort(key=lambda version: (float(version.tags["top1"]), int(version.version)), reverse=True)
+    return next((version for version in others if is_whole(client, version)), None)
+
+
 def by_alias(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | None":
     """Give the version that has an alias, if there is one; its files may be gone."""
     from mlflow.exceptions import MlflowException
