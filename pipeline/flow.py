@@ -137,6 +137,7 @@ def check(root: Path, changes: dict[str, Any], stages: list[str] | None) -> None
     Raises:
         ValueError: one line that names what is wrong.
     """
+    preflight.check_git(root)
     preflight.check(params_file.check(root, changes), root)
     dvc.upstream(dvc.graph(root), stages or [])
 
@@ -253,7 +254,7 @@ def environment(root: Path) -> dict[str, str]:
     project = {"MLFLOW_TRACKING_URI": uri, mlflow_store.PROJECT: str(root.absolute())}
     if os.environ.get("MLFLOW_REGISTRY_URI") == given:
         project["MLFLOW_REGISTRY_URI"] = uri
-    return os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1"} | project | flow_run
+    return workspace.without_git(os.environ) | {"PATH": path, "PYTHONUNBUFFERED": "1"} | project | flow_run
 
 
 def serve(url: str, name: str) -> None:

@@ -10,6 +10,7 @@ import toy_project
 import yaml
 from workspaces import CHANGES, failing, opened
 
+from pipeline import score
 from pipeline.core.running import dvc, workspace
 
 
@@ -98,6 +99,53 @@ def test_labels_of_the_same_teacher_are_nearer_than_those_of_the_same_mining(tmp
         (toy / ".scratch/runs" / run).mkdir(parents=True)
         (toy / ".scratch/runs" / run / "dvc.lock").write_text(yaml.safe_dump({"stages": lock}))
     assert workspace.nearest_lock(toy, {}) == toy / ".scratch/runs/a/dvc.lock"
+
+
+def test_it_begins_with_the_trees_scores(tmp_path):
+    toy = toy_project.make(tmp_path)
+    (toy / score.SCORED).mkdir(parents=True)
+    (toy / score.SCORED / "answers.json").write_text("{}")
+    with opened(toy) as folder:
+        assert (folder / score.SCORED / "answers.json").read_text() == "{}"
+
+
+def test_a_git_that_runs_a_hook_keeps_its_index(tmp_path, monkeypatch):
+    toy = toy_project.make(tmp_path / "toy")
+    tree = tmp_path / "tree"
+    toy_project.execute(toy, "git", "worktree", "add", "--quiet", str(tree))
+    for name in "ab":
+        (tree / f"{name}.txt").write_text(name)
+    toy_project.execute(tree, "git", "add", "a.txt", "b.txt")
+    before = toy_project.execute(tree, "git", "status", "--porcelain")
+    where = toy_project.execute(tree, "git", "rev-parse", "--absolute-git-dir").strip()
+    monkeypatch.setenv("GIT_DIR", where)
+    monkeypatch.setenv("GIT_INDEX_FILE", f"{where}/index")
+    with opened(tree) as folder:
+        assert (folder / "b.txt").exists()
+    monkeypatch.undo()
+    assert toy_project.execute(tree, "git", "status", "--porcelain") == before
+
+
+def test_a_lock_file_that_another_dvc_is_writing_is_waited_for(tmp_path):
+    toy = toy_project.make(tmp_path)
+    toy_project.execute(toy, "dvc", "repro", "--quiet")
+    whole, read = (toy / "dvc.lock").read_text(), []
+
+    def look():
+        read.append(dvc.graph(toy))
+        with opened(toy) as folder:
+            read.append((folder / "dvc.lock").read_text())
+
+    reader = threading.Thread(target=look)
+    with dvc.locked(toy):  # as `dvc repro` holds it
+        (toy / "dvc.lock").write_text(whole[:100])
+        reader.start()
+        reader.join(2)
+        assert not read
+        (toy / "dvc.lock").write_text(whole)
+    reader.join(60)
+    assert read[0].keys() == toy_project.EDGES.keys()
+    assert read[1] == whole
 
 
 def test_a_runs_results_take_the_place_of_those_of_that_name(tmp_path):

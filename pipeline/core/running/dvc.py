@@ -51,7 +51,7 @@ def graph(folder: Path) -> Graph:
     Raises:
         ValueError: dvc.yaml is missing or wrong: DVC's words, on one line.
     """
-    with _repo(folder) as repo:
+    with _repo(folder) as repo, repo.lock:  # another DVC writes dvc.lock in place
         reads = {_name(stage): [_name(other) for other in reads] for stage, reads in _dependencies(repo).items()}
     return {stage: reads[stage] for stage in TopologicalSorter(reads).static_order()}
 
@@ -136,6 +136,17 @@ def share_cache(owner: Path, guest: Path, notes: Path) -> None:
     local.setdefault("cache", {})["dir"] = cache
     local.setdefault("core", {})["site_cache_dir"] = str(notes)
     local.write()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep every other DVC from writing a project's files, dvc.lock among them, in place.
+
+    Raises:
+        ValueError: see `graph`.
+    """
+    with _repo(folder) as repo, repo.lock:
+        yield
 
 
 @contextmanager

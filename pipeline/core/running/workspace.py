@@ -22,7 +22,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ from pipeline.core.running import dvc, params_file
 
 MAKE_LABELS = ("prepare", "teacher", "mine", "cache")  # stages; what cache says counts most
 LABELS_DEPEND_ON = ("seed", "views", "teacher", "cache", "mine", "prepare")  # sections, what matters most first
+SCORED = SCRATCH / "scored"  # as pipeline/score.py has it
+# By these git tells its hooks which repository they are of (the more common of `git rev-parse --local-env-vars`).
+GITS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX")
 SETTINGS, SCORES = ("params.yaml", "dvc.lock"), ("data/evaluate/metrics.json", "data/evaluate/report.html")
 
 
@@ -119,12 +122,15 @@ def _file_name(run: str) -> str:
 def set_up(root: Path, folder: Path, changes: dict[str, Any], notes: Path) -> None:
     """Make a workspace: clone, uncommitted changes, DVC's settings, changed parameters, data."""
     _command(["git", "clone", "--quiet", "--no-checkout", str(root), str(folder)], root)
-    copy_tree(root, folder)
+    with dvc.locked(root):
+        copy_tree(root, folder)
+        if (lock := nearest_lock(root, changes)).exists():
+            shutil.copy2(lock, folder / "dvc.lock")
     if (root / ".dvc/config.local").exists():
         shutil.copy2(root / ".dvc/config.local", folder / ".dvc/config.local")
     dvc.share_cache(root, folder, notes)
-    if (lock := nearest_lock(root, changes)).exists():
-        shutil.copy2(lock, folder / "dvc.lock")
+    if (root / SCORED).exists():  # what `score` has asked the teacher already
+        shutil.copytree(root / SCORED, folder / SCORED, copy_function=_link_or_copy)
     _check_out(folder)
     params_file.write(root, folder, changes)
 
@@ -204,6 +210,11 @@ def unlink_inputs(folder: Path) -> None:
         link.unlink()
 
 
+def without_git(variables: Mapping[str, str]) -> dict[str, str]:
+    """Give environment variables without those that name a git repository: a workspace has its own."""
+    return {name: value for name, value in variables.items() if name not in GITS}
+
+
 def _check_tree(root: Path) -> None:
     """Make sure that a workspace can be as the tree is: it is cloned, and gets what .dvc files name from the cache."""
     top = _command(["git", "rev-parse", "--show-toplevel"], root).removesuffix("\n")
@@ -242,6 +253,13 @@ def _bytes(folder: Path) -> int:
     return total
 
 
+def _link_or_copy(file: str, to: str) -> None:
+    try:
+        os.link(file, to)
+    except OSError:
+        shutil.copy2(file, to)
+
+
 def _texts(value: Any) -> list[str]:
     if isinstance(value, dict):
         return [text for inner in value.values() for text in _texts(inner)]
@@ -255,8 +273,15 @@ def _files(folder: Path) -> set[str]:
 
 
 def _command(command: list[str], folder: Path, may_fail: bool = False) -> str:
-    # Names of files may be no UTF-8.
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="surrogateescape", check=False)
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=without_git(os.environ),
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",  # names of files may be no UTF-8
+        check=False,
+    )
     if done.returncode and not may_fail:
         raise ValueError(f"{' '.join(command)}: {' '.join(done.stderr.split()) or f'exit code {done.returncode}'}")
     return done.stdout
