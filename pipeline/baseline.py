@@ -15,6 +15,7 @@ from pipeline.core.train import training
 
 
 def run(params: Params) -> None:
+    processes = devices.join(params.machine)
     images = ImageSet(Path("data/prepare/images/known"))
     spec = ViewSpec.of(params.seed, params.views)
     classifier = networks.build(params.student.model, len(images.classes), params.seed, params.student.init)
@@ -27,7 +28,7 @@ def run(params: Params) -> None:
         loss=training.labelled_loss(images, images.labels, params.baseline.label_smoothing),
         identities={"views": spec.digest},
     )
-    training.train(task, params, devices.join(params.machine))
+    training.train(task, params, processes)
 
 
 if __name__ == "__main__":

@@ -53,9 +53,12 @@ def bring_up_to_date(params: Params, processes: Processes, scratch: Path) -> Non
     if processes.first():
         warn_of_top_k("cache", params, labelling.description.num_classes)
     keys_at, missing_at = scratch / keys_file(labelling), scratch / "missing.bin"
+    devices.check_same(processes, f"{labelling.description.fingerprint} {keys_at.name}")
     if processes.first():
         list_missing(labelling, scratch, keys_at, missing_at)
     devices.wait_for_all(processes)
+    if not keys_at.exists():
+        raise ValueError(f"{keys_at}: not there, though the first process made it: machines must share the folder")
     keys, missing = np.load(keys_at, mmap_mode="r"), numbers_in(missing_at)
     write_missing(labelling, keys, missing)
     devices.wait_for_all(processes)

@@ -13,13 +13,14 @@ from pipeline.core.train import distillation
 
 
 def run(params: Params) -> None:
+    processes = devices.join(params.machine)
     images = ImageSet(Path("data/prepare/images"))
     classifier = networks.build(params.student.model, len(images.classes), params.seed, params.student.init)
     distillation.train(
         "distill",
         params,
         images,
-        devices.join(params.machine),
+        processes,
         model=params.student.model,
         classifier=classifier,
         rows=teaching.training_rows(images),

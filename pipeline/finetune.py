@@ -16,13 +16,14 @@ from pipeline.core.train import distillation, training
 
 
 def run(params: Params) -> None:
+    processes = devices.join(params.machine)
     images = ImageSet(Path("data/prepare/images/known"))
     before = training.Before.of("distill")
     distillation.train(
         "finetune",
         params,
         images,
-        devices.join(params.machine),
+        processes,
         model=before.card["model"],
         classifier=copy.deepcopy(before.classifier),
         rows=images.rows("labelled"),

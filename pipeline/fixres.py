@@ -21,6 +21,7 @@ from pipeline.core.train import training
 
 
 def run(params: Params) -> None:
+    processes = devices.join(params.machine)
     images = ImageSet(Path("data/prepare/images/known"))
     before = training.Before.of("finetune")
     classifier = copy.deepcopy(before.classifier)
@@ -36,7 +37,7 @@ def run(params: Params) -> None:
         part=nn.ModuleList(models.last_layers(classifier.network)),
         before=before,
     )
-    training.train(task, params, devices.join(params.machine))
+    training.train(task, params, processes)
 
 
 if __name__ == "__main__":

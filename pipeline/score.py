@@ -83,6 +83,7 @@ def bring_up_to_date(params: Params, processes: Processes) -> None:
     views = [params.views.resolution, params.views.test_crop]
     asked = [*network, params.teacher.precision, *views, *resume.package_versions(), resume.code_digest()]
     answers = digests.of_json(asked)[:16]
+    devices.check_same(processes, f"{answers} {images.digest}")
     rows = np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])
     known = read_known(answers) if processes.first() else NOTHING_KNOWN  # with a digest of all columns, once
     new = devices.from_first(processes, rows[~np.isin(images.ids[rows], known.ids)])

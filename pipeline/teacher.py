@@ -33,8 +33,8 @@ CHANCE = 0.01  # the probability that one that guesses passes
 
 
 def run(params: Params) -> None:
-    images = ImageSet(Path("data/prepare/images/known"))
     processes = devices.join(params.machine)
+    images = ImageSet(Path("data/prepare/images/known"))
     if params.teacher.source == "fit":
         fit(params, images, processes)
     elif processes.first():

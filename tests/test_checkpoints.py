@@ -1,5 +1,7 @@
 """Checkpoint files: what keeps one from being written or read costs none of the others."""
 
+import errno
+import os
 import pickle
 import re
 import resource
@@ -22,6 +24,17 @@ def test_what_keeps_a_checkpoint_from_being_read_does_not_remove_it(tmp_path, mo
     with pytest.raises(RuntimeError, match="allocate memory"):
         checkpoints.load(tmp_path)
     assert len(checkpoints.files(tmp_path)) == 2
+
+
+def test_a_full_disk_is_named_where_it_shows_as_a_checkpoint_is_flushed(tmp_path, monkeypatch):
+    """As of a quota, or on NFS."""
+
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoints.atomic, "flush", full)
+    with pytest.raises(OSError, match=f"{re.escape(str(tmp_path))}: a checkpoint cannot be written; .*No space left"):
+        checkpoints.save(tmp_path, 1, {"step": 1}, keep=1)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_those_before(tmp_path):

@@ -36,17 +36,33 @@ def folder(tmp_path, monkeypatch):
 
 # As docs/running.md says, on each of two machines.
 MEET = """
-torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint localhost:PORT --rdzv-id baseline
---local-addr 127.0.0.1 --max-restarts 3 -m pipeline.baseline
+-m pipeline.core.running.torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint localhost:PORT
+--rdzv-id baseline --local-addr 127.0.0.1 --max-restarts 3 -m pipeline.baseline
 """
+
+
+def meet() -> list[str]:
+    """The arguments of Python's to start one of two machines, which meet at a port that is free."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return MEET.replace("PORT", str(free.getsockname()[1])).split()
+
+
+# As DVC starts a stage, and waits for it.
+DVC = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'pipeline.baseline'])"
+
+
+def write_settings(folder: Path, changes: dict[str, object]) -> None:
+    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+    (folder / "params.yaml").write_text(yaml.safe_dump(params.with_changes(settings, SETTINGS | changes)))
 
 
 def start(folder: Path, restarts: int, *command: str) -> subprocess.Popen:
     """Start stage baseline."""
-    settings = params.with_changes(yaml.safe_load((ROOT / "params.yaml").read_text()), SETTINGS)
-    (folder / "params.yaml").write_text(yaml.safe_dump(params.with_changes(settings, {"machine.restarts": restarts})))
+    write_settings(folder, {"machine.restarts": restarts})
     variables = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    variables |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TMPDIR": str(folder / "tmp")}
+    (folder / "tmp").mkdir(exist_ok=True)
     return subprocess.Popen(
         [sys.executable, *(command or ("-c", launch("baseline")))],
         cwd=folder,
@@ -115,16 +131,46 @@ def test_a_run_with_killed_processes_ends_in_the_same_bytes(folder):
     assert left(folder) == []
     assert not (folder / "data/baseline/weights.safetensors").exists()
 
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    command = ("-m", "torch.distributed.run", *MEET.replace("PORT", port).split()[1:])
+    command = meet()
     machines = [start(folder, 3, *command) for _ in range(2)]
     kill(machines[0], None, folder)
     said = [finish(machine) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert "".join(said).count("baseline: going on from step") == 2
     assert weights(folder) == expected
+
+
+def test_machines_with_different_settings_train_nothing_together(folder):
+    command = meet()
+    first = start(folder, 3, *command)
+    settings = yaml.safe_load((folder / "params.yaml").read_text())
+    (folder / "others.yaml").write_text(yaml.safe_dump(params.with_changes(settings, {"baseline.lr": 0.1})))
+    machines = [first, start(folder, 3, *command, "--params", "others.yaml")]
+    said = [finish(machine) for machine in machines]
+    assert [machine.returncode for machine in machines] == [1, 1], said
+    assert "".join(said).count("baseline: error: the processes have not the same settings, images and code") == 2, said
+    assert "waiting for the processes of the other machines" in "".join(said)
+    assert "Traceback" not in "".join(said)
+    assert not (folder / "data/baseline").exists()
+
+
+def test_a_dvc_that_is_killed_takes_torchrun_and_its_processes_down(folder):
+    """Torchrun would take those that it sees end for lost, and start them again."""
+    write_settings(folder, {"machine.restarts": 3, "baseline.epochs": 1000})
+    dvc = subprocess.Popen(
+        [sys.executable, "-c", DVC],
+        cwd=folder,
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DVC_STAGE": "baseline"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    wait_until(lambda: [*folder.glob(".scratch/baseline/*/*.pt")] or dvc.poll() is not None, seconds=120)
+    dvc.kill()
+    said = finish(dvc)  # once none of them can write any more
+    assert said.count("baseline: stopped") == 1, said
+    assert "going on from step" not in said
+    assert left(folder) == []
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -139,6 +185,7 @@ def test_ctrl_c_while_torchruns_processes_start_stops_them_in_a_line(folder, ran
     assert said.count("\n") == 1, said
     psutil.wait_procs(left(folder), timeout=20)
     assert left(folder) == []
+    assert [*(folder / "tmp").iterdir()] == []
 
 
 def test_an_error_that_would_come_again_restarts_nothing(folder):

@@ -137,6 +137,25 @@ def test_a_stop_that_a_finalizer_loses_comes_with_the_next_progress(monkeypatch)
             progress.update()
 
 
+@pytest.mark.usefixtures("no_stop", "heard")
+def test_a_stop_waits_for_a_finalizer(monkeypatch):
+    """As of a loader's, which waits for its worker processes: Python would print the KeyboardInterrupt, and drop it."""
+    lost, done = [], []
+    monkeypatch.setattr(sys, "unraisablehook", lambda raised: lost.append(raised.exc_type))
+
+    class Slow:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.2)  # as long as it takes to look again, more than once
+            done.append(True)
+
+    signal.signal(signal.SIGTERM, signals.stop)
+    with pytest.raises(KeyboardInterrupt):
+        Slow()
+        time.sleep(10)
+    assert (lost, done) == ([], [True])
+
+
 def test_a_thread_that_may_not_handle_signals_works_all_the_same():
     def work():
         with signals.finish_first():

@@ -185,6 +185,9 @@ def test_of_several_processes_one_says_what_has_ended_them(said, tmp_path, monke
     for name, value in {
         "RANK": rank,
         "LOCAL_RANK": rank,
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29500",
         "TORCHELASTIC_ERROR_FILE": str(tmp_path / rank / "error.json"),
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_MAX_RESTARTS": "3",
@@ -200,6 +203,23 @@ def test_of_several_processes_one_says_what_has_ended_them(said, tmp_path, monke
     refused = work is pythons_error
     assert note.exists() == (told or refused)
     assert killed == ([(os.getppid(), 15)] if refused and not told else [])
+
+
+@pytest.mark.parametrize(
+    ("resumes", "variables", "words"),
+    [
+        ("shared", {"RANK": "0"}, "RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT, as torchrun sets them"),
+        ("shared", {"RANK": "0", "WORLD_SIZE": ""}, "RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ("no", {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "runs in one process"),
+    ],
+)
+def test_what_torchrun_did_not_start_or_should_not_have_is_refused(monkeypatch, resumes, variables, words):
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        stage._check_launcher(resumes)
 
 
 class Fatal(torch.utils.data.Dataset):

@@ -55,6 +55,8 @@ def join(machine: Machine) -> Processes:
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
     if not dist.is_initialized():
+        if rank == 0 and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+            print("waiting for the processes of the other machines", flush=True)
         # What lies in the host's memory, a checkpoint, is sent from there: a GPU need not hold it once more.
         backend, options = "gloo", None
         if device.startswith("cuda"):
@@ -100,6 +102,25 @@ def send(array: np.ndarray, device: torch.device) -> Tensor:
     """Copy an array to a device; the host does not wait for what a GPU has still to do, as from pageable memory."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def check_same(processes: Processes, work: str) -> None:
+    """Make sure that all processes are about to do the same.
+
+    Args:
+        work: a digest of it.
+
+    Raises:
+        ValueError: one has other settings, images or code.
+    """
+    works: list[Any] = [work] * processes.world
+    if processes.world > 1:
+        dist.all_gather_object(works, work)
+    if len(set(works)) > 1:
+        raise ValueError(
+            "the processes have not the same settings, images and code: start them in one folder, which several "
+            "machines share, and edit nothing there until all have begun"
+        )
 
 
 def wait_for_all(processes: Processes) -> None:

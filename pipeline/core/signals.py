@@ -1,7 +1,8 @@
 """Ctrl-C and SIGTERM raise KeyboardInterrupt, but not where it would be lost, nor within a short piece of work.
 
-Where a module is imported, libraries drop that exception, or take it for an error of their own; so it waits until the
-import is done. In a finalizer Python itself drops it; so progress (progress.py) raises it once more.
+Where a module is imported, libraries drop that exception, or take it for an error of their own, and in a finalizer
+Python itself drops it; so it waits until that is done. Where it was lost all the same, progress (progress.py) raises it
+once more.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-LOOK_AGAIN = 0.05  # seconds after which to see whether an import is done
+LOOK_AGAIN = 0.05  # seconds after which to see whether an import or a finalizer is done
 IMPORT = "<frozen importlib._bootstrap>"  # as Python names the file of its import system in a frame
 Handler = Callable[[int, FrameType | None], None]
 
@@ -23,17 +24,17 @@ def stop(signum: int, frame: FrameType | None) -> None:
     """Handle a signal that is to stop the program.
 
     Raises:
-        KeyboardInterrupt: at once, where nothing is imported or it is not the first; else once that is done.
+        KeyboardInterrupt: at once, where nothing is imported or finalized, or it is not the first; else after that.
     """
     first = signum not in _came
     _came.append(signum)
-    _stop_unless_importing(signum, frame if first else None)
+    _stop_where_it_is_heard(signum, frame if first else None)
 
 
-def _stop_unless_importing(signum: int, frame: FrameType | None) -> None:
+def _stop_where_it_is_heard(signum: int, frame: FrameType | None) -> None:
     while frame:
-        if frame.f_code.co_filename == IMPORT:
-            signal.signal(signal.SIGALRM, _stop_unless_importing)
+        if frame.f_code.co_filename == IMPORT or frame.f_code.co_name == "__del__":
+            signal.signal(signal.SIGALRM, _stop_where_it_is_heard)
             signal.setitimer(signal.ITIMER_REAL, LOOK_AGAIN)
             return
         frame = frame.f_back

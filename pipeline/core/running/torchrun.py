@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 
 from torch.distributed import run
@@ -30,7 +31,8 @@ def main() -> int:
     for part in TALKATIVE:
         logging.getLogger(f"torch.distributed.{part}").addFilter(tells_more)
     try:
-        run.main()
+        with tempfile.TemporaryDirectory(prefix="ssld-torchrun-", ignore_cleanup_errors=True) as logs:
+            run.main(["--log-dir", logs, *sys.argv[1:]])
     except ChildFailedError:
         return 1
     except SignalException as error:

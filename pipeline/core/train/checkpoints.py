@@ -33,7 +33,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
         atomic.flush(beside)
         os.replace(beside, folder / f"{step:09d}-{digests.of_file(beside)[:DIGITS]}.pt")
         atomic.flush(folder)
-    except RuntimeError as error:  # torch.save says so of a full disk
+    except (RuntimeError, OSError) as error:  # torch.save says so of a full disk by the former
         free = f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there"
         raise OSError(f"{folder}: a checkpoint cannot be written; {free} ({str(error).splitlines()[0]})") from None
     finally:

@@ -97,7 +97,9 @@ def train(task: Task, params: Params, processes: Processes) -> None:
     recipe: TrainingRecipe = getattr(params, task.name)
     start = task.before.card["digest"] if task.before else networks.digest(task.classifier)
     identities = {"data": images.digest, **task.identities, "start": start}
-    folder = resume.SCRATCH / task.name / _name(task, recipe, identities, params)
+    name = _name(task, recipe, identities, params)
+    devices.check_same(processes, name)
+    folder = resume.SCRATCH / task.name / name
     if not processes.first():
         devices.wait_for_all(processes)  # until the first process has made sure that the checkpoint is this run's
         _run(task, recipe, params, processes, folder, lambda epoch, figures: None)
