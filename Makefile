@@ -57,5 +57,5 @@ lock: .venv/installed  ## bring requirements*.txt up to requirements*.in; pins t
 	  $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
 	    --python-version 3.11 $$name.in -o $$name.txt || exit 1; done
 
-clean:  ## remove checkpoints, workspaces, Prefect's history, soft labels set aside, the last scores, prepare's notes; results stay
+clean:  ## remove checkpoints, workspaces, Prefect's history, labels set aside, last scores, prepare's notes; results stay
 	[ ! -d .scratch ] || find .scratch -mindepth 1 -maxdepth 1 ! -name runs -exec rm -rf {} +

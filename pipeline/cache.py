@@ -53,7 +53,9 @@ def bring_up_to_date(params: Params, processes: Processes, scratch: Path) -> Non
     if processes.first():
         warn_of_top_k("cache", params, labelling.description.num_classes)
     keys_at, missing_at = scratch / keys_file(labelling), scratch / "missing.bin"
-    devices.check_same(processes, f"{labelling.description.fingerprint} {keys_at.name}")
+    devices.check_same(
+        processes, {"teacher and views": labelling.description.fingerprint, "images and code": keys_at.name}
+    )
     if processes.first():
         list_missing(labelling, scratch, keys_at, missing_at)
     devices.wait_for_all(processes)

@@ -33,7 +33,7 @@ from pipeline.core.progress import Progress
 from pipeline.core.sections import Params
 
 TEACHER, FOLDER = Path("data/teacher"), Path("data/score")  # not teaching.py's: it imports soft labels' code
-SCORED = resume.SCRATCH / "scored"  # what the last run wrote, and answers.json, which says whose answers those are
+SCORED = resume.SCORED  # what the last run wrote, and answers.json, which says whose answers those are
 PART_IMAGES = 4096  # images scored between two files: what a killed run loses at most
 LARGEST = float(np.finfo(np.float16).max)
 COLUMNS = ("ids", "logits", "embeddings", "thumbnails")
@@ -83,7 +83,7 @@ def bring_up_to_date(params: Params, processes: Processes) -> None:
     views = [params.views.resolution, params.views.test_crop]
     asked = [*network, params.teacher.precision, *views, *resume.package_versions(), resume.code_digest()]
     answers = digests.of_json(asked)[:16]
-    devices.check_same(processes, f"{answers} {images.digest}")
+    devices.check_same(processes, {"teacher, views, packages and code": answers, "images": images.digest})
     rows = np.concatenate([images.rows("unlabelled"), images.rows("val", "test")])
     known = read_known(answers) if processes.first() else NOTHING_KNOWN  # with a digest of all columns, once
     new = devices.from_first(processes, rows[~np.isin(images.ids[rows], known.ids)])

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from pathlib import Path
 
 import pytest
 import student_project
@@ -190,6 +191,33 @@ def test_where_the_champion_was_deleted_the_best_of_the_others_takes_its_place(p
     project.register()
     assert project.aliases() == {"champion": 4, "challenger": 4}
     assert "beats version 3's" in project.versions()[4].tags["decision"]
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_a_version_without_a_card_is_not_the_best_of_those_that_are_left(project):
+    project.register()
+    mlflow_store.connect().delete_registered_model_alias(NAME, "champion")
+    next(Path("mlartifacts").rglob("network.json")).unlink()
+    project.student(spoilt=1.0)
+    project.register()
+    assert project.aliases() == {"champion": 2, "challenger": 2}
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_one_that_became_champion_meanwhile_stays_it_where_there_was_none(project, monkeypatch):
+    for spoilt in (0.0, 1.0, 100.0):
+        project.student(spoilt=spoilt)
+        project.register()
+    client, compare = mlflow_store.connect(), register._compare
+    client.delete_registered_model_alias(NAME, "champion")
+
+    def slowly(*arguments):
+        client.set_registered_model_alias(NAME, "champion", "2")
+        return compare(*arguments)
+
+    monkeypatch.setattr(register, "_compare", slowly)
+    project.register()
+    assert project.aliases() == {"champion": 2, "challenger": 3}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from images import tiny
 
 from pipeline.core import devices
 
+NCCL = pytest.mark.skipif(not torch.distributed.is_nccl_available(), reason="no NCCL on this system")
+
 
 def test_algorithms_are_chosen_for_a_gpu_alone(monkeypatch):
     chosen = []
@@ -44,8 +46,9 @@ def test_torch_calls_instructions_for_bfloat16_so():
     assert {*devices.WITH_BFLOAT16} - {"bf16", "sve_bf16"} <= torch.cpu.get_capabilities().keys()
 
 
-@pytest.mark.parametrize(("device", "backend"), [("cuda", "cpu:gloo,cuda:nccl"), ("cpu", "gloo")])
-@pytest.mark.skipif(not torch.distributed.is_nccl_available(), reason="no NCCL on this system")
+@pytest.mark.parametrize(
+    ("device", "backend"), [pytest.param("cuda", "cpu:gloo,cuda:nccl", marks=NCCL), ("cpu", "gloo")]
+)
 def test_what_lies_in_the_hosts_memory_is_sent_from_there(monkeypatch, device, backend):
     asked, waits = [], []
 

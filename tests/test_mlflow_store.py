@@ -5,6 +5,7 @@ import contextlib
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import socket
 import sqlite3
@@ -211,10 +212,14 @@ def test_a_copied_project_does_not_write_among_the_files_of_the_first(root, tmp_
     shutil.copytree(first, copy)
     with pytest.raises(ValueError, match=f"belong into {first}, not beside it, as in a copy of the project") as told:
         mlflow_store.experiment(mlflow_store.connect(copy), copy)
-    address = re.search("MLFLOW_TRACKING_URI=(.*?);", str(told.value))[1]
+    (address,) = shlex.split(re.search("MLFLOW_TRACKING_URI=(.*?);", str(told.value))[1])
     with monkeypatch.context() as context:
         context.setenv("MLFLOW_TRACKING_URI", address)
         assert mlflow_store.experiment(mlflow_store.connect(copy), copy) == one
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "mlflow.db").symlink_to(first / "mlflow.db")
+    assert mlflow_store.experiment(mlflow_store.connect(linked), linked) == one
     (copy / "mlflow.db").rename(copy / "old.db")
     client = mlflow_store.connect(copy)
     assert (

@@ -305,6 +305,10 @@ def test_cifar_by_parameters_alone(tmp_path):
     assert images.source(row).split("/")[1] == images.classes[images.labels[row]]
 
 
+def relabel(file):
+    file.write_bytes(file.read_bytes().replace(b",a", b",b"))
+
+
 def append(file):
     with file.open("ab") as end:
         end.write(b"more")
@@ -319,20 +323,23 @@ def append(file):
         (lambda root: (root / "train/a/00.png").unlink(), "train/a/00.png"),
         (lambda root: append(root / "pool.zip"), "pool.zip"),
         (lambda root: append(root / "other.csv"), None),
+        (lambda root: relabel(root / "list.csv"), "train/a/00.png"),
         (lambda root: None, None),
     ],
 )
 def test_what_changes_while_it_is_read_is_named(tmp_path, change, named):
     """DVC notes the images once prepare has ended: those that came meanwhile would never be looked at."""
-    root = write(tmp_path / "in", with_splits() | {"other.csv": b""})
+    listed = b"file,label\ntrain/a/00.png,a\ntrain/b/00.png,b\n"
+    root = write(tmp_path / "in", with_splits() | {"other.csv": b"", "list.csv": listed})
     as_zip(root / "pool.zip", good(3, start=700))
-    given = SETTINGS | {"labelled_root": str(root), "unlabelled_root": str(root), "unlabelled": "pool.zip"}
+    places = {"labelled_root": str(root), "unlabelled_root": str(root), "val": "list.csv", "unlabelled": "pool.zip"}
+    given = SETTINGS | places
     inputs = Inputs.of(Prepare(**given))
     change(root)
     if named is None:
         inputs.check_unchanged()
         return
-    with pytest.raises(ValueError, match=f"{re.escape(named)}: changed while it was read, as while files are still"):
+    with pytest.raises(ValueError, match=f"{re.escape(named)}: came, went or changed while prepare read, so"):
         inputs.check_unchanged()
 
 
@@ -349,7 +356,7 @@ def test_the_stage_looks_at_its_sources_again(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "prepare", slowly)
     places = {"labelled_root": "in", "unlabelled_root": "in", "train": "train", "val": None, "test": None}
     changes = {f"prepare.{key}": value for key, value in (places | {"unlabelled": None}).items()}
-    with pytest.raises(ValueError, match=r"late\.png: changed while it was read"):
+    with pytest.raises(ValueError, match=r"late\.png: came, went or changed while prepare"):
         prepare.run(tiny(**changes))
     assert not (tmp_path / "data/prepare").exists()
     prepare.run(tiny(**changes))

@@ -208,8 +208,8 @@ def test_of_several_processes_one_says_what_has_ended_them(said, tmp_path, monke
 @pytest.mark.parametrize(
     ("resumes", "variables", "words"),
     [
-        ("shared", {"RANK": "0"}, "RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT, as torchrun sets them"),
-        ("shared", {"RANK": "0", "WORLD_SIZE": ""}, "RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ("shared", {"RANK": "0"}, "in the environment, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT, as torchrun"),
+        ("shared", {"RANK": "0", "WORLD_SIZE": ""}, "in the environment, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
         ("no", {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "runs in one process"),
     ],
 )

@@ -11,12 +11,12 @@ from runs import MODEL, run
 from torch import nn
 
 import models
-from pipeline.core import networks, resume, stage
+from pipeline.core import digests, networks, resume, stage
 from pipeline.core.devices import Processes
 from pipeline.core.train import checkpoints, engine, training
 from pipeline.core.train.finite import LOOK_EVERY, Losses
 from pipeline.core.train.optimizers import Average, learning_rate, optimizer_of
-from pipeline.core.train.training import _name, batches_a_pass, labelled_loss, validator
+from pipeline.core.train.training import _content, batches_a_pass, labelled_loss, validator
 
 
 def test_the_schedule_warms_up_and_ends_near_zero():
@@ -256,7 +256,7 @@ def test_a_run_is_named_after_all_that_it_depends_on(monkeypatch):
     def name(seed=0, crop=0.9, lr=0.1, data="a", model="ResNet50", replicas=0, resolution=16):
         task = SimpleNamespace(model=model, replicas=replicas, views=SimpleNamespace(resolution=resolution))
         recipe = tiny(**{"baseline.lr": lr}).baseline
-        return _name(task, recipe, {"data": data}, tiny(**{"seed": seed, "views.test_crop": crop}))
+        return digests.of_json(_content(task, recipe, {"data": data}, tiny(**{"seed": seed, "views.test_crop": crop})))
 
     names = [name(), name(seed=1), name(crop=0.8), name(model="ResNet50_va"), name(data="b")]
     names += [name(replicas=1), name(resolution=17), name(lr=0.5)]

@@ -104,22 +104,22 @@ def send(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def check_same(processes: Processes, work: str) -> None:
+def check_same(processes: Processes, work: dict[str, Any]) -> None:
     """Make sure that all processes are about to do the same.
 
     Args:
-        work: a digest of it.
+        work: settings, digests and versions, by what they are.
 
     Raises:
-        ValueError: one has other settings, images or code.
+        ValueError: one has others; it names what these are.
     """
     works: list[Any] = [work] * processes.world
     if processes.world > 1:
         dist.all_gather_object(works, work)
-    if len(set(works)) > 1:
+    if differ := [what for what in work if any(one[what] != work[what] for one in works)]:
         raise ValueError(
-            "the processes have not the same settings, images and code: start them in one folder, which several "
-            "machines share, and edit nothing there until all have begun"
+            f"the processes have not the same {', '.join(differ)}: start them in one folder, which several machines "
+            "share, with the same packages, and edit nothing there until all have begun"
         )
 
 

@@ -104,6 +104,17 @@ def with_changes(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
     return changed
 
 
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Give settings with dotted keys alone, some of which may be dotted already; a dotted key may have a table."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and "." not in key:  # a section
+            found |= {f"{key}.{name}": inner for name, inner in value.items()}
+        else:
+            found[key] = value
+    return found
+
+
 def _known_keys(data: dict[str, Any]) -> list[str]:
     inner = [f"{section}.{name}" for section, value in data.items() if isinstance(value, dict) for name in value]
     return inner + list(data)

@@ -4,6 +4,7 @@ DVC reads settings and source files once a stage has ended. Were they edited whi
 ones beside a result of the former, which DVC would then take for up to date, and restore from its cache ever after.
 """
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +13,7 @@ from pipeline.core import digests, params
 
 SETTINGS, GRAPH, LOCK = Path("params.yaml"), Path("dvc.yaml"), Path("dvc.lock")
 CODE = ("pipeline/", "models/")
+LOOK_AGAIN = 1  # seconds after which to look once more at what has changed
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,10 @@ class Recorded:
             ValueError: a file is not YAML.
         """
         described = _read(GRAPH).get("stages", {}).get(stage, {})
-        held, sources = _flat(_read(SETTINGS)), [dep for dep in described.get("deps", []) if dep.startswith(CODE)]
-        names = described.get("params", [])
-        sections = tuple(f"{name}." for name in names)
+        names = [name for name in described.get("params", []) if isinstance(name, str)]
+        sections, held = tuple(f"{name}." for name in names), params.flat(_read(SETTINGS))
         settings = {key: value for key, value in held.items() if key in names or key.startswith(sections)}
+        sources = [dep for dep in described.get("deps", []) if isinstance(dep, str) and dep.startswith(CODE)]
         return cls(settings, {file: digests.of_file(Path(file)) for file in sources if Path(file).is_file()})
 
 
@@ -48,6 +50,9 @@ def check(stage: str, began: Recorded) -> None:
         ValueError: settings or code have changed since; it names them, and says what to do.
     """
     now = Recorded.now(stage)
+    if now != began:
+        time.sleep(LOOK_AGAIN)  # an editor may be just writing a file
+        now = Recorded.now(stage)
     if edited := _changes(began.settings, now.settings):
         raise ValueError(
             f"params.yaml was edited while this ran: {edited}. DVC would record the new values for a result of the old "
@@ -56,23 +61,26 @@ def check(stage: str, began: Recorded) -> None:
     if edited := sorted(file for file, _ in began.sources.items() ^ now.sources.items()):
         raise ValueError(
             f"{', '.join(dict.fromkeys(edited))}: edited while this ran. DVC would record the new code for a result of "
-            f"the old: where that alters no result, `dvc commit --force {stage}` does so; else give the same command"
+            f"the old: where that alters no result, `dvc commit --force {stage}` does so; else the same command begins "
+            "anew"
         )
 
 
-def check_lock(without: tuple[str, ...]) -> None:
-    """Make sure that params.yaml still holds the settings with which, by dvc.lock, the stages ran.
+def check_lock(stages: tuple[str, ...]) -> None:
+    """Make sure that params.yaml still holds the settings with which, by dvc.lock, some stages ran.
 
     Args:
-        without: stages that do not matter.
+        stages: their names; those that are frozen, or that DVC has not run, do not matter.
 
     Raises:
         ValueError: some have changed since; it names them, and says what to do.
     """
-    held = _flat(_read(SETTINGS))
-    for stage, ran in _read(LOCK).get("stages", {}).items():
-        used = _flat(ran.get("params", {}).get(SETTINGS.name, {}))
-        if stage not in without and (edited := _changes(used, {key: held.get(key) for key in used})):
+    held, graph, ran = params.flat(_read(SETTINGS)), _read(GRAPH).get("stages", {}), _read(LOCK).get("stages", {})
+    for stage in stages:
+        if graph.get(stage, {}).get("frozen"):
+            continue
+        used = params.flat(ran.get(stage, {}).get("params", {}).get(SETTINGS.name, {}))
+        if edited := _changes(used, {key: held.get(key) for key in used}):
             raise ValueError(
                 f"params.yaml was edited since stage {stage} ran: {edited}. What it made is of the old values: put "
                 "those back, or run `dvc repro`"
@@ -82,22 +90,14 @@ def check_lock(without: tuple[str, ...]) -> None:
 def _read(file: Path) -> dict[str, Any]:
     """Give a YAML file's content; nothing where it is not there."""
     try:
-        return params.parse(file.read_text(encoding="utf-8")) or {}
+        content = params.parse(file.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Give keys dotted, which may be so already; a section's key may itself have a table as its value."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict) and "." not in key:
-            flat |= {f"{key}.{name}": inner for name, inner in value.items()}
-        else:
-            flat[key] = value
-    return flat
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected sections with keys, found a {type(content).__name__}")
+    return content
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 SCRATCH = Path(".scratch")  # checkpoints and locks: what a stage needs to go on after it was killed
+SCORED = SCRATCH / "scored"  # the teacher's answers of score's last run
 ENDED = "ended"  # a file in the folder of a run whose results are in place
 
 

@@ -41,11 +41,12 @@ class Section(BaseModel):
 
     @field_validator("*", mode="wrap")
     @classmethod
-    def _no_number_is_true(cls, value: Any, look: ValidatorFunctionWrapHandler) -> Any:
-        """Refuse what pydantic takes for 1 or 0."""
+    def _refuse_true_for_a_number(cls, value: Any, look: ValidatorFunctionWrapHandler) -> Any:
+        """Refuse true and false where pydantic has made 1 and 0 of them; where they are meant, it leaves them."""
         checked = look(value)
-        for each in value if isinstance(value, list) else [] if checked is value else [value]:
-            _refuse_bool(each)
+        if checked is not value:
+            for each in value if isinstance(value, list) else [value]:
+                _refuse_bool(each)
         return checked
 
 

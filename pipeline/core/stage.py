@@ -118,8 +118,12 @@ def _check_launcher(resumes: Resumes) -> None:
     """
     if "RANK" not in os.environ:
         return
-    if lacking := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
-        raise ValueError(f"RANK is set, but not {', '.join(lacking)}, as torchrun sets them: unset it, or use torchrun")
+    variables = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if lacking := [name for name in variables if not os.environ.get(name)]:
+        raise ValueError(
+            f"RANK stands in the environment, but not {', '.join(lacking)}, as torchrun would set them: unset RANK, "
+            "which a scheduler may have set, or use torchrun"
+        )
     if resumes != "shared" and os.environ["WORLD_SIZE"] != "1":
         raise ValueError("this stage runs in one process: start it without torchrun")
 

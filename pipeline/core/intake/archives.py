@@ -60,12 +60,14 @@ class Tree:
         hidden: hidden ones that are called like images.
         folders: all but hidden ones, without the root.
         repeated: names that an archive holds several files of; the last of each is in entries.
+        state: of an archive, as `state_of` gave it before it was listed.
     """
 
     entries: list[Entry] = field(default_factory=list)
     hidden: list[Entry] = field(default_factory=list)
     folders: set[str] = field(default_factory=set)
     repeated: int = 0
+    state: tuple[int, int] | None = None
 
     def add_folder(self, name: str) -> None:
         """Note a folder and those that it lies in."""
@@ -100,6 +102,7 @@ def open_archive(path: Path) -> Tree:
         ValueError: it is torn, truncated or no archive.
     """
     opener = next(opener for suffix, opener in OPENERS.items() if str(path).lower().endswith(suffix))
+    state = state_of(path)
     try:
         tree = opener(path)
     except PermissionError:
@@ -112,7 +115,14 @@ def open_archive(path: Path) -> Tree:
             "original's, or fetch it again"
         ) from None
     tree.keep_last()
+    tree.state = state
     return tree
+
+
+def state_of(file: Path) -> tuple[int, int]:
+    """Give the size of a file in bytes, and the time of its last change in nanoseconds."""
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def open_folder(path: Path) -> Tree:

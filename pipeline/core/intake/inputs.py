@@ -1,6 +1,5 @@
 """All sources that prepare's settings name: opened, and looked at again when all has been read."""
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,14 @@ from typing import Self
 
 from pipeline.core.intake import archives
 from pipeline.core.intake.archives import Tree
-from pipeline.core.intake.sources import TORCHVISION, Source, check_apart, names, open_source
+from pipeline.core.intake.sources import TORCHVISION, Source, SourceFile, check_apart, names, open_source
 from pipeline.core.sections import Prepare
 
 ROLES = ("train", "val", "test", "unlabelled")
-COPYING = "changed while it was read, as while files are still being copied there; once that is done, run this again"
+CHANGED = (  # as while files are still being copied there
+    "came, went or changed while prepare read, so that DVC would record it unread; when nothing is written there any "
+    "more, run this again"
+)
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,11 @@ class Inputs:
         settings: section `prepare`.
         sources: one of each role that the settings give a place.
         opened: the archives among their places, of which several sources may lie in one.
-        held: size and time of the last change of each of these, when it was opened.
     """
 
     settings: Prepare
     sources: list[Source]
     opened: dict[Path, Tree]
-    held: dict[Path, tuple[int, int]]
 
     @classmethod
     def of(cls, settings: Prepare) -> Self:
@@ -49,7 +49,7 @@ class Inputs:
                     f"{path} holds {tree.repeated:,} of its files more than once, as after `tar -u`: the last of each "
                     "is used, as unpacking would"
                 )
-        return cls(settings, found, opened, {path: _state(path) for path in opened})
+        return cls(settings, found, opened)
 
     def warn_of_links(self) -> None:
         """Say which folders of images DVC does not look into."""
@@ -67,16 +67,17 @@ class Inputs:
         Raises:
             ValueError: files came, went or changed; one is named.
         """
-        for path, held in self.held.items():
-            if _state(path) != held:
-                raise ValueError(f"{path}: {COPYING}")
+        for path, tree in self.opened.items():
+            if archives.state_of(path) != tree.state:
+                raise ValueError(f"{path}: {CHANGED}")
         for source in self.sources:
             root, inner = _place(self.settings, source.role)
-            if inner is None or inner.startswith(TORCHVISION):
+            if inner is None or inner.startswith(TORCHVISION):  # whose files torchvision has compared with checksums
                 continue
-            files = {(file.name, file.size) for file in source.files}
-            if others := files ^ {(f.name, f.size) for f in open_source(source.role, root, inner, self.opened).files}:
-                raise ValueError(f"prepare.{source.role}: {source.place}: {min(others)[0]}: {COPYING}")
+            now = open_source(source.role, root, inner, self.opened)
+            if others := {*map(_hash, source.files)} ^ {*map(_hash, now.files)}:
+                name = min(file.name for file in (*source.files, *now.files) if _hash(file) in others)
+                raise ValueError(f"prepare.{source.role}: {source.place}: {name}: {CHANGED}")
 
 
 def _place(settings: Prepare, role: str) -> tuple[str, str | None]:
@@ -85,9 +86,9 @@ def _place(settings: Prepare, role: str) -> tuple[str, str | None]:
     return root, getattr(settings, role)
 
 
-def _state(path: Path) -> tuple[int, int]:
-    state = os.stat(path)
-    return state.st_size, state.st_mtime_ns
+def _hash(file: SourceFile) -> int:
+    """Stand for what is known of a file unread: there may be millions, of which a number each takes less memory."""
+    return hash((file.name, file.class_name, file.size))
 
 
 def _say(words: str) -> None:

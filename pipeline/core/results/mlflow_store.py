@@ -125,13 +125,15 @@ def experiment(client: "MlflowClient", root: Path = Path(".")) -> str:
             f"project: move it back, or link it from there (`ln -s {shlex.quote(str(Path(root).resolve()))} "
             f"{shlex.quote(str(folder))}`), or begin a new registry elsewhere (MLFLOW_TRACKING_URI)"
         )
-    made_here = client.tracking_uri.startswith(SQLITE) and place == (folder / ARTIFACTS).as_uri()
-    if made_here and not folder.samefile((file := _sqlite_file(client.tracking_uri)).parent):
-        raise ValueError(
-            f"MLflow at {where}: the files of its versions belong into {folder}, not beside it, as in a copy of the "
-            f"project: for a registry of its own move {file} away; to go on in that one set "
-            f"MLFLOW_TRACKING_URI=sqlite:///{folder}/mlflow.db; or, if the project was moved from there, move it back"
-        )
+    if client.tracking_uri.startswith(SQLITE) and place == (folder / ARTIFACTS).as_uri():
+        file = _sqlite_file(client.tracking_uri)
+        if not any(folder.samefile(one.parent) for one in (file, file.resolve())):
+            first = shlex.quote(f"{SQLITE}{folder / file.name}")
+            raise ValueError(
+                f"MLflow at {where}: the files of its versions belong into {folder}, not beside it, as in a copy of "
+                f"the project: for a registry of its own move {file} away; to go on in that one set "
+                f"MLFLOW_TRACKING_URI={first}; or, if the project was moved from there, move it back"
+            )
     return found.experiment_id
 
 

@@ -135,15 +135,24 @@ def find(client: "MlflowClient", name: str, key: str) -> "ModelVersion | None":
     return client.get_model_version(name, max(whole, key=lambda v: int(v.version)).version) if whole else None
 
 
-def best(client: "MlflowClient", name: str, without: "ModelVersion") -> "ModelVersion | None":
-    """Find the version of the highest top-1, its files still there, other than one; of equals the newest."""
-    others = [
-        version
-        for version in client.search_model_versions(f"name = '{name}'")
-        if "top1" in version.tags and version.version != without.version
-    ]
-    others.sort(key=lambda version: (float(version.tags["top1"]), int(version.version)), reverse=True)
-    return next((version for version in others if is_whole(client, version)), None)
+def best(client: "MlflowClient", other_than: "ModelVersion", test_digest: str) -> "ModelVersion | None":
+    """Find the version of the highest top-1 beside one, its files still there; of equals the newest.
+
+    Args:
+        test_digest: of test images; a version that was tested on others comes after those that were tested on these.
+    """
+
+    def worth(version: "ModelVersion") -> tuple[bool, float, int]:
+        tags = version.tags
+        return tags.get("digest.test") == test_digest, float(tags["top1"]), int(version.version)
+
+    versions = client.search_model_versions(f"name = '{other_than.name}'")
+    others = [one for one in versions if "top1" in one.tags and one.version != other_than.version]
+    for version in sorted(others, key=worth, reverse=True):
+        with suppress(ValueError):  # its card is missing, or damaged
+            if is_whole(client, version) and card_of(client, version):
+                return version
+    return None
 
 
 def by_alias(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | None":

@@ -3,8 +3,9 @@
 import os
 import sqlite3
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ from dvc.repo import Repo
 from dvc.rwlock import RWLockFileCorruptedError
 from dvc_data.hashfile.build import IgnoreInCollectedDirError
 
+from pipeline.core import params
+
 if TYPE_CHECKING:
     from dvc.stage import Stage
 
@@ -26,6 +29,7 @@ ADVICE = (  # how lines begin that DVC prints after each stage: a flow's log wou
     "\tdvc config core.autostage",
     "Use `dvc push`",
 )
+LOOKS, LOOK_AGAIN = 20, 0.2  # how often, and after how many seconds, to look whether a dvc.lock is whole
 RAN = "Completed"  # the outcome of a stage that was run, and by Prefect's words its task's state
 Graph = dict[str, list[str]]  # stage: the stages whose outputs it reads; each stage stands after those
 
@@ -51,7 +55,8 @@ def graph(folder: Path) -> Graph:
     Raises:
         ValueError: dvc.yaml is missing or wrong: DVC's words, on one line.
     """
-    with _repo(folder) as repo, repo.lock:  # another DVC writes dvc.lock in place
+    lock_file(folder / "dvc.lock")  # else one that is just being written is called invalid
+    with _repo(folder) as repo:
         reads = {_name(stage): [_name(other) for other in reads] for stage, reads in _dependencies(repo).items()}
     return {stage: reads[stage] for stage in TopologicalSorter(reads).static_order()}
 
@@ -138,15 +143,19 @@ def share_cache(owner: Path, guest: Path, notes: Path) -> None:
     local.write()
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep every other DVC from writing a project's files, dvc.lock among them, in place.
+def lock_file(file: Path) -> str:
+    """Read a dvc.lock, which another DVC may be writing, in place: wait until it is whole, for some seconds at most.
 
-    Raises:
-        ValueError: see `graph`.
+    DVC's own lock is no way to wait: who holds it for seconds makes a `dvc repro` fail whose stage ends meanwhile.
     """
-    with _repo(folder) as repo, repo.lock:
-        yield
+    text = ""
+    for _ in range(LOOKS):
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        with suppress(ValueError):
+            if not file.exists() or (text.endswith("\n") and isinstance(params.parse(text), dict)):
+                break
+        time.sleep(LOOK_AGAIN)
+    return text
 
 
 @contextmanager

@@ -28,12 +28,11 @@ from typing import Any
 
 from pipeline.core import atomic, params
 from pipeline.core.intake import archives
-from pipeline.core.resume import SCRATCH
+from pipeline.core.resume import SCORED, SCRATCH
 from pipeline.core.running import dvc, params_file
 
 MAKE_LABELS = ("prepare", "teacher", "mine", "cache")  # stages; what cache says counts most
 LABELS_DEPEND_ON = ("seed", "views", "teacher", "cache", "mine", "prepare")  # sections, what matters most first
-SCORED = SCRATCH / "scored"  # as pipeline/score.py has it
 # By these git tells its hooks which repository they are of (the more common of `git rev-parse --local-env-vars`).
 GITS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX")
 SETTINGS, SCORES = ("params.yaml", "dvc.lock"), ("data/evaluate/metrics.json", "data/evaluate/report.html")
@@ -84,13 +83,7 @@ def opened(root: Path, changes: dict[str, Any], say: Callable[[str], None]) -> I
 
 def name(changes: dict[str, Any]) -> str:
     """Name the workspace of some changes; how they are written (dotted, nested, in which order) does not matter."""
-    flat: dict[str, Any] = {}
-    for key, value in changes.items():
-        if isinstance(value, dict) and "." not in key:  # a section; a dotted key's dict is its value
-            flat |= {f"{key}.{name}": new for name, new in value.items()}
-        else:
-            flat[key] = value
-    return hashlib.sha256(json.dumps(flat, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(params.flat(changes), sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def keep_results(folder: Path, root: Path, run: str, scored: bool) -> Path:
@@ -122,15 +115,15 @@ def _file_name(run: str) -> str:
 def set_up(root: Path, folder: Path, changes: dict[str, Any], notes: Path) -> None:
     """Make a workspace: clone, uncommitted changes, DVC's settings, changed parameters, data."""
     _command(["git", "clone", "--quiet", "--no-checkout", str(root), str(folder)], root)
-    with dvc.locked(root):
-        copy_tree(root, folder)
-        if (lock := nearest_lock(root, changes)).exists():
-            shutil.copy2(lock, folder / "dvc.lock")
+    copy_tree(root, folder)
+    if lock := dvc.lock_file(nearest_lock(root, changes)):
+        (folder / "dvc.lock").write_text(lock, encoding="utf-8")
     if (root / ".dvc/config.local").exists():
         shutil.copy2(root / ".dvc/config.local", folder / ".dvc/config.local")
     dvc.share_cache(root, folder, notes)
     if (root / SCORED).exists():  # what `score` has asked the teacher already
-        shutil.copytree(root / SCORED, folder / SCORED, copy_function=_link_or_copy)
+        with contextlib.suppress(shutil.Error):  # another run replaces it: `score` sees that it is not whole
+            shutil.copytree(root / SCORED, folder / SCORED, copy_function=_link_or_copy)
     _check_out(folder)
     params_file.write(root, folder, changes)
 

@@ -97,9 +97,10 @@ def train(task: Task, params: Params, processes: Processes) -> None:
     recipe: TrainingRecipe = getattr(params, task.name)
     start = task.before.card["digest"] if task.before else networks.digest(task.classifier)
     identities = {"data": images.digest, **task.identities, "start": start}
-    name = _name(task, recipe, identities, params)
-    devices.check_same(processes, name)
-    folder = resume.SCRATCH / task.name / name
+    content = _content(task, recipe, identities, params)
+    # Random weights may differ on another kind of processor: all take the first one's.
+    devices.check_same(processes, {**content, "identities": identities | {"start": None}})
+    folder = resume.SCRATCH / task.name / digests.of_json(content)[:16]
     if not processes.first():
         devices.wait_for_all(processes)  # until the first process has made sure that the checkpoint is this run's
         _run(task, recipe, params, processes, folder, lambda epoch, figures: None)
@@ -281,9 +282,9 @@ def _run(
     return run
 
 
-def _name(task: Task, recipe: TrainingRecipe, identities: dict[str, str], params: Params) -> str:
-    """Name a run after all that its result depends on, so that no checkpoint of another run is gone on from."""
-    content = {
+def _content(task: Task, recipe: TrainingRecipe, identities: dict[str, str], params: Params) -> dict[str, Any]:
+    """Give all that a run's result depends on: it is named after that, and goes on from no other run's checkpoint."""
+    return {
         "seed": params.seed,
         "model": task.model,
         "recipe": recipe.model_dump(),
@@ -293,4 +294,3 @@ def _name(task: Task, recipe: TrainingRecipe, identities: dict[str, str], params
         "packages": resume.package_versions(),
         "code": resume.code_digest(),
     }
-    return digests.of_json(content)[:16]
