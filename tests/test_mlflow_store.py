@@ -220,12 +220,12 @@ def test_a_copied_project_does_not_write_among_the_files_of_the_first(root, tmp_
     linked.mkdir()
     (linked / "mlflow.db").symlink_to(first / "mlflow.db")
     assert mlflow_store.experiment(mlflow_store.connect(linked), linked) == one
-    (copy / "mlflow.db").rename(copy / "old.db")
-    client = mlflow_store.connect(copy)
-    assert (
-        client.get_experiment(mlflow_store.experiment(client, copy)).artifact_location
-        == (copy / "mlartifacts").as_uri()
-    )
+    another = tmp_path / "another"
+    shutil.copytree(first, another)
+    (another / "mlflow.db").rename(another / "old.db")
+    client = mlflow_store.connect(another)
+    place = client.get_experiment(mlflow_store.experiment(client, another)).artifact_location
+    assert place == (another / "mlartifacts").as_uri()
 
 
 def test_a_database_s_files_are_the_project_s_also_of_a_run_in_a_workspace(root, tmp_path, monkeypatch):
