@@ -61,6 +61,7 @@ from pipeline.core.running.programs import Programs
 
 LOOK = 2  # seconds between looks whether the run is being cancelled
 RETRY_DELAY = 2  # seconds; a cancelled run waits them out at worst
+CTRL_C = "stopped with Ctrl-C"  # the message of the state in which such a run ends
 STAGES_OWN_ERROR = re.compile(rf"[a-z]+: {errors.REFUSED}: ")  # begins the line with which a stage refuses
 STAGES_OWN_WORDS = re.compile(rf"[a-z]+: ({errors.CUT_SHORT}|{errors.LEFT_ALONE}): ")
 
@@ -91,6 +92,8 @@ def ssld(changes: dict[str, Any] = {}, stages: list[str] | None = None, retries:
                 results = workspace.keep_results(folder, root, runtime.flow_run.name, scored="evaluate" in graph)
             if "evaluate" in graph:  # else what lies there is of another run
                 show_results(results)
+    except KeyboardInterrupt:
+        return Cancelled(message=CTRL_C)
     except (ValueError, OSError) as error:
         return Cancelled(message="the run was cancelled") if cancelled.is_set() else Failed(message=str(error))
     where = f"; results are in {results}" if changes or "evaluate" in graph else ""
@@ -309,13 +312,16 @@ def main() -> int:
                 return 1  # it does not end by itself
             print(f"Prefect's pages, while this runs: {url.removesuffix('/api')}", flush=True)
             try:
-                return 0 if ssld(changes, arguments.stages, return_state=True).is_completed() else 1
+                state = ssld(changes, arguments.stages, return_state=True)
             except Exception:
                 if prefect_server.answers(url):
                     raise
                 raise ValueError(
                     f"no Prefect server answers at {url} any more; the same command goes on from what stages have done"
                 ) from None
+            if state.message == CTRL_C:
+                raise KeyboardInterrupt
+            return 0 if state.is_completed() else 1
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Everything here shares one server: it takes some ten seconds to start.
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import time
 import psutil
 import pytest
 import toy_project
-from commands import wait_until
+from commands import listen, wait_until
 from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilter, LogFilter
 from prefect.deployments import run_deployment
@@ -278,19 +279,31 @@ def test_a_cancelled_run_leaves_no_process(served, client, reproduced):
     assert took < CANCELLED_WITHIN, "seconds until the last process of the run was gone"
 
 
-def test_a_run_that_no_deployment_started_can_be_cancelled_too(server, client, reproduced):
+@pytest.mark.parametrize("how", ["on Prefect's pages", "with Ctrl-C"])
+def test_a_run_that_no_deployment_started_can_be_cancelled_too(server, client, reproduced, tmp_path, how):
     known = {run.id for run in client.read_flow_runs()}
     command = [sys.executable, "-m", "pipeline.flow", "-S", "distill.epochs=999"]
     variables = {**toy_project.ENVIRONMENT, "PREFECT_API_URL": server}
-    process = subprocess.Popen(command, cwd=reproduced, env=variables, stdout=subprocess.DEVNULL)
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            command, cwd=reproduced, env=variables, stdout=subprocess.DEVNULL, stderr=said, preexec_fn=listen
+        )
     try:
         wait_until(lambda: {run.id for run in client.read_flow_runs()} - known, 60)
         (run,) = {run.id for run in client.read_flow_runs()} - known
         wait_until(lambda: "distill begins" in log_of(client, run), 60)
         family = psutil.Process(process.pid).children(recursive=True)
         assert any("toy.py" in " ".join(member.cmdline()) for member in family)
-        client.set_flow_run_state(run, Cancelling())
-        assert process.wait(30) == 1
+        if how == "with Ctrl-C":
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 130
+            said = (tmp_path / "said").read_text()
+            assert said.splitlines()[-1] == "flow: stopped; the same command goes on from here"
+            assert "Traceback" not in said
+            assert "Crash" not in said
+        else:
+            client.set_flow_run_state(run, Cancelling())
+            assert process.wait(30) == 1
     finally:
         process.kill()
         process.wait()
