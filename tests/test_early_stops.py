@@ -60,7 +60,7 @@ def test_one_process_of_several_stops_though_python_does_not_hear_the_signal():
     done = subprocess.run(
         [sys.executable, "-c", WAITS],
         cwd=ROOT,
-        env={**os.environ, "RANK": "0", "WORLD_SIZE": "2"},
+        env={**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
         capture_output=True,
         text=True,
         timeout=60,

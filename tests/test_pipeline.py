@@ -163,7 +163,7 @@ def test_two_processes_leave_the_same_soft_labels_and_learn_from_them_alike(proj
     clone = tmp_path / "two"
     execute(project, "cp", "-r", str(project), str(clone))
     alone, losses, scores = files_of(clone / "data/cache"), training_losses(clone), read_scores(clone)
-    execute(clone, "rm", "-rf", "data/cache", "data/score", "data/distill", ".scratch/distill")
+    execute(clone, "rm", "-rf", "data/cache", "data/score", "data/distill", ".scratch/distill", "mlflow.db")
     forget_a_score(clone / ".scratch/scored")
     (clone / "two.py").write_text(IN_TWO_PROCESSES)
     done = execute(clone, "torchrun", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "two.py")

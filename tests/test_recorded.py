@@ -13,7 +13,6 @@ from pipeline.core import recorded
 # A stage that edits, as it runs, what a file `edit` says: the file, and what to put for what.
 STAGE = """
 import pathlib
-import models.own
 from pipeline.core import stage
 
 def run(params):
