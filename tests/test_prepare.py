@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 import subprocess
 import sys
 import zipfile
@@ -11,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from images import tiny
 from made_images import encode, picture, png, png_bomb, several, with_flipped_bit, zero_filled
 from PIL import Image
 from prepare_kit import (
@@ -19,7 +17,6 @@ from prepare_kit import (
     ODD,
     SETTINGS,
     SPLITS,
-    as_zip,
     files_of,
     good,
     hash_of,
@@ -31,8 +28,6 @@ from prepare_kit import (
 
 from pipeline import prepare
 from pipeline.core.data.dataset import ImageSet
-from pipeline.core.intake.inputs import Inputs
-from pipeline.core.sections import Prepare
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / os.environ.get("SSLD_TEST_DATA", "../shared/data")
@@ -303,64 +298,6 @@ def test_cifar_by_parameters_alone(tmp_path):
     with zipfile.ZipFile(DATA / "cifar10.zip") as archive:
         assert archive.read(images.source(row)) == images.encoded(row)
     assert images.source(row).split("/")[1] == images.classes[images.labels[row]]
-
-
-def relabel(file):
-    file.write_bytes(file.read_bytes().replace(b",a", b",b"))
-
-
-def append(file):
-    with file.open("ab") as end:
-        end.write(b"more")
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (lambda root: write(root, {"train/a/late.png": png(500)}), "train/a/late.png"),
-        (lambda root: write(root, {"train/c/late.png": png(500)}), "train/c/late.png"),
-        (lambda root: append(root / "train/a/00.png"), "train/a/00.png"),
-        (lambda root: (root / "train/a/00.png").unlink(), "train/a/00.png"),
-        (lambda root: append(root / "pool.zip"), "pool.zip"),
-        (lambda root: append(root / "other.csv"), None),
-        (lambda root: relabel(root / "list.csv"), "train/a/00.png"),
-        (lambda root: None, None),
-    ],
-)
-def test_what_changes_while_it_is_read_is_named(tmp_path, change, named):
-    """DVC notes the images once prepare has ended: those that came meanwhile would never be looked at."""
-    listed = b"file,label\ntrain/a/00.png,a\ntrain/b/00.png,b\n"
-    root = write(tmp_path / "in", with_splits() | {"other.csv": b"", "list.csv": listed})
-    as_zip(root / "pool.zip", good(3, start=700))
-    places = {"labelled_root": str(root), "unlabelled_root": str(root), "val": "list.csv", "unlabelled": "pool.zip"}
-    given = SETTINGS | places
-    inputs = Inputs.of(Prepare(**given))
-    change(root)
-    if named is None:
-        inputs.check_unchanged()
-        return
-    with pytest.raises(ValueError, match=f"{re.escape(named)}: came, went or changed while prepare read, so"):
-        inputs.check_unchanged()
-
-
-def test_the_stage_looks_at_its_sources_again(tmp_path, monkeypatch):
-    write(tmp_path / "in", good(4))
-    monkeypatch.chdir(tmp_path)
-    whole = prepare.prepare
-
-    def slowly(*arguments):
-        found = whole(*arguments)
-        write(tmp_path / "in", {"train/a/late.png": png(500)})
-        return found
-
-    monkeypatch.setattr(prepare, "prepare", slowly)
-    places = {"labelled_root": "in", "unlabelled_root": "in", "train": "train", "val": None, "test": None}
-    changes = {f"prepare.{key}": value for key, value in (places | {"unlabelled": None}).items()}
-    with pytest.raises(ValueError, match=r"late\.png: came, went or changed while prepare"):
-        prepare.run(tiny(**changes))
-    assert not (tmp_path / "data/prepare").exists()
-    prepare.run(tiny(**changes))
-    assert (tmp_path / "data/prepare").exists()
 
 
 def test_a_file_that_goes_away_before_it_is_stored_is_named(tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ running/     what starts, checks and ends stages; no stage imports it
 
 What several of these use lies here itself:
 
-stage, resume, errors             how a stage begins, goes on after a stop, and ends
+stage, signals, resume, errors    how a stage begins, is stopped, goes on after that, and ends
+recorded                          whether DVC will record what a stage's result is of
 params, sections                  params.yaml, read and checked
 devices, sharing                  where a process computes, beside which others, and its share of a batch
 networks, network_checks, weights classifiers as files; whether they take what they are shown; state dicts
