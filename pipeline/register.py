@@ -127,17 +127,16 @@ def _register(client: "MlflowClient", params: Params, student: finished.Student,
         if _number(champion) == version.version:
             _say(f"{_named(version)} is the champion already")
             return
-        best = champion or registry.best(client, version, student.test_digest)
-        promoted, why = _compare(client, params, student, top1, best)
+        promoted, why, rival = _challenge(client, params, student, version, top1, champion)
         present = _champion(client, name)
         if _number(present) == _number(champion) or (champion and not promoted):
             break
         champion = present  # of somebody who registered elsewhere meanwhile
     if promoted:
         client.set_registered_model_alias(name, "champion", version.version)
-    elif champion is None:
-        client.set_registered_model_alias(name, "champion", best.version)
-        _say(f"{_named(best)} is the champion now: there was none, and it is the best of those that are there")
+    elif champion is None and rival:
+        client.set_registered_model_alias(name, "champion", rival.version)
+        _say(f"{_named(rival)} is the champion now: there was none, and {_named(version)} does not beat it")
     decision = f"{'promoted' if promoted else 'not promoted'}: {why}"
     client.set_model_version_tag(name, version.version, "decision", decision)
     _say(f"{_named(version)} {'is the champion now' if promoted else 'stays challenger'}: {why}")
@@ -257,16 +256,42 @@ def _champion(client: "MlflowClient", name: str) -> "ModelVersion | None":
     return champion
 
 
+def _challenge(
+    client: "MlflowClient",
+    params: Params,
+    student: finished.Student,
+    version: "ModelVersion",
+    top1: float,
+    champion: "ModelVersion | None",
+) -> tuple[bool, str, "ModelVersion | None"]:
+    """Compare a version with the champion; where there is none, with the best of the others, which need no margin.
+
+    Returns:
+        whether it becomes the champion, why, and with which version it was compared last.
+    """
+    if champion:
+        return *_compare(client, params, student, top1, champion, params.register_.margin), champion
+    promoted, why, rival = True, f"top-1 {top1:.4f}, and there is no other to compare it with", None
+    for rival in registry.best(client, version, student.test_digest, student.images.classes):
+        promoted, why = _compare(client, params, student, top1, rival, margin=0.0)
+        if not promoted:
+            break
+    return promoted, why, rival
+
+
 def _compare(
-    client: "MlflowClient", params: Params, student: finished.Student, top1: float, champion: "ModelVersion | None"
+    client: "MlflowClient",
+    params: Params,
+    student: finished.Student,
+    top1: float,
+    champion: "ModelVersion",
+    margin: float,
 ) -> tuple[bool, str]:
-    """Say whether the challenger replaces the champion, and why; without a champion, the best of the other versions.
+    """Say whether the challenger replaces the champion, or another version that stands in for one, and why.
 
     A champion that was tested on other images is tested anew, on these. One that knows classes which the challenger
     lacks is not replaced, whatever its top-1: who relies on it would miss them.
     """
-    if champion is None:
-        return True, f"top-1 {top1:.4f}, and there is no other to compare it with"
     card = registry.card_of(client, champion)
     lost = sorted(set(card["classes"]) - set(student.images.classes))
     if lost:
@@ -282,7 +307,6 @@ def _compare(
             what = "the champion on these test images"
             logits = _ask(model, student, student.rows, card["resolution"], crop, params, what)
         best = top1_by_name(logits, card["classes"], student.labels, student.images.classes)
-    margin = params.register_.margin
     promoted = decide(top1, best, margin)
     verb = "beats" if promoted else "does not beat"
     by = f" by the margin of {margin:g}" if margin > 0 else ""

@@ -13,7 +13,7 @@ from student_project import CLASSES, NAME, RESOLUTION, make_network, picture, wr
 
 from pipeline import register
 from pipeline.core.data.batches import CleanViews, in_order
-from pipeline.core.results import mlflow_store
+from pipeline.core.results import mlflow_store, registry
 
 
 @pytest.mark.usefixtures("no_onnx")
@@ -49,8 +49,8 @@ def test_one_that_became_champion_elsewhere_meanwhile_is_compared_with(project, 
     client.set_registered_model_alias(NAME, "champion", "1")
     compare = register._compare
 
-    def slowly(*arguments):
-        found = compare(*arguments)
+    def slowly(*arguments, **named):
+        found = compare(*arguments, **named)
         client.set_registered_model_alias(NAME, "champion", "2")
         return found
 
@@ -183,7 +183,7 @@ def test_where_the_champion_was_deleted_the_best_of_the_others_takes_its_place(p
     assert project.aliases() == {"champion": 2, "challenger": 3}
     said = capfd.readouterr().out
     assert "lacks a champion" in said
-    assert "version 2 is the champion now: there was none, and it is the best of those that are there" in said
+    assert "version 2 is the champion now: there was none, and" in said
     assert "not promoted" in project.versions()[3].tags["decision"]
 
     mlflow_store.connect().delete_model_version(NAME, "2")
@@ -204,6 +204,34 @@ def test_a_version_without_a_card_is_not_the_best_of_those_that_are_left(project
 
 
 @pytest.mark.usefixtures("no_onnx")
+def test_a_version_that_knows_other_classes_is_passed_over_and_one_that_cannot_be_asked_is_not(project, monkeypatch):
+    project.register()
+    mlflow_store.connect().delete_registered_model_alias(NAME, "champion")
+    project.student(spoilt=1.0)
+
+    def silent(client, version):
+        raise ValueError("MLflow does not answer")
+
+    monkeypatch.setattr(registry, "card_of", silent)
+    with pytest.raises(ValueError, match="does not answer"):
+        project.register()
+    assert "champion" not in project.aliases()
+    monkeypatch.setattr(registry, "card_of", lambda client, version: {"classes": [*CLASSES, "yak"]})
+    project.register()
+    assert project.aliases() == {"champion": 2, "challenger": 2}
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_the_margin_protects_a_champion_alone(project):
+    project.student(spoilt=1.0)
+    project.register()
+    mlflow_store.connect().delete_registered_model_alias(NAME, "champion")
+    assert project.student(spoilt=0.0) == 1.0
+    project.register(margin=0.99)
+    assert project.aliases() == {"champion": 2, "challenger": 2}
+
+
+@pytest.mark.usefixtures("no_onnx")
 def test_one_that_became_champion_meanwhile_stays_it_where_there_was_none(project, monkeypatch):
     for spoilt in (0.0, 1.0, 100.0):
         project.student(spoilt=spoilt)
@@ -211,9 +239,9 @@ def test_one_that_became_champion_meanwhile_stays_it_where_there_was_none(projec
     client, compare = mlflow_store.connect(), register._compare
     client.delete_registered_model_alias(NAME, "champion")
 
-    def slowly(*arguments):
+    def slowly(*arguments, **named):
         client.set_registered_model_alias(NAME, "champion", "2")
-        return compare(*arguments)
+        return compare(*arguments, **named)
 
     monkeypatch.setattr(register, "_compare", slowly)
     project.register()

@@ -131,5 +131,7 @@ def test_settings_that_were_edited_after_a_stage_are_named(project):
     ):
         recorded.check_lock(("distill",))
     recorded.check_lock(("score",))
+    (project / "dvc.yaml").write_text(GRAPH.replace("[distill, seed", "[seed"))
+    recorded.check_lock(("distill",))  # DVC does not look at it any more
     (project / "dvc.yaml").write_text(GRAPH + "    frozen: true\n")
     recorded.check_lock(("distill",))

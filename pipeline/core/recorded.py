@@ -5,6 +5,7 @@ ones beside a result of the former, which DVC would then take for up to date, an
 """
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +15,7 @@ from pipeline.core import digests, params
 SETTINGS, GRAPH, LOCK = Path("params.yaml"), Path("dvc.yaml"), Path("dvc.lock")
 CODE = ("pipeline/", "models/")
 LOOK_AGAIN = 1  # seconds after which to look once more at what has changed
+LOOKS, LOOK_SOON = 20, 0.2  # how often, and after how many seconds, to look whether a dvc.lock is whole
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,34 @@ def check_lock(stages: tuple[str, ...]) -> None:
     Raises:
         ValueError: some have changed since; it names them, and says what to do.
     """
-    held, graph, ran = params.flat(_read(SETTINGS)), _read(GRAPH).get("stages", {}), _read(LOCK).get("stages", {})
+    graph = _read(GRAPH).get("stages", {})
+    ran = (params.parse(read_lock(LOCK)) or {}).get("stages") or {}
     for stage in stages:
         if graph.get(stage, {}).get("frozen"):
             continue
         used = params.flat(ran.get(stage, {}).get("params", {}).get(SETTINGS.name, {}))
-        if edited := _changes(used, {key: held.get(key) for key in used}):
+        held = Recorded.now(stage).settings  # without those that dvc.yaml no longer names
+        both = used.keys() & held.keys()
+        if edited := _changes({key: used[key] for key in both}, {key: held[key] for key in both}):
             raise ValueError(
                 f"params.yaml was edited since stage {stage} ran: {edited}. What it made is of the old values: put "
                 "those back, or run `dvc repro`"
             )
+
+
+def read_lock(file: Path) -> str:
+    """Read a dvc.lock, which another DVC may be writing, in place: wait until it is whole, for some seconds at most.
+
+    DVC's own lock is no way to wait: who holds it for seconds makes a `dvc repro` fail whose stage ends meanwhile.
+    """
+    text = ""
+    for _ in range(LOOKS):
+        with suppress(ValueError):  # no YAML, or no text
+            text = file.read_text(encoding="utf-8") if file.exists() else ""
+            if not file.exists() or (text.endswith("\n") and isinstance(params.parse(text), dict)):
+                break
+        time.sleep(LOOK_SOON)
+    return text
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -101,5 +121,5 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    changed = [key for key in (before | now) if before.get(key) != now.get(key)]
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
     return ", ".join(f"{key} (was {before.get(key)}, is {now.get(key)})" for key in changed)

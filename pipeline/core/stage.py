@@ -258,7 +258,8 @@ def _die_with_parents() -> None:
     def watch() -> None:
         while os.getppid() == parent and _runs(watched):
             time.sleep(0.5)
-        if watched != parent and os.getppid() == parent:  # torchrun's, which would start the processes again
+        if watched != parent and os.getppid() == parent and os.environ.get("LOCAL_RANK") == "0":
+            # One of torchrun's processes tells it, which would take them for lost, and start them again.
             os.kill(parent, signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # a clean stop if the main thread is listening
         time.sleep(3)

@@ -72,8 +72,8 @@ class Inputs:
                 raise ValueError(f"{path}: {CHANGED}")
         for source in self.sources:
             root, inner = _place(self.settings, source.role)
-            if inner is None or inner.startswith(TORCHVISION):  # whose files torchvision has compared with checksums
-                continue
+            if inner is None or inner.startswith(TORCHVISION) or source.archive:
+                continue  # torchvision has compared its files with checksums, and archives are compared above
             now = open_source(source.role, root, inner, self.opened)
             if others := {*map(_hash, source.files)} ^ {*map(_hash, now.files)}:
                 name = min(file.name for file in (*source.files, *now.files) if _hash(file) in others)

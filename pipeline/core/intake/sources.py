@@ -54,12 +54,14 @@ class Source:
         place: where it is, for messages.
         files: in the order in which they are fastest to read.
         classes: names of classes, those without a file too.
+        archive: the archive that holds it, if one does.
     """
 
     role: str
     place: str
     files: list[SourceFile]
     classes: set[str]
+    archive: Path | None
 
 
 def open_source(role: str, root: str, inner: str, opened: dict[Path, Tree]) -> Source:
@@ -74,7 +76,7 @@ def open_source(role: str, root: str, inner: str, opened: dict[Path, Tree]) -> S
     Raises:
         ValueError: there is no such thing, it is damaged, or no file is in it.
     """
-    base = Path(root)
+    base, path = Path(root), None
     if inner.startswith(TORCHVISION):
         from pipeline.core.intake import torchvision_sets  # importing torchvision takes seconds
 
@@ -95,7 +97,7 @@ def open_source(role: str, root: str, inner: str, opened: dict[Path, Tree]) -> S
         files, classes = [replace(file, class_name=None) for file in files], set()
     if role != "train" and not files:  # of train, class_names says it
         raise ValueError(f"prepare.{role}: {place}: no file there{IN_ITS_PLACE[role]}")
-    return Source(role, place, files, classes)
+    return Source(role, place, files, classes, path if path in opened else None)
 
 
 def check_there(role: str, root: Path, inner: str) -> None:

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:  # torch and mlflow take seconds to import: looking a version 
 
 KEY = "key"  # the tag that says which student a version is
 REFUSED = "refused"  # begins the tag `decision` of a version that did not predict what was recorded
+
+
+class CardError(ValueError):
+    """A version's network.json is missing or damaged."""
 
 
 def pack(folder: Path, network: "nn.Module", resolution: int, classes: list[str], **link: str) -> None:
@@ -135,24 +140,30 @@ def find(client: "MlflowClient", name: str, key: str) -> "ModelVersion | None":
     return client.get_model_version(name, max(whole, key=lambda v: int(v.version)).version) if whole else None
 
 
-def best(client: "MlflowClient", other_than: "ModelVersion", test_digest: str) -> "ModelVersion | None":
-    """Find the version of the highest top-1 beside one, its files still there; of equals the newest.
+def best(
+    client: "MlflowClient", other_than: "ModelVersion", test_digest: str, classes: tuple[str, ...]
+) -> list["ModelVersion"]:
+    """Find the versions of the highest top-1 beside one: of those that were tested on the same images, and of others.
+
+    A version whose files are not whole, or that knows classes that are not among these, is passed over.
 
     Args:
-        test_digest: of test images; a version that was tested on others comes after those that were tested on these.
+        test_digest: of the test images.
     """
 
-    def worth(version: "ModelVersion") -> tuple[bool, float, int]:
-        tags = version.tags
-        return tags.get("digest.test") == test_digest, float(tags["top1"]), int(version.version)
+    def fits(version: "ModelVersion") -> bool:
+        with suppress(CardError):
+            return is_whole(client, version) and set(card_of(client, version)["classes"]) <= set(classes)
+        return False
 
     versions = client.search_model_versions(f"name = '{other_than.name}'")
     others = [one for one in versions if "top1" in one.tags and one.version != other_than.version]
-    for version in sorted(others, key=worth, reverse=True):
-        with suppress(ValueError):  # its card is missing, or damaged
-            if is_whole(client, version) and card_of(client, version):
-                return version
-    return None
+    others.sort(key=lambda one: (float(one.tags["top1"]), int(one.version)), reverse=True)
+    found = []
+    for same in (True, False):
+        tested_so = (one for one in others if (one.tags.get("digest.test") == test_digest) == same)
+        found += islice(filter(fits, tested_so), 1)
+    return found
 
 
 def by_alias(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | None":
@@ -176,7 +187,8 @@ def card_of(client: "MlflowClient", version: "ModelVersion") -> dict[str, Any]:
     """Read a version's network.json, and nothing else of its files.
 
     Raises:
-        ValueError: it is not there, or damaged; or what keeps the files does not answer.
+        CardError: it is not there, or damaged.
+        ValueError: what keeps the files does not answer.
     """
     import mlflow.artifacts
 
@@ -187,7 +199,7 @@ def card_of(client: "MlflowClient", version: "ModelVersion") -> dict[str, Any]:
             )
             with suppress(ValueError):  # no JSON, or no text
                 return json.loads(Path(file).read_text(encoding="utf-8"))
-    raise ValueError(
+    raise CardError(
         f"models:/{version.name}/{version.version}: its network.json is missing or damaged; give its aliases to "
         "another version, or take them away"
     )

@@ -3,9 +3,8 @@
 import os
 import sqlite3
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ from dvc.repo import Repo
 from dvc.rwlock import RWLockFileCorruptedError
 from dvc_data.hashfile.build import IgnoreInCollectedDirError
 
-from pipeline.core import params
+from pipeline.core import recorded
 
 if TYPE_CHECKING:
     from dvc.stage import Stage
@@ -29,7 +28,6 @@ ADVICE = (  # how lines begin that DVC prints after each stage: a flow's log wou
     "\tdvc config core.autostage",
     "Use `dvc push`",
 )
-LOOKS, LOOK_AGAIN = 20, 0.2  # how often, and after how many seconds, to look whether a dvc.lock is whole
 RAN = "Completed"  # the outcome of a stage that was run, and by Prefect's words its task's state
 Graph = dict[str, list[str]]  # stage: the stages whose outputs it reads; each stage stands after those
 
@@ -55,7 +53,7 @@ def graph(folder: Path) -> Graph:
     Raises:
         ValueError: dvc.yaml is missing or wrong: DVC's words, on one line.
     """
-    lock_file(folder / "dvc.lock")  # else one that is just being written is called invalid
+    recorded.read_lock(folder / recorded.LOCK)  # else one that is just being written is called invalid
     with _repo(folder) as repo:
         reads = {_name(stage): [_name(other) for other in reads] for stage, reads in _dependencies(repo).items()}
     return {stage: reads[stage] for stage in TopologicalSorter(reads).static_order()}
@@ -141,21 +139,6 @@ def share_cache(owner: Path, guest: Path, notes: Path) -> None:
     local.setdefault("cache", {})["dir"] = cache
     local.setdefault("core", {})["site_cache_dir"] = str(notes)
     local.write()
-
-
-def lock_file(file: Path) -> str:
-    """Read a dvc.lock, which another DVC may be writing, in place: wait until it is whole, for some seconds at most.
-
-    DVC's own lock is no way to wait: who holds it for seconds makes a `dvc repro` fail whose stage ends meanwhile.
-    """
-    text = ""
-    for _ in range(LOOKS):
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
-        with suppress(ValueError):
-            if not file.exists() or (text.endswith("\n") and isinstance(params.parse(text), dict)):
-                break
-        time.sleep(LOOK_AGAIN)
-    return text
 
 
 @contextmanager

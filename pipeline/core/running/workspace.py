@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import atomic, params
+from pipeline.core import atomic, params, recorded
 from pipeline.core.intake import archives
 from pipeline.core.resume import SCORED, SCRATCH
 from pipeline.core.running import dvc, params_file
@@ -116,7 +116,7 @@ def set_up(root: Path, folder: Path, changes: dict[str, Any], notes: Path) -> No
     """Make a workspace: clone, uncommitted changes, DVC's settings, changed parameters, data."""
     _command(["git", "clone", "--quiet", "--no-checkout", str(root), str(folder)], root)
     copy_tree(root, folder)
-    if lock := dvc.lock_file(nearest_lock(root, changes)):
+    if lock := recorded.read_lock(nearest_lock(root, changes)):
         (folder / "dvc.lock").write_text(lock, encoding="utf-8")
     if (root / ".dvc/config.local").exists():
         shutil.copy2(root / ".dvc/config.local", folder / ".dvc/config.local")
@@ -147,8 +147,8 @@ def nearest_lock(root: Path, changes: dict[str, Any]) -> Path:
 def _settings_of(lock: Path) -> dict[str, Any]:
     """Give the sections, or keys, of params.yaml with which a dvc.lock's soft labels were made."""
     try:
-        stages = (params.parse(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
-    except FileNotFoundError:  # nothing has run yet, or another run is just writing it anew
+        stages = (params.parse(recorded.read_lock(lock)) or {}).get("stages") or {}
+    except ValueError:  # it is not whole, and stays so
         return {}
     made: dict[str, Any] = {}
     for stage in MAKE_LABELS:
